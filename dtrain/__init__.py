@@ -1,0 +1,20 @@
+"""dtrain: one YAML file describes a PyTorch training job; any number of GPUs gives the same result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = ["Trainer", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Trainer needs torch (seconds to import); `dtrain --help` must not wait for it.
+    if name == "Trainer":
+        from dtrain.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
