@@ -1,0 +1,54 @@
+"""What a user can get wrong, and how it is said: one line for each problem, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake. `file` is where the value comes from: a file, or the override `key=value` itself."""
+
+    message: str
+    path: str | None = None
+    file: str | None = None
+    line: int | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        """One line, such as `job.yaml:12: optimizer.lrr: unknown key; did you mean lr?`."""
+        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        text = ": ".join(part for part in (place, self.path, self.message) if part)
+        if self.hint:
+            text += f"; {self.hint}"
+        return " ".join(text.split())
+
+
+class UserError(Exception):
+    """The request was wrong: shown as it is, one problem a line, and the command exits with 2."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__(self.problems)  # as the argument, so that it pickles
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that the user most likely meant, whatever its case; None where none is near."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
+    """`nearest` as a hint."""
+    choice = nearest(word, choices)
+    return f"did you mean {choice}?" if choice else None

@@ -1,0 +1,217 @@
+"""The schema of job.yaml. What is accepted here is what `dtrain schema` prints and the docs promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+from dtrain.errors import Problem, did_you_mean
+
+
+def _check_metric_name(name: str) -> str:
+    if name == "loss":
+        raise ValueError("train_loss and val_loss are the losses; give this metric another name")
+    return name
+
+
+def _check_every(value: object) -> object:
+    # Ahead of the union, whose own errors come one for each member.
+    if value == "epoch" or (type(value) is int and value > 0):
+        return value
+    raise ValueError("expected epoch or a number of optimizer steps above 0")
+
+
+# Names end up in paths, in Slurm's job names and as keys in MLflow: no separators, no leading dot or dash.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
+MetricName = Annotated[Name, AfterValidator(_check_metric_name)]
+Every = Annotated[Literal["epoch"] | PositiveInt, BeforeValidator(_check_every)]
+
+
+class Section(BaseModel):
+    """A part of job.yaml: fixed keys, fixed types (no string for a number, no bool for an int), frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Target(Section):
+    """A callable by its importable name, with its arguments beside it; they may be targets themselves."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: str = Field(alias="_target_", min_length=1, description="Importable name, such as net.DigitNet.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What is passed to the target by name."""
+        return dict(self.model_extra or {})
+
+
+class MetricTarget(Target):
+    """A torchmetrics metric; `activation` and `train` are ours, the rest are its arguments."""
+
+    activation: Literal["softmax", "sigmoid", "none"] | None = Field(
+        default=None, description="Applied to the predictions before the metric sees them."
+    )
+    train: bool | None = Field(
+        default=None,
+        description="Also on training predictions; by default unless the metric keeps all samples.",
+    )
+
+
+class SchedulerTarget(Target):
+    """A learning-rate scheduler; `interval` is ours, the rest are its arguments."""
+
+    interval: Literal["epoch", "step"] = Field(default="epoch", description="When it steps.")
+
+
+class Data(Section):
+    """What is trained on, and in what batches."""
+
+    train: Target = Field(description="The training dataset.")
+    val: Target | None = Field(default=None, description="The validation dataset.")
+    batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
+    workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
+    shuffle: bool = Field(default=True, description="A new order of the training samples each epoch.")
+    collate: Target | None = Field(default=None, description="Function that makes a batch of samples.")
+
+
+class EarlyStopping(Section):
+    """What decides which weights are best, and when to stop."""
+
+    monitor: str | None = Field(
+        default=None, description="A reported value, such as val_acc; by default val_loss, else train_loss."
+    )
+    mode: Literal["min", "max"] = Field(default="min", description="Whether less or more is better.")
+    patience: PositiveInt | None = Field(
+        default=None, description="Epochs without a better value before the run stops; null: never."
+    )
+
+
+class Fit(Section):
+    """How training runs."""
+
+    epochs: PositiveInt = Field(description="Passes over the training dataset.")
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        default="ddp", description="How ranks share the work; this version has ddp."
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        default=None, description="Most samples in one forward pass of one rank; null: no limit."
+    )
+    early_stopping: EarlyStopping | None = Field(default=None, description="Best weights and early stop.")
+    deterministic: bool = Field(default=False, description="Bit-identical repetition on CUDA, slower.")
+    sync_batchnorm: bool = Field(default=False, description="Batch norm over all ranks, on CUDA.")
+
+
+class Checkpoint(Section):
+    """When the state that a run continues from is saved."""
+
+    every: Every = Field(default="epoch", description="epoch, or a number of optimizer steps.")
+    keep: int = Field(default=2, ge=1, description="Checkpoints kept, the newest ones.")
+
+
+class Mlflow(Section):
+    """Where MLflow records the run."""
+
+    experiment: str | None = Field(default=None, description="Experiment; by default the job's name.")
+    tracking_uri: str | None = Field(default=None, description="Server or store; by default MLflow's own.")
+    run_name: str | None = Field(default=None, description="Run; by default the run folder's name.")
+
+
+class Launch(Section):
+    """What the processes run on."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where present.")
+
+
+class Job(Section):
+    """One training job, as job.yaml describes it."""
+
+    name: Name = Field(description="Names the run folder and the Slurm job.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="All randomness of the run follows from it.")
+    model: Target = Field(description="The torch.nn.Module.")
+    data: Data = Field(description="Datasets and batches.")
+    loss: Target | None = Field(default=None, description="Called as loss(predictions, target).")
+    step: Target | None = Field(
+        default=None, description="Instead of loss: function(model, batch) -> {loss, predictions, ...}."
+    )
+    optimizer: Target = Field(description="Gets the parameters as its first argument.")
+    scheduler: SchedulerTarget | None = Field(default=None, description="Gets the optimizer as its first argument.")
+    metrics: dict[MetricName, MetricTarget] = Field(
+        default_factory=dict, description="Each is reported as train_NAME and val_NAME."
+    )
+    fit: Fit = Field(description="How training runs.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="When state is saved.")
+    mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
+    launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
+    slurm: dict[str, Any] = Field(default_factory=dict, description="Options of sbatch, by long name.")
+    fsdp: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy fsdp.")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy deepspeed.")
+
+    @property
+    def monitor(self) -> str:
+        """The reported value that decides which weights are best."""
+        stopping = self.fit.early_stopping
+        return (stopping and stopping.monitor) or ("val_loss" if self.data.val else "train_loss")
+
+    @property
+    def monitor_mode(self) -> Literal["min", "max"]:
+        """Whether less or more of `monitor` is better."""
+        return self.fit.early_stopping.mode if self.fit.early_stopping else "min"
+
+    @property
+    def reported(self) -> list[str]:
+        """Every value that may be reported each epoch and that a monitor may name."""
+        train = [f"train_{name}" for name, metric in self.metrics.items() if metric.train is not False]
+        val = ["val_loss", *(f"val_{name}" for name in self.metrics)] if self.data.val else []
+        return ["train_loss", *train, *val]
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job and where each of its values was written."""
+
+    job: Job
+    path: Path
+    places: Mapping[str, tuple[str, int | None]]
+
+    def locate(self, dotted: str) -> tuple[str, int | None]:
+        """File and line of a dotted key, or its override and None; of its section where it is not written."""
+        while dotted and dotted not in self.places:
+            dotted = dotted.rpartition(".")[0]
+        return self.places.get(dotted, (str(self.path), 1))
+
+    def at(self, problem: Problem) -> Problem:
+        """The problem with the place of its path."""
+        file, line = self.locate(problem.path or "")
+        return Problem(problem.message, problem.path, file, line, problem.hint)
+
+
+def contradictions(job: Job) -> list[Problem]:
+    """What is wrong between fields that are each right, the strategies not built yet included."""
+    problems = []
+    if job.loss and job.step:
+        problems.append(Problem("makes its own loss; give either loss or step", "step"))
+    if not job.loss and not job.step:
+        problems.append(Problem("missing; give loss or step", "loss"))
+    if job.fit.strategy != "ddp":
+        message = f"{job.fit.strategy} is not available in this version; use ddp"
+        problems.append(Problem(message, "fit.strategy"))
+    for section, settings in (("fsdp", job.fsdp), ("deepspeed", job.deepspeed)):
+        if settings and job.fit.strategy != section:
+            problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
+    if job.monitor not in job.reported:
+        hint = did_you_mean(job.monitor, job.reported) or f"there are {', '.join(job.reported)}"
+        path = "fit.early_stopping.monitor"
+        if job.monitor.startswith("val_") and not job.data.val:
+            hint = "without data.val there is no validation"
+        problems.append(Problem(f"nothing is reported as {job.monitor}", path, hint=hint))
+    return problems
+
+
+def job_json_schema() -> dict[str, Any]:
+    """JSON Schema of job.yaml, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}

@@ -1,0 +1,161 @@
+"""The run folder: every path of a run, its status, its history, and the lock of its one writer."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import UserError
+from dtrain.files import read_json, write_text
+
+RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
+STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
+
+Row = dict[str, Any]  # one epoch: epoch, step, lr, samples_per_s, train_loss, train_*, val_loss, val_*
+
+
+class RunDir:
+    """A run's folder. Constructing it touches nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.job = self.path / "job.yaml"
+        self.code = self.path / "code"
+        self.status_file = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.logs = self.path / "logs"
+        self.best_weights = self.path / "weights" / "best.pt"
+        self.last_weights = self.path / "weights" / "last.pt"
+        self.checkpoints = self.path / "checkpoints"
+        self.env = self.path / "env.json"
+        self.mlflow = self.path / "mlflow.json"
+        self.lock_file = self.path / "lock"
+
+    @classmethod
+    def new(cls, name: str) -> RunDir:
+        """A name that is free under runs/ in the working directory: NAME-YYYYMMDD-HHMMSS-xxxx."""
+        return cls(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def rank_error(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.error.json"
+
+    def agent_log(self, node: int) -> Path:
+        return self.logs / f"agent-{node}.log"
+
+    def heartbeat(self, rank: int) -> Path:
+        return self.path / "heartbeat" / f"rank-{rank}"
+
+    def exists(self) -> bool:
+        """Whether something is there that a new run must not overwrite."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def create(self) -> None:
+        """Make the folders; those that are there stay as they are."""
+        for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    # -- history ---------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        """The rows of metrics.jsonl, one for each epoch done."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def write_rows(self, rows: list[Row]) -> None:
+        """Replace metrics.jsonl. Whole, so that a stop never leaves half a row."""
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    # -- status and lock -------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """status.json as it is true now: "running" without a live writer reads as "killed".
+
+        Empty where there is no run.
+        """
+        status = read_json(self.status_file) or {}
+        if status.get("state") == "running" and not self._has_writer():
+            # The writer may have finished between the two looks.
+            status = read_json(self.status_file) or {}
+            if status.get("state") == "running":
+                status["state"] = "killed"
+        return status
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be this run's only writer, until the block ends or the process does.
+
+        Raises:
+            UserError: another live process is; the message names it.
+        """
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _flock(descriptor) or self._has_remote_writer():
+                holder = read_json(self.lock_file) or {}
+                raise UserError(
+                    f"{self} is being written by process {holder.get('pid')} on {holder.get('host')}; "
+                    "wait for it, or stop it first"
+                )
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _has_writer(self) -> bool:
+        holder = read_json(self.lock_file)
+        if holder is None:
+            return False
+        if holder.get("host") != socket.gethostname():
+            return self._has_remote_writer()
+        descriptor = os.open(self.lock_file, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _has_remote_writer(self) -> bool:
+        """Another host's flock may not be visible here, but the age of its status is."""
+        holder = read_json(self.lock_file)
+        if holder is None or holder.get("host") == socket.gethostname():
+            return False
+        status = read_json(self.status_file) or {}
+        if status.get("state") != "running":
+            return False
+        return time.time() - self.status_file.stat().st_mtime < STALE_AFTER_S
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _flock(descriptor: int) -> bool:
+    # A reader of the status holds the lock for microseconds: ask again before saying no.
+    for _ in range(20):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False

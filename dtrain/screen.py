@@ -1,0 +1,140 @@
+"""What a person sees of a run: a progress bar in a terminal, plain lines elsewhere; on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+from dtrain.heartbeat import Beat
+from dtrain.run import Row
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PLAIN_LINE_EVERY_S = 30.0  # within a long epoch, where there is no terminal
+
+
+class Screen:
+    """Shows progress, rows and lines. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._rate = Rate()
+        self._last_line = time.monotonic()
+
+    def print(self, line: str, file: IO[str] | None = None) -> None:
+        """A line above the progress bar; to stderr unless told otherwise."""
+        target = file or sys.stderr
+        if self._progress is not None and target.isatty():
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=target, flush=True)
+
+    def show_row(self, row: Row) -> None:
+        """An epoch that is done."""
+        self._last_line = time.monotonic()
+        self.print(row_line(row))
+
+    def show_beat(self, beat: Beat) -> None:
+        """Where the run is."""
+        self._rate.add(beat)
+        if self._is_terminal:
+            self._draw(beat)
+        elif time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            phase = "validation" if beat.validating else "step"
+            self.print(
+                f"epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}/{beat.steps_in_epoch}"
+                f"  loss {beat.loss:.4g}  {self._rate.samples_per_s:,.0f} samples/s"
+            )
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _draw(self, beat: Beat) -> None:
+        if self._progress is None:
+            self._progress = _new_progress()
+            self._task = self._progress.add_task("", total=None)
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(
+            self._task,
+            description=f"epoch {beat.epoch}/{beat.epochs}{' validation' if beat.validating else ''}",
+            completed=beat.step_in_epoch,
+            total=beat.steps_in_epoch,
+            loss=f"loss {beat.loss:.4g}",
+            rate=f"{self._rate.samples_per_s:,.0f} samples/s",
+            left=f"{duration(self._rate.seconds_left(beat))} left",
+        )
+
+
+class Rate:
+    """Speed over the last seconds, from beats."""
+
+    WINDOW_S = 10.0
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, Beat]] = []
+
+    def add(self, beat: Beat) -> None:
+        now = time.monotonic()
+        if not self._seen or beat.step != self._seen[-1][1].step:
+            self._seen.append((now, beat))
+        while len(self._seen) > 2 and now - self._seen[0][0] > self.WINDOW_S:
+            self._seen.pop(0)
+
+    def _per_second(self, count: str) -> float:
+        if len(self._seen) < 2:
+            return 0.0
+        (begin, first), (end, last) = self._seen[0], self._seen[-1]
+        return float(getattr(last, count) - getattr(first, count)) / (end - begin)
+
+    @property
+    def samples_per_s(self) -> float:
+        return self._per_second("samples")
+
+    def seconds_left(self, beat: Beat) -> float | None:
+        """Until the last epoch's end at this speed, validation not counted; None while it is unknown."""
+        steps_per_s = self._per_second("step")
+        if not steps_per_s or beat.validating:
+            return None
+        return (beat.steps_in_epoch * (beat.epochs - beat.epoch + 1) - beat.step_in_epoch) / steps_per_s
+
+
+def row_line(row: Row) -> str:
+    """`epoch 3  step 36  train_loss 0.2112  val_loss 0.1905  val_acc 0.9413  31,870 samples/s`."""
+    speed = row.get("samples_per_s")
+    shown = {k: v for k, v in row.items() if k not in ("epoch", "step", "samples_per_s") and isinstance(v, float)}
+    values = [f"{name} {value:.4g}" for name, value in shown.items()]
+    parts = [f"epoch {row['epoch']}", f"step {row['step']}", *values]
+    return "  ".join([*parts, f"{speed:,.0f} samples/s"] if speed else parts)
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03`, `02:03`, or `--:--` where it is unknown."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def _new_progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    fields = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "rate", "left")]
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *fields,
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,219 @@
+"""`_target_`s: names turned into what they name, their arguments checked before anything is called."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dtrain.errors import Problem, UserError, did_you_mean
+from dtrain.job import LoadedJob, MetricTarget, Target
+from dtrain.logits import guesses_logits
+
+_INSTALLED = tuple(sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "purelib", "platlib"))
+
+
+def job_path(folder: Path) -> None:
+    """Puts the job's folder first on sys.path, so that a net.py beside the job file wins over any other."""
+    entry = str(folder.resolve())
+    if sys.path[:1] != [entry]:
+        sys.path[:] = [entry, *(each for each in sys.path if each != entry)]
+        importlib.invalidate_caches()
+
+
+def resolve(name: str) -> object:
+    """What a dotted name stands for, importing modules as needed; raises UserError with one Problem."""
+    first, *rest = name.split(".")
+    if not all(part.isidentifier() for part in (first, *rest)):
+        raise UserError(f"{name!r} is not an importable name such as net.DigitNet")
+    try:
+        if first not in sys.modules and importlib.util.find_spec(first) is None:
+            known = {*sys.stdlib_module_names, *(module.name for module in pkgutil.iter_modules())}
+            raise UserError(Problem(f"there is no module {first}", hint=did_you_mean(first, known)))
+        found: object = importlib.import_module(first)
+        for i, part in enumerate(rest, start=1):
+            found = _member(found, part, ".".join([first, *rest][:i]))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
+        raise UserError(describe(error)) from error
+    return found
+
+
+def _member(owner: object, name: str, owner_name: str) -> object:
+    """An attribute, else a submodule not imported yet."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        is_package = isinstance(owner, ModuleType) and hasattr(owner, "__path__")
+        if is_package and importlib.util.find_spec(f"{owner_name}.{name}"):
+            return importlib.import_module(f"{owner_name}.{name}")
+    known = dir(owner) + [module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))]
+    raise UserError(Problem(f"{owner_name} has no {name}", hint=did_you_mean(name, known)))
+
+
+def describe(error: BaseException) -> str:
+    """An error of the user's code in one line: `net.py:7: NameError: name 'nn' is not defined`."""
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}: {kind}: {error.msg}"
+    text = f"{kind}: {error}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if _is_users(frame.filename)]
+    return f"{_short(users[-1].filename)}:{users[-1].lineno}: {text}" if users else text
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith(("<", *_INSTALLED)) and filename != __file__
+
+
+def _short(filename: str) -> str:
+    relative = os.path.relpath(filename)
+    return filename if relative.startswith(os.pardir) else relative
+
+
+def instantiate(value: object, *args: object) -> Any:
+    """Calls a target with `args` and its own arguments, those that are targets built first.
+
+    What is no target is returned as it is, rebuilt where it holds targets.
+    """
+    if isinstance(value, Target):
+        value = {"_target_": value.target, **value.arguments}
+    if isinstance(value, list):
+        return [instantiate(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    built = {key: instantiate(item) for key, item in value.items() if key != "_target_"}
+    return _resolve_callable(value["_target_"])(*args, **built) if "_target_" in value else built
+
+
+def bind_function(target: Target) -> Callable[..., Any]:
+    """The target itself as a function, for `step` and `data.collate`, with its arguments bound."""
+    function = _resolve_callable(target.target)
+    arguments = {key: instantiate(value) for key, value in target.arguments.items()}
+    return functools.partial(function, **arguments) if arguments else function
+
+
+def _resolve_callable(name: object) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise UserError(f"expected an importable name, found {name!r}")
+    found = resolve(name)
+    if not callable(found):
+        raise UserError(f"{name} cannot be called; it is of type {type(found).__name__}")
+    return found
+
+
+def check_target(target: Target, positional: int, where: str) -> list[Problem]:
+    """What is wrong with calling the target with so many positional arguments and its own by name.
+
+    `where` is the target's dotted key, from which the problems' paths start.
+    """
+    return _check_call(target.target, target.arguments, positional, where)
+
+
+def _check_call(name: object, arguments: Mapping[Any, object], positional: int, where: str) -> list[Problem]:
+    nested = [problem for key, value in arguments.items() for problem in _check_value(value, f"{where}.{key}")]
+    try:
+        function = _resolve_callable(name)
+        signature = inspect.signature(function)
+    except UserError as error:
+        return [replace(problem, path=f"{where}._target_") for problem in error.problems] + nested
+    except (TypeError, ValueError):  # written in C, without a signature
+        return nested
+    return [*_check_arguments(str(name), signature, arguments, positional, where), *nested]
+
+
+def _check_value(value: object, where: str) -> Iterator[Problem]:
+    """Checks the targets inside an argument."""
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _check_value(item, f"{where}.{i}")
+    elif isinstance(value, dict) and "_target_" in value:
+        arguments = {key: item for key, item in value.items() if key != "_target_"}
+        yield from _check_call(value["_target_"], arguments, 0, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _check_value(item, f"{where}.{key}")
+
+
+def _check_arguments(
+    name: str, signature: inspect.Signature, arguments: Mapping[Any, object], positional: int, where: str
+) -> Iterator[Problem]:
+    parameters = list(signature.parameters.values())
+    kinds = {p.kind for p in parameters}
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
+    if len(taken) < positional and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        yield Problem(f"{name} takes {len(taken)} positional arguments, but gets {positional}", where)
+    rest = [p for p in parameters if p not in taken]
+    known = [p.name for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    for key in arguments:
+        if key in {p.name for p in taken}:
+            yield Problem(f"{key} is passed to {name} by dtrain; leave it out", f"{where}.{key}")
+        elif not isinstance(key, str) or not (takes_any or key in known):
+            hint = did_you_mean(str(key), known)
+            yield Problem(f"{name} takes no argument {key}", f"{where}.{key}", hint=hint)
+    for p in rest:
+        optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if not optional and p.name not in arguments:
+            yield Problem(f"{name} needs the argument {p.name}", where)
+
+
+def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
+    """What is wrong with the job's targets, each with its place. Builds the loss and the metrics alone.
+
+    `folder` holds the job's own modules.
+    """
+    job_path(folder)
+    job, data = loaded.job, loaded.job.data
+    calls = [
+        ("model", job.model, 0),
+        ("data.train", data.train, 0),
+        ("data.val", data.val, 0),
+        ("data.collate", data.collate, 1),
+        ("step", job.step, 2),
+        ("optimizer", job.optimizer, 1),
+        ("scheduler", job.scheduler, 1),
+    ]
+    problems = [each for path, target, n in calls if target for each in check_target(target, n, path)]
+    if job.loss:
+        problems += _build(job.loss, "loss")[1]
+    for name, metric in job.metrics.items():
+        problems += _check_metric(metric, f"metrics.{name}")
+    return [loaded.at(problem) for problem in problems]
+
+
+def _build(target: Target, where: str) -> tuple[object, list[Problem]]:
+    """The target's object, or why there is none."""
+    problems = check_target(target, 0, where)
+    if problems:
+        return None, problems
+    try:
+        return instantiate(target), []
+    except (Exception, SystemExit) as error:  # a constructor's own checks; it may be the user's code
+        return None, [Problem(f"{target.target}: {describe(error)}", where)]
+
+
+def _check_metric(target: MetricTarget, where: str) -> list[Problem]:
+    metric, problems = _build(target, where)
+    if problems:
+        return problems
+    kind = type(metric).__name__
+    if not all(hasattr(metric, each) for each in ("update", "compute", "reset")):
+        return [Problem(f"{kind} is no metric: it lacks update, compute or reset", where)]
+    if target.activation is None and guesses_logits(metric):
+        message = f"{kind} guesses from each batch whether it was given logits or probabilities"
+        hint = "say activation: sigmoid or softmax (logits), or none (probabilities)"
+        return [Problem(message, where, hint=hint)]
+    return []

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from dtrain.trainer.reduce import State, reduce_states
+from ranks import count_collectives, run_ranks
+from torch import Tensor
+
+
+def reduced(rank, world_size, states):
+    return reduce_states(states[rank])
+
+
+def by_rank(*values, reduction, **options):
+    """The states of each rank, one for each value."""
+    return [[State(value, reduction, **options)] for value in values]
+
+
+def only(results):
+    """Rank 0's only value, after a check that the others have none."""
+    assert results[1:] == [None] * (len(results) - 1)
+    (value,) = results[0]
+    return value
+
+
+def same(actual, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+
+def test_alone_every_value_comes_back_as_it_is():
+    values = [torch.tensor([1.0, 2.0]), torch.tensor(3), [torch.ones(2)], []]
+    states = [State(v, r) for v, r in zip(values, ("stack", "sum", "cat", "stack"), strict=True)]
+    assert all(a is b for a, b in zip(reduce_states(states), values, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64])
+def test_sums_keep_dtype_and_shape(dtype):
+    values = [torch.arange(6).reshape(2, 3).to(dtype) + rank for rank in range(3)]
+    same(only(run_ranks(3, reduced, by_rank(*values, reduction="sum"))), sum(values))
+
+
+def test_a_sum_of_bools_is_their_or_as_in_one_process():
+    values = torch.tensor([True, False, False]), torch.tensor([True, True, False])
+    same(only(run_ranks(2, reduced, by_rank(*values, reduction="sum"))), torch.tensor([True, True, False]))
+
+
+def test_int64_sums_are_exact_beyond_float64():
+    values = torch.tensor(2**60), torch.tensor(1)
+    same(only(run_ranks(2, reduced, by_rank(*values, reduction="sum"))), torch.tensor(2**60 + 1))
+
+
+def test_float32_sums_are_rounded_once():
+    values = (
+        torch.tensor(1e8),
+        torch.tensor(3.0),
+        torch.tensor(3.0),
+    )  # float32 steps by 8 here: 3.0 alone is lost
+    assert only(run_ranks(3, reduced, by_rank(*values, reduction="sum"))) == 1e8 + 8
+
+
+def test_a_rank_without_samples_may_not_know_dtype_or_shape_of_a_sum():
+    value = torch.tensor([1.5, 2.5, 3.5], dtype=torch.float64)
+    states = [[State(torch.tensor(0.0), "sum", updated=False)], [State(value, "sum")]]
+    same(only(run_ranks(2, reduced, states)), value)
+
+
+def test_extremes_keep_nan_and_integers():
+    nan = float("nan")
+    states = [
+        [State(torch.tensor([1.0, nan]), "max"), State(torch.tensor([2**60, 1]), "min")],
+        [State(torch.tensor([3.0, 0.0]), "max"), State(torch.tensor([2**60 + 1, 0]), "min")],
+    ]
+    largest, smallest = run_ranks(2, reduced, states)[0]
+    assert torch.equal(largest.nan_to_num(-1), torch.tensor([3.0, -1]))
+    same(smallest, torch.tensor([2**60, 0]))
+
+
+def test_a_stack_holds_the_updated_ranks_in_order():
+    one, unseen, two = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 4.0])
+    states = [
+        [State(one, "stack"), State(unseen, "stack", False), State(one, "stack", True, torch.sum)],
+        [
+            State(unseen, "stack", False),
+            State(unseen, "stack", False),
+            State(unseen, "stack", False, torch.sum),
+        ],
+        [State(two, "stack"), State(two, "stack"), State(two, "stack", True, torch.sum)],
+    ]
+    stacked, single, combined = run_ranks(3, reduced, states)[0]
+    same(stacked, torch.stack([one, two]))
+    same(single, two)
+    same(combined, torch.tensor(10.0))
+
+
+def test_a_stack_of_no_updated_rank_is_the_default():
+    same(
+        only(run_ranks(2, reduced, by_rank(torch.ones(2), torch.ones(2), reduction="stack", updated=False))),
+        torch.ones(2),
+    )
+
+
+def test_lists_of_uneven_lengths_and_an_empty_one():
+    lists = [[torch.ones(2, 3)], [], [torch.zeros(1, 3), torch.full((4, 3), 7.0)]]
+    pieces = only(run_ranks(3, reduced, by_rank(*lists, reduction="cat")))
+    same(torch.cat(pieces), torch.cat([*lists[0], *lists[2]]))
+
+
+def test_lists_empty_on_all_ranks():
+    assert only(run_ranks(2, reduced, by_rank([], [], reduction="cat"))) == []
+
+
+def test_lists_keep_their_elements_of_any_dtype_and_shape():
+    first = [torch.tensor(True), torch.ones(0, 4), torch.tensor([1.5, 2.5], dtype=torch.float64)]
+    second = [torch.tensor([[3]]), torch.tensor([1.0], dtype=torch.bfloat16), torch.arange(6).reshape(2, 3).T]
+    pieces = only(run_ranks(2, reduced, by_rank(first, second, reduction="stack")))
+    for piece, expected in zip(pieces, first + second, strict=True):
+        same(piece, expected)
+
+
+def test_scalars_join_in_a_list():
+    lists = [torch.tensor(1.0), torch.tensor([2.0])], [torch.tensor(3.0)]
+    pieces = only(run_ranks(2, reduced, by_rank(*lists, reduction="cat")))
+    assert torch.cat(pieces).tolist() == [1, 2, 3]
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(RuntimeError, match="anything but tensors"):
+        run_ranks(2, reduced, by_rank(["a"], ["b"], reduction="stack"))
+
+
+def reduced_in_a_group(rank, world_size):
+    group = dist.new_group([1, 2])
+    return reduce_states([State(torch.tensor(rank), "sum"), State([torch.tensor([rank])], "cat")], group) if rank else 0
+
+
+def test_a_group_ends_on_its_own_first_rank():
+    outsider, (total, pieces), last = run_ranks(3, reduced_in_a_group)
+    assert (outsider, last) == (0, None)
+    assert total == 3
+    assert torch.cat(pieces).tolist() == [1, 2]
+
+
+def count_for_many(rank, world_size):
+    states = [State(torch.ones(3, dtype=dtype), "sum") for dtype in (torch.int32, torch.int64, torch.float32) * 9]
+    states += [State(torch.ones(2), reduction) for reduction in ("max", "min", "stack") * 9]
+    states += [State([torch.ones(2, dtype=dtype)], "cat") for dtype in (torch.float32, torch.bool) * 9]
+    with count_collectives() as counter:
+        reduce_states(states)
+    return counter
+
+
+def test_any_number_of_states_takes_four_collectives():
+    expected = Counter(all_gather_object=1, reduce=2, gather=1)  # the exchange; int64 and float64; all else
+    assert run_ranks(2, count_for_many) == [expected, expected]
+
+
+def count_for_sums(rank, world_size):
+    with count_collectives() as counter:
+        reduce_states([State(torch.ones(3), "sum"), State([], "cat")])
+    return counter
+
+
+def test_nothing_to_gather_is_not_gathered():
+    assert run_ranks(2, count_for_sums)[0] == Counter(all_gather_object=1, reduce=1)
+
+
+def fail_on_rank_1(rank, world_size):
+    if rank == 1:
+        raise ValueError("only here")
+    dist.barrier()
+
+
+def die_on_rank_1(rank, world_size):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def hang_on_rank_1(rank, world_size):
+    time.sleep(60 * rank)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (fail_on_rank_1, RuntimeError, "(?s)rank 1 failed.*ValueError: only here"),
+        (die_on_rank_1, RuntimeError, "rank 1 ended with exit code -9"),
+        (hang_on_rank_1, TimeoutError, r"ranks \[1\]"),
+    ],
+)
+def test_run_ranks_names_the_rank_that_failed(function, error, message):
+    with pytest.raises(error, match=message):
+        run_ranks(2, function, timeout=3 if error is TimeoutError else 120)

@@ -1,0 +1,230 @@
+"""Names resolve to what they name, and what is wrong with a target is told before it is called."""
+
+from __future__ import annotations
+
+import collections
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.errors import UserError
+from dtrain.job import Target
+from dtrain.loading import load_job
+from dtrain.target import bind_function, check_job, check_target, instantiate, job_path, resolve
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job's folder as the working directory; what is imported from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    job_path(tmp_path)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def target(name: object, **arguments: object) -> Target:
+    return Target.model_validate({"_target_": name, **arguments})
+
+
+def module(text: str, path: str = "net.py") -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(text)
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(name)
+    return str(caught.value)
+
+
+def told(name: object, positional: int = 0, **arguments: object) -> list[str]:
+    return [str(problem) for problem in check_target(target(name, **arguments), positional, "here")]
+
+
+def test_resolves_modules_attributes_nested_classes_and_class_methods():
+    module("class A:\n  class B:\n    pass\n  @classmethod\n  def make(cls): return cls()\n", "pack/sub.py")
+    module("", "pack/__init__.py")
+    assert resolve("collections.abc.Mapping") is collections.abc.Mapping
+    assert resolve("pack.sub.A.B").__name__ == "B"
+    assert isinstance(instantiate(target("pack.sub.A.make")), resolve("pack.sub.A"))
+
+
+def test_a_function_wins_over_the_module_of_its_name():
+    module("from pack.accuracy import accuracy\n", "pack/__init__.py")
+    module("def accuracy(): return 1\n", "pack/accuracy.py")
+    assert instantiate(target("pack.accuracy")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("colections.Counter", "there is no module colections; did you mean collections?"),
+        ("xqzw.A", "there is no module xqzw"),
+        ("collections.Countr", "collections has no Countr; did you mean Counter?"),
+        ("pack.sbu.A", "pack has no sbu; did you mean sub?"),
+        ("pack.sub.A.c", "pack.sub.A has no c"),
+        ("collections.Counter.updat", "collections.Counter has no updat; did you mean update?"),
+        ("", "'' is not an importable name such as net.DigitNet"),
+        ("a..b", "'a..b' is not an importable name such as net.DigitNet"),
+        (".a", "'.a' is not an importable name such as net.DigitNet"),
+        ("a/b.py:C", "'a/b.py:C' is not an importable name such as net.DigitNet"),
+    ],
+)
+def test_a_name_that_does_not_resolve(name: str, expected: str):
+    module("", "pack/__init__.py")
+    module("class A: pass\n", "pack/sub.py")
+    assert refusal(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1\n\nclass A(nn.Module): pass\n", "net.py:3: NameError: name 'nn' is not defined"),
+        ("import xqzw\n", "net.py:1: ModuleNotFoundError: No module named 'xqzw'"),
+        ("import json\njson.loads('{')\n", "net.py:2: JSONDecodeError: Expecting property name"),
+        ("class A\n", "net.py:1: SyntaxError: expected ':'"),
+        ("import sys\nsys.exit(3)\n", "net.py:2: SystemExit: 3"),
+        ("assert False\n", "net.py:1: AssertionError"),
+        ("raise ValueError('two\\nlines')\n", "net.py:1: ValueError: two lines"),
+        ("def __getattr__(name):\n  raise RuntimeError(name)\n", "net.py:2: RuntimeError: A"),
+    ],
+)
+def test_a_module_that_raises_is_told_by_the_users_own_line(text: str, expected: str):
+    module(text)
+    assert refusal("net.A").startswith(expected)
+    assert "\n" not in refusal("net.A")
+
+
+def test_the_job_folder_comes_first_once(folder: Path):
+    sys.path[:] = ["/somewhere", str(folder), "/else"]
+    job_path(folder)
+    job_path(folder)
+    assert sys.path == [str(folder), "/somewhere", "/else"]
+
+
+FUNCTIONS = """
+def plain(a, b=1): return (a, b)
+def keywords(a, *, c, **others): return (a, c, others)
+def positions(*args): return args
+def only(a, /, b): return (a, b)
+class Net:
+    def __init__(self, width, depth=2): self.sizes = (width, depth)
+value = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "positional", "arguments", "expected"),
+    [
+        ("net.plain", 1, {}, []),
+        ("net.plain", 0, {"a": 1, "b": 2}, []),
+        ("net.plain", 0, {}, ["here: net.plain needs the argument a"]),
+        ("net.plain", 1, {"a": 1}, ["here.a: a is passed to net.plain by dtrain; leave it out"]),
+        ("net.plain", 3, {}, ["here: net.plain takes 2 positional arguments, but gets 3"]),
+        ("net.keywords", 1, {"c": 1, "any": 2}, []),
+        ("net.keywords", 1, {}, ["here: net.keywords needs the argument c"]),
+        ("net.positions", 5, {}, []),
+        ("net.only", 1, {"b": 1}, []),
+        (
+            "net.only",
+            0,
+            {"a": 1, "b": 1},
+            ["here.a: net.only takes no argument a"],
+        ),
+        (
+            "net.Net",
+            0,
+            {"widht": 3},
+            [
+                "here.widht: net.Net takes no argument widht; did you mean width?",
+                "here: net.Net needs the argument width",
+            ],
+        ),
+        ("net.value", 0, {}, ["here._target_: net.value cannot be called; it is of type int"]),
+        ("net", 0, {}, ["here._target_: net cannot be called; it is of type module"]),
+        ("builtins.dict", 1, {"x": 1}, []),
+        ("net.Nte", 0, {}, ["here._target_: net has no Nte; did you mean Net?"]),
+        (
+            "net.Net",
+            0,
+            {"width": {"_target_": "net.plain", "z": 1}, "depth": [{"x": {"_target_": 3}}]},
+            [
+                "here.width.z: net.plain takes no argument z",
+                "here.width: net.plain needs the argument a",
+                "here.depth.0.x._target_: expected an importable name, found 3",
+            ],
+        ),
+    ],
+)
+def test_arguments_against_the_signature(name: str, positional: int, arguments: dict[str, object], expected: list[str]):
+    module(FUNCTIONS)
+    assert told(name, positional, **arguments) == expected
+
+
+def test_instantiate_builds_the_targets_inside_first():
+    module(FUNCTIONS)
+    inner = {"_target_": "net.plain", "a": 1}
+    net = instantiate(target("net.Net", width=[inner, {"x": inner, 5: 6}], depth=inner))
+    assert net.sizes == ([(1, 1), {"x": (1, 1), 5: 6}], (1, 1))
+    assert instantiate(target("net.plain", b=5), "given") == ("given", 5)
+    assert instantiate([1, "a", None]) == [1, "a", None]
+
+
+def test_bind_function_returns_the_function_itself():
+    module(FUNCTIONS)
+    assert bind_function(target("net.plain")) is resolve("net.plain")
+    assert bind_function(target("net.plain", b={"_target_": "builtins.list"}))(7) == (7, [])
+
+
+JOB = """\
+name: x
+model: {_target_: net.Net, widht: 3}
+data:
+  train: {_target_: data2.digits}
+  batch_size: 4
+  collate: {_target_: net.plain, c: 3}
+step: {_target_: net.only, b: 3}
+optimizer: {_target_: torch.optim.Adam, lrr: 0.1}
+scheduler: {_target_: torch.optim.lr_scheduler.StepLR, interval: step}
+fit: {epochs: 1}
+metrics:
+  acc: {_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 3, train: false}
+  bad: {_target_: torchmetrics.Accuracy, task: multiclass}
+  auc: {_target_: torchmetrics.AUROC, task: binary}
+  fine: {_target_: torchmetrics.AUROC, task: binary, activation: sigmoid}
+  net: {_target_: torch.nn.Flatten}
+"""
+
+
+def test_every_target_of_a_job_is_checked_and_placed(folder: Path):
+    module(FUNCTIONS)
+    Path("job.yaml").write_text(JOB)
+    # Not torchmetrics' own wording, which may change.
+    lines = [str(problem).split(" Got ")[0] for problem in check_job(load_job("job.yaml"), folder)]
+    assert lines == [
+        "job.yaml:2: model.widht: net.Net takes no argument widht; did you mean width?",
+        "job.yaml:2: model: net.Net needs the argument width",
+        "job.yaml:4: data.train._target_: there is no module data2",
+        "job.yaml:6: data.collate.c: net.plain takes no argument c",
+        "job.yaml:7: step.b: b is passed to net.only by dtrain; leave it out",
+        "job.yaml:8: optimizer.lrr: torch.optim.Adam takes no argument lrr; did you mean lr?",
+        "job.yaml:9: scheduler: torch.optim.lr_scheduler.StepLR needs the argument step_size",
+        "job.yaml:13: metrics.bad: torchmetrics.Accuracy: ValueError: Optional arg `num_classes` must be "
+        "type `int` when task is ClassificationTask.MULTICLASS.",
+        "job.yaml:14: metrics.auc: BinaryAUROC guesses from each batch whether it was given logits or "
+        "probabilities; say activation: sigmoid or softmax (logits), or none (probabilities)",
+        "job.yaml:16: metrics.net: Flatten is no metric: it lacks update, compute or reset",
+    ]
+
+
+def test_a_loss_that_cannot_be_built_is_told(folder: Path):
+    text = JOB.replace("step: {_target_: net.only, b: 3}", "loss: {_target_: net.Loss, power: 0}")
+    Path("job.yaml").write_text(text)
+    module(FUNCTIONS + "class Loss:\n  def __init__(self, power):\n    self.power = 1 / power\n")
+    lines = [str(problem) for problem in check_job(load_job("job.yaml"), folder)]
+    assert "job.yaml:7: loss: net.Loss: net.py:11: ZeroDivisionError: division by zero" in lines

@@ -1,0 +1,308 @@
+"""The tracker against real MLflow stores, and `dtrain ui` on one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from dtrain.launcher.ui import ui
+from dtrain.trainer.tracking import flatten, follow
+
+from dtrain.errors import UserError
+from dtrain.files import read_json, write_json
+from dtrain.run import RunDir
+from dtrain.tracking_uri import hide_password, resolve_tracking_uri
+
+TRACKER = [sys.executable, "-m", "dtrain.trainer.tracking"]
+RUNNING, FINISHED = {"state": "running", "step": 1}, {"state": "finished", "step": 9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """The working directory of all tests here: MLflow puts the artifacts of a local store into it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("work"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # a server in 6 s instead of 28
+        yield Path.cwd()
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    """One SQLite store for most tests: making one takes seconds."""
+    return f"sqlite:///{folder}/shared.db"
+
+
+@pytest.fixture
+def run(store, tmp_path):
+    return make_run(tmp_path / "digits-1", store)
+
+
+def make_run(path, uri, **fields):
+    run = RunDir(path)
+    run.create()
+    job = {"name": "digits", "fit": {"epochs": 2}, "mlflow": {"tracking_uri": uri}, **fields}
+    run.job.write_text(yaml.safe_dump(job))
+    return run
+
+
+def rows(*epochs, **values):
+    return [{"epoch": epoch, "step": 3 * epoch, "train_loss": 1 / epoch, **values} for epoch in epochs]
+
+
+def client_and_run(run):
+    from mlflow import MlflowClient
+
+    names = read_json(run.mlflow)
+    client = MlflowClient(names["tracking_uri"])
+    return client, client.get_run(names["run_id"])
+
+
+def history(run, key):
+    client, found = client_and_run(run)
+    return [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, key)]
+
+
+def artifacts(run, folder=None):
+    client, found = client_and_run(run)
+    return {file.path for file in client.list_artifacts(found.info.run_id, folder)}
+
+
+def scripted(*events):
+    """A status function that answers with one event after the other; a function among them acts first."""
+    remaining = iter(events)
+
+    def status():
+        event = next(remaining)
+        while callable(event):
+            event()
+            event = next(remaining)
+        return event
+
+    return status
+
+
+def test_a_run_is_copied_while_it_goes_on(run):
+    run.best_weights.write_bytes(b"weights")
+    write_json(run.env, {"git": {"commit": "abc", "dirty": True}})
+    seen = []
+    status = scripted(
+        {"state": "running", "step": 0},
+        lambda: seen.append(run.mlflow.exists()),
+        RUNNING,
+        lambda: run.write_rows(rows(1)),
+        RUNNING,
+        lambda: seen.append((client_and_run(run)[1].info.status, artifacts(run), history(run, "epoch"))),
+        lambda: run.write_rows(rows(1, 2)),
+        RUNNING,
+        FINISHED,
+    )
+    assert follow(run, status) == 0
+    assert seen == [False, ("RUNNING", {"job.yaml"}, [(3, 1.0)])]
+    _, found = client_and_run(run)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "digits-1"
+    assert found.data.params["fit.epochs"] == "2"
+    assert found.data.tags["mlflow.source.git.commit"] == "abc"
+    assert found.data.tags["dtrain.git_dirty"] == "true"
+    assert found.data.tags["dtrain.run_dir"] == str(run.path)
+    assert history(run, "train_loss") == [(3, 1.0), (6, 0.5)]
+    assert artifacts(run) == {"job.yaml", "weights"}
+    assert artifacts(run, "weights") == {"weights/best.pt"}
+
+
+def test_a_resumed_run_continues_without_a_step_twice(run, store):
+    run.write_rows(rows(1, 2))
+    follow(run, scripted({"state": "stopped"}, {"state": "stopped"}))
+    _, before = client_and_run(run)
+    make_run(run.path, store, fit={"epochs": 3, "strategy": "ddp"})
+    states = []
+    status = scripted(
+        RUNNING,
+        lambda: run.write_rows(rows(1)),  # cut back to the checkpoint
+        RUNNING,
+        lambda: run.write_rows(rows(1, 2, 3)),
+        RUNNING,
+        lambda: states.append(client_and_run(run)[1].info.status),
+        FINISHED,
+    )
+    assert follow(run, status) == 0
+    _, after = client_and_run(run)
+    assert before.info.status == "KILLED"
+    assert states == ["RUNNING"]
+    assert after.info.run_id == before.info.run_id
+    assert after.info.status == "FINISHED"
+    assert history(run, "epoch") == [(3, 1.0), (6, 2.0), (9, 3.0)]
+    assert after.data.params["fit.epochs"] == "2"  # a parameter can't change in MLflow
+    assert after.data.params["fit.strategy"] == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [({"state": "failed"}, "FAILED"), ({"state": "killed", "step": 4}, "KILLED"), ({}, "KILLED")],
+)
+def test_the_end_of_the_run_is_that_of_the_mlflow_run(run, status, expected):
+    assert follow(run, lambda: status) == 0
+    assert client_and_run(run)[1].info.status == expected
+
+
+def test_matrices_and_nan_are_left_out(run):
+    run.write_rows(rows(1, val_matrix=[[1, 2], [3, 4]], val_auc=float("nan"), val_loss=float("inf"), val_acc=1))
+    assert follow(run, lambda: FINISHED) == 0
+    assert client_and_run(run)[1].data.metrics == {"epoch": 1, "step": 3, "train_loss": 1, "val_acc": 1}
+
+
+def test_more_and_longer_parameters_than_mlflow_takes(run, store):
+    make_run(run.path, store, model={"_target_": "net.Net", "widths": list(range(250)), "k" * 300: "v" * 7000})
+    assert follow(run, lambda: FINISHED) == 0
+    params = client_and_run(run)[1].data.params
+    assert params["model.widths.249"] == "249"
+    assert max(map(len, params.values())) == 6000
+
+
+def test_a_deleted_mlflow_run_is_made_anew(run):
+    run.write_rows(rows(1))
+    follow(run, lambda: FINISHED)
+    client, before = client_and_run(run)
+    client.delete_run(before.info.run_id)
+    assert follow(run, lambda: FINISHED) == 0
+    assert client_and_run(run)[1].info.run_id != before.info.run_id
+    assert history(run, "epoch") == [(3, 1.0)]
+
+
+def test_a_broken_artifact_store_costs_the_artifacts_alone(run, capsys):
+    follow(run, lambda: FINISHED)
+    artifact_folder = Path(client_and_run(run)[1].info.artifact_uri)
+    (artifact_folder / "job.yaml").unlink()
+    artifact_folder.rmdir()
+    artifact_folder.write_text("in the way")
+    run.write_rows(rows(1))
+    assert follow(run, lambda: {"state": "failed"}, retry_s=0, give_up_s=0) == 1
+    assert client_and_run(run)[1].info.status == "FAILED"
+    assert history(run, "epoch") == [(3, 1.0)]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
+    run = make_run(tmp_path / "run", uri)
+    assert follow(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"dtrain: MLflow at {hide_password(uri)}: ")
+    assert "Connection refused" in error
+    assert error.endswith(f"given up; to complete it: python -m dtrain.trainer.tracking {run}\n")
+    assert "secret" not in error
+
+
+def test_a_server_that_comes_late_gets_everything(tmp_path, store):
+    port = free_port()
+    run = make_run(tmp_path / "run", f"http://127.0.0.1:{port}")
+    run.best_weights.write_bytes(b"weights")
+    run.write_rows(rows(1))
+    write_json(run.status_file, RUNNING)
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    with run.lock(), (run.path / "log").open("w") as log:
+        tracker = subprocess.Popen([*TRACKER, str(run)], stderr=log)
+        wait_until(lambda: "trying again" in (run.path / "log").read_text())
+        with process([*server, "--host", "127.0.0.1", "--port", str(port)]):
+            wait_until(lambda: run.mlflow.exists() and history(run, "epoch") == [(3, 1.0)])
+            tracker.send_signal(signal.SIGTERM)  # as a cluster does to all processes of a job
+            run.write_rows(rows(1, 2))
+            write_json(run.status_file, FINISHED)
+            assert tracker.wait(30) == 0
+            assert client_and_run(run)[1].info.status == "FINISHED"
+            assert history(run, "epoch") == [(3, 1.0), (6, 2.0)]
+            assert artifacts(run, "weights") == {"weights/best.pt"}
+    assert len((run.path / "log").read_text().splitlines()) == 1
+
+
+def test_trackers_that_make_one_store_at_the_same_time(tmp_path):
+    runs = [make_run(tmp_path / name, f"sqlite:///{tmp_path}/new/mlflow.db") for name in ("a", "b")]
+    for run in runs:
+        write_json(run.status_file, RUNNING)  # without a live writer: killed
+    trackers = [subprocess.Popen([*TRACKER, str(run)], stderr=subprocess.PIPE) for run in runs]
+    assert [tracker.communicate(timeout=60)[1] for tracker in trackers] == [b"", b""]
+    assert [tracker.returncode for tracker in trackers] == [0, 0]
+    assert [client_and_run(run)[1].info.status for run in runs] == ["KILLED", "KILLED"]
+
+
+def test_waiting_for_the_first_step_costs_no_heavy_import():
+    code = "import sys, dtrain.trainer.tracking; print({'mlflow', 'torch'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_flatten():
+    job = {"optimizer": {"lr": 1e-5, "betas": [0.9, 0.99]}, "on": True, "none": None, "slurm": {}, "a/b": "c"}
+    assert [f"{key}={value}" for key, value in flatten(job).items()] == [
+        *["optimizer.lr=1e-05", "optimizer.betas.0=0.9", "optimizer.betas.1=0.99"],
+        *["on=true", "none=null", "slurm={}", "a_b=c"],
+    ]
+
+
+def test_which_store_is_meant(folder, monkeypatch):
+    assert resolve_tracking_uri(None) == f"sqlite:///{folder}/mlflow.db"
+    assert resolve_tracking_uri(None, "http://before") == "http://before"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert resolve_tracking_uri(None, "http://before") == "http://environment"
+    assert resolve_tracking_uri("sqlite:///a/b.db?timeout=9") == f"sqlite:///{folder}/a/b.db?timeout=9"
+
+
+def test_ui_without_a_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no runs recorded in"):
+        ui(None, None)
+
+
+def test_ui_of_a_server_is_its_address(capsys):
+    assert ui("https://user:secret@mlflow.example", None) == 0
+    assert capsys.readouterr().out == "https://***@mlflow.example\n"
+
+
+def test_ui_serves_the_store_until_ctrl_c(run, store):
+    follow(run, lambda: FINISHED)
+    code = f"import sys; from dtrain.launcher.ui import ui; sys.exit(ui({store!r}, None))"
+    with process([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as shown:
+        address = shown.stdout.readline().strip()
+        assert get(f"{address}/health") == "OK"
+        query = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=digits"
+        assert json.loads(get(query))["experiment"]["name"] == "digits"
+        shown.send_signal(signal.SIGINT)
+        assert shown.wait(10) == 130
+    with pytest.raises(OSError, match="refused"):
+        get(address)
+
+
+@contextlib.contextmanager
+def process(command, **options):
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **options) as started:
+        try:
+            yield started
+        finally:
+            started.terminate()
+
+
+def get(address):
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until(condition, timeout_s=40):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)

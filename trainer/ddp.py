@@ -1,0 +1,100 @@
+"""One model on every rank, its gradients averaged: torch's DistributedDataParallel, made exact."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .seeds import rng_state, set_rng_state
+from .world import World
+
+
+class DataParallel:
+    """A model on each rank. All ranks take part in making it: they all get rank 0's weights and buffers.
+
+    Attributes:
+        bare: the model itself, for evaluation and saving.
+        module: what is called in training. Its backward pass averages the gradients over the ranks.
+    """
+
+    def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
+        self.world = world
+        if sync_batchnorm and world.world_size > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        self.bare = net.to(world.device)
+        self.module: nn.Module = self.bare
+        if world.world_size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
+            wrapped = DistributedDataParallel(
+                net,
+                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
+                gradient_as_bucket_view=True,
+            )
+            settle_buckets(wrapped)
+            self.module = wrapped
+
+    def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.module.no_sync()
+
+    @contextlib.contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Buffers and random states after the block are what they were before it (for a filler's forward)."""
+        buffers = [buffer.clone() for buffer in self.bare.buffers()]
+        state = rng_state(self.world.device)
+        yield
+        set_rng_state(state, self.world.device)
+        with torch.no_grad():
+            for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    def share_buffers(self) -> None:
+        """Give all ranks rank 0's buffers. All ranks take part, in one broadcast for each dtype."""
+        if self.world.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in self.bare.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        with torch.no_grad():
+            for buffers in by_dtype.values():
+                flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+                dist.broadcast(flat, src=0)
+                for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                    buffer.copy_(values.view_as(buffer))
+
+
+def settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Have DDP group its gradients for good, now and always alike. All ranks take part, in a sum of zeros.
+
+    DDP regroups its buckets after the first backward pass of a process, in the order in which the gradients came.
+    A sum over three ranks or more depends on the grouping, so that the first step after a resume would add the
+    same numbers in another order than the uninterrupted run did. Here the first pass is one through each
+    parameter in turn, before any of the model's own: the grouping follows from the model alone.
+    """
+    net = wrapped.module
+    wrapped.module = _TouchAll(net)
+    for _ in range(2):  # the second forward regroups
+        wrapped().backward()
+    wrapped.module = net
+    wrapped.zero_grad()
+
+
+class _TouchAll(nn.Module):
+    """Zero, as a sum over the parameters: its backward pass reaches them last to first, as a model's mostly does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.touched = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+    def forward(self) -> torch.Tensor:
+        zero = torch.zeros((), device=self.touched[0].device)
+        for parameter in self.touched:
+            zero = zero + parameter.sum() * 0
+        return zero

@@ -1,0 +1,329 @@
+"""The training loop: what happens, when, and which ranks take part.
+
+Every rank runs this same loop in step with the others. A method says which ranks take part in its collectives;
+what only rank 0 does (files, reports) stands under `if self.world.is_main`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dtrain.heartbeat import Beat, Heartbeat
+from dtrain.run import Row, RunDir
+
+from . import checkpoint
+from .best import Best
+from .data import Batches, MicroBatch
+from .ddp import DataParallel
+from .reduce import reduce_states
+from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
+from .step import Outcome, Step
+from .stop import StopAgreement, Stopped
+from .tally import Tally
+from .weights import save_weights
+from .world import World
+
+LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
+
+
+@dataclass
+class Place:
+    """How far the run is. It continues with batch `step_in_epoch` (from 0) of `epoch` (from 1)."""
+
+    epoch: int = 1
+    step_in_epoch: int = 0
+    step: int = 0  # optimizer steps since the run began
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen."""
+
+    epochs: int
+    checkpoint_every: int | Literal["epoch"] = "epoch"
+    keep: int = 2
+    scheduler_interval: Literal["epoch", "step"] = "epoch"
+
+
+class Loop:
+    """Trains until the last epoch, until patience runs out, or until all ranks agree to stop."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        world: World,
+        model: DataParallel,
+        step: Step,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        batches: tuple[Batches, Batches | None],
+        tallies: tuple[Tally, Tally],
+        best: Best,
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        self.run_dir = run
+        self.world = world
+        self.model = model
+        self.step = step
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.train_batches, self.val_batches = batches
+        self.train_tally, self.val_tally = tallies
+        self.best = best
+        self.schedule = schedule
+        self.seed = seed
+        self.place = Place()
+        self.heartbeat = Heartbeat(run.heartbeat(world.rank))
+        self.stop = StopAgreement(world, self.heartbeat)
+        self.lr = float("nan")  # of the last step done
+        self.samples_per_s: float | None = None  # of this epoch's training in this process
+        self.samples_done = 0  # over all ranks, since this process began
+        self._looked_at = 0.0
+        self._shown_loss = float("nan")
+
+    def run(self) -> None:
+        """Train. All ranks take part.
+
+        Raises:
+            Stopped: all ranks agreed to stop; a checkpoint of this very step is saved.
+        """
+        self.resume()
+        while not self.is_over:
+            # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
+            self.train_epoch()
+            # All ranks: evaluate rank 0's model, each rank on its own share of the validation set.
+            self.model.share_buffers()
+            self.validate()
+            # All ranks: what each has added up meets on rank 0, which reports it back to all.
+            row = self.report()
+            # Rank 0 writes; the decision what is best is the same everywhere, made from the same row.
+            self.finish_epoch(row)
+            if self.schedule.checkpoint_every == "epoch" or self.is_over:
+                self.save_checkpoint()
+        self.beat()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no epoch is left to do."""
+        return self.place.epoch > self.schedule.epochs or self.best.exhausted
+
+    # -- training --------------------------------------------------------------------------------
+
+    def train_epoch(self) -> None:
+        """The rest of the epoch's steps. All ranks take part."""
+        self.model.bare.train()
+        began, samples_before = time.perf_counter(), self.samples_done
+        for micro_batches in self.train_batches.epoch(self.place.epoch, self.place.step_in_epoch):
+            self.stop.ask()
+            self.train_step(micro_batches)
+            self.samples_done += self.train_batches.shard.samples(self.place.step_in_epoch)
+            self.place.step += 1
+            self.place.step_in_epoch += 1
+            self.beat()
+            self.stop_or_save()
+        samples = self.samples_done - samples_before  # none when only the validation was left to do
+        self.samples_per_s = samples / (time.perf_counter() - began) if samples else None
+
+    def train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
+        """One optimizer step, by the gradient of the whole batch's mean, whatever its split. All ranks take part."""
+        self.optimizer.zero_grad()
+        count = len(self.train_batches.shard.micro_batches(self.place.step_in_epoch))
+        weight: Tensor | None = None
+        for i, micro_batch in enumerate(micro_batches):
+            # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
+            scale = self.world.world_size / micro_batch.batch_samples
+            with self.model.accumulating(last=i == count - 1):
+                outcome = self.forward(micro_batch)
+                if outcome.weight is None:
+                    (outcome.total * scale).backward()
+                else:
+                    # How many units the batch has is known only after all its parts; see `divide_gradients`.
+                    outcome.total.backward()
+                    weight = outcome.weight if weight is None else weight + outcome.weight
+            if micro_batch.samples:
+                self.train_tally.add(outcome, micro_batch.samples)
+        if weight is not None:
+            self.divide_gradients(weight)
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        if self.scheduler is not None and self.schedule.scheduler_interval == "step":
+            self.scheduler.step()
+
+    def forward(self, micro_batch: MicroBatch) -> Outcome:
+        """The model's forward in training, through DDP."""
+        if micro_batch.samples:
+            return self.step(self.model.module, micro_batch)
+        with self.model.without_trace():
+            return self.step(self.model.module, micro_batch)
+
+    def divide_gradients(self, weight: Tensor) -> None:
+        """Turn the gradients of the summed loss into those of its mean over all ranks' units. All ranks take part."""
+        total = self.world.sum(weight)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, (self.world.world_size / total).to(gradients[0].dtype))
+
+    def stop_or_save(self) -> None:
+        """After a step: stop if any rank was asked to, save if it is time. All ranks take part."""
+        every = self.schedule.checkpoint_every
+        signal_number = self.stop.agreed()
+        if signal_number or (every != "epoch" and self.place.step % every == 0):
+            self.save_checkpoint()
+        if signal_number:
+            raise Stopped(signal_number)
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Every validation sample once. All ranks take part, in nothing but the agreement on a stop."""
+        if self.val_batches is None:
+            return
+        before = rng_state(self.world.device)
+        self.model.bare.eval()
+        self.val_tally.reset()
+        for i, micro_batches in enumerate(self.val_batches.epoch(self.place.epoch)):
+            self.stop.ask()
+            evaluate_batch(self.model.bare, self.step, micro_batches, self.val_tally)
+            self.beat(validating=i + 1)
+            if signal_number := self.stop.agreed():
+                # The run will continue with the whole validation: with the random numbers that it began with.
+                set_rng_state(before, self.world.device)
+                self.save_checkpoint()
+                raise Stopped(signal_number)
+
+    def report(self) -> Row:
+        """The epoch's row, the same on all ranks. All ranks take part: one synchronisation for all of it."""
+        tallies = [self.train_tally] if self.val_batches is None else [self.train_tally, self.val_tally]
+        values = gather_values(self.world, tallies)
+        row: Row = {
+            "epoch": self.place.epoch,
+            "step": self.place.step,
+            "lr": float(self.lr),
+            "samples_per_s": self.samples_per_s,
+            **values,
+        }
+        return self.world.from_main(row)
+
+    def finish_epoch(self, row: Row) -> None:
+        """Keep what the epoch brought, and move on to the next. All ranks; rank 0 writes."""
+        improved = self.best.update(row)
+        if self.world.is_main:
+            self.run_dir.write_rows([*self.run_dir.rows(), row])
+            save_weights(self.model.bare, self.run_dir.last_weights)
+            if improved:
+                save_weights(self.model.bare, self.run_dir.best_weights)
+        if self.scheduler is not None and self.schedule.scheduler_interval == "epoch":
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(row[self.best.monitor])
+            else:
+                self.scheduler.step()
+        self.train_tally.reset()
+        self.place = Place(self.place.epoch + 1, 0, self.place.step)
+
+    # -- stopping and continuing -----------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Everything needed to continue from here. All ranks take part."""
+        shared = {}
+        if self.world.is_main:
+            save_weights(self.model.bare, self.run_dir.last_weights)
+            shared = {
+                "place": asdict(self.place),
+                "model": self.model.bare.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "best": self.best.state_dict(),
+                "lr": float(self.lr),
+            }
+        own = {
+            "rng": rng_state(self.world.device),
+            "buffers": list(self.model.bare.buffers()),
+            "train": self.train_tally.state_dict(),
+        }
+        checkpoint.save(self.run_dir, self.place.step, self.world, shared, own, self.schedule.keep)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint; begin where there is none. All ranks take part (in a wait)."""
+        seed_everything(derive_seed("rank", self.seed, self.world.rank))
+        paths = checkpoint.saved(self.run_dir)
+        if paths:
+            self.load_checkpoint(paths[-1])
+        if self.world.is_main:
+            rows = self.run_dir.rows()
+            self.run_dir.write_rows([row for row in rows if row["epoch"] < self.place.epoch])
+        self.world.barrier()  # no rank saves before all have read
+        self.beat()
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Become what was saved: to the bit on as many ranks, to the same curve on another number."""
+        snapshot = checkpoint.load(path)
+        shared = snapshot.shared
+        self.place = Place(**shared["place"])
+        self.model.bare.load_state_dict(shared["model"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(shared["scheduler"])
+        self.best.load_state_dict(shared["best"])
+        self.lr = shared["lr"]
+        if snapshot.world_size == self.world.world_size:
+            own = snapshot.ranks[self.world.rank]
+            set_rng_state(own["rng"], self.world.device)
+            for buffer, value in zip(self.model.bare.buffers(), own["buffers"], strict=True):
+                buffer.copy_(value)
+            self.train_tally.load_state_dict(own["train"])
+        else:
+            seed_everything(derive_seed("rank", self.seed, self.world.rank, self.place.step))
+            if self.world.is_main:
+                self.train_tally.load_merged([own["train"] for own in snapshot.ranks])
+        if self.world.is_main:
+            checkpoint.restore_best(path, self.run_dir)
+
+    # -- seeing ----------------------------------------------------------------------------------
+
+    def beat(self, validating: int = 0) -> None:
+        """Say where this rank is. Waits for the device only now and then, and only on rank 0."""
+        now = time.monotonic()
+        if self.world.is_main and now - self._looked_at > LOOK_EVERY_S:
+            self._looked_at = now
+            self._shown_loss = self.train_tally.mean_loss()
+        batches = self.val_batches if validating and self.val_batches else self.train_batches
+        self.heartbeat.beat(
+            Beat(
+                epoch=min(self.place.epoch, self.schedule.epochs),
+                epochs=self.schedule.epochs,
+                step=self.place.step,
+                step_in_epoch=validating or self.place.step_in_epoch,
+                steps_in_epoch=batches.shard.num_steps,
+                validating=int(validating > 0),
+                samples=float(self.samples_done),
+                loss=self._shown_loss,
+            )
+        )
+
+
+@torch.no_grad()
+def evaluate_batch(net: torch.nn.Module, step: Step, micro_batches: Iterator[MicroBatch], tally: Tally) -> None:
+    """Add this rank's share of a batch to the tally. No collective: the model itself is called, not DDP's."""
+    for micro_batch in micro_batches:
+        tally.add(step(net, micro_batch), micro_batch.samples)
+
+
+def gather_values(world: World, tallies: list[Tally]) -> dict[str, Any]:
+    """The tallies' values over all ranks, on rank 0; empty elsewhere. All ranks take part: one synchronisation."""
+    states = [tally.states() for tally in tallies]
+    reduced = reduce_states([state for part in states for state in part])
+    values: dict[str, Any] = {}
+    if reduced is not None and world.is_main:
+        for tally, part in zip(tallies, states, strict=True):
+            values |= tally.finish(reduced[: len(part)])
+            reduced = reduced[len(part) :]
+    return values

@@ -1,0 +1,149 @@
+"""What one micro-batch does: the model's predictions, and its loss as a sum over weight units.
+
+Sums, since those of parts add up to that of the whole, where means do not: the gradient of a batch is the gradient
+of the sum over all ranks and micro-batches, divided by the whole batch's weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import UserError
+
+from .data import MicroBatch
+
+UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found.
+
+    Attributes:
+        total: the loss times its weight, a scalar with a graph.
+        weight: the number of units of which the loss is the mean; None for samples, whose number every rank knows.
+        predictions: what the metrics compare with `target`.
+    """
+
+    total: Tensor
+    weight: Tensor | None
+    predictions: Any
+    target: Any
+
+
+Step = Callable[[nn.Module, MicroBatch], Outcome]
+
+
+def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
+    """The model maps features to predictions; `loss_fn(predictions, target)`; on `(features, target)` samples.
+
+    Raises:
+        UserError: a loss that gives no single number, so that no sum can be made of it.
+    """
+    total_loss = _total_loss(loss_fn)
+
+    def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
+        data = micro_batch.data
+        if not isinstance(data, (tuple, list)) or len(data) != 2:
+            raise UserError(
+                f"a sample must be (features, target), this dataset's batches are {_describe(data)}; "
+                "for anything else write `step: {_target_: module.function}`"
+            )
+        features, target = data
+        predictions = model(features)
+        total, weight = total_loss(predictions, target, micro_batch)
+        return Outcome(total, weight, predictions, target)
+
+    return _without_trace(step)
+
+
+def user_step(function: UserStep) -> Step:
+    """A user's `function(model, batch) -> {loss, predictions, target, weight}`; all but the loss may be left out."""
+
+    def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
+        result = function(model, micro_batch.data)
+        if not isinstance(result, Mapping) or not isinstance(result.get("loss"), Tensor):
+            raise UserError(
+                f"step must return a dict with a tensor `loss`, it returned {_describe(result)}; "
+                "keys: loss, predictions, target, weight"
+            )
+        loss = result["loss"]
+        _require_scalar(loss)
+        weight = result.get("weight")
+        if weight is None:
+            total = loss * micro_batch.samples
+        else:
+            weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach()
+            total = loss * weight.to(loss.dtype)
+        return Outcome(total, weight, result.get("predictions"), result.get("target"))
+
+    return _without_trace(step)
+
+
+def _without_trace(step: Step) -> Step:
+    """A filler's loss and weight become 0: its gradients are zeros, and its sums add nothing."""
+
+    def wrapped(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
+        outcome = step(model, micro_batch)
+        if micro_batch.samples:
+            return outcome
+        weight = None if outcome.weight is None else torch.zeros_like(outcome.weight)
+        return replace(outcome, total=outcome.total * 0.0, weight=weight)
+
+    return wrapped
+
+
+TotalLoss = Callable[[Any, Any, MicroBatch], tuple[Tensor, "Tensor | None"]]
+
+
+def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
+    reduction = getattr(loss_fn, "reduction", "mean")
+    if reduction == "none":
+        raise UserError(f"{_describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
+
+    def mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        loss = loss_fn(predictions, target)
+        _require_scalar(loss)
+        # A loss that sums is not divided by the batch's size, so it is multiplied by it beforehand.
+        return loss * (part.batch_samples if reduction == "sum" else part.samples), None
+
+    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or reduction != "mean":
+        return mean
+
+    summed = copy.copy(loss_fn)
+    summed.reduction = "sum"
+
+    def weighted_mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        if torch.is_floating_point(target):  # class probabilities: torch takes the mean over samples
+            return mean(predictions, target, part)
+        return summed(predictions, target), _class_weight(summed, target)
+
+    return weighted_mean
+
+
+def _class_weight(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> Tensor:
+    """What torch divides the summed loss by: the targets that count, each with its class's weight. Float64."""
+    counts = target != loss_fn.ignore_index
+    if loss_fn.weight is None:
+        return counts.sum(dtype=torch.float64)
+    classes = target.where(counts, torch.zeros_like(target))
+    return (loss_fn.weight[classes] * counts).sum(dtype=torch.float64)
+
+
+def _require_scalar(loss: Tensor) -> None:
+    if loss.numel() != 1:
+        raise UserError(f"the loss must be one number, it has shape {tuple(loss.shape)}; take its mean")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a dict with keys {', '.join(map(str, value))}"
+    return type(value).__name__

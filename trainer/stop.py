@@ -1,0 +1,44 @@
+"""A stop that all ranks make at the same step: a request to one is agreed on by all, at no waiting time."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from dtrain.heartbeat import Heartbeat
+
+from .world import World
+
+
+class Stopped(Exception):
+    """Training ended at a step boundary, on a signal, with a checkpoint saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped on signal {signal_number}, with a checkpoint")
+        self.signal_number = signal_number
+
+
+class StopAgreement:
+    """Each step, all ranks learn whether any of them was asked to stop.
+
+    The question is sent before the step's work and answered after it, so that the few bytes travel meanwhile.
+    """
+
+    def __init__(self, world: World, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
+        self._group = world.control
+        self._request = torch.zeros(1, dtype=torch.int64)
+        self._asked: dist.Work | None = None
+
+    def ask(self) -> None:
+        """All ranks take part (without waiting)."""
+        self._request[0] = self._heartbeat.stop
+        if self._group is not None:
+            self._asked = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def agreed(self) -> int:
+        """The signal's number, the same on all ranks; 0 to go on. After `ask`."""
+        if self._asked is not None:
+            self._asked.wait()
+            self._asked = None
+        return int(self._request[0])

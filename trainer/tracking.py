@@ -1,0 +1,260 @@
+"""The tracker: follows a run folder and mirrors it into MLflow.
+
+    python -m dtrain.trainer.tracking RUN_DIR
+
+A process of its own, so that a slow or dead server never holds up training, and a run whose processes were
+all killed is still closed in MLflow. The folder is the truth and MLflow the copy: after any error the tracker
+asks MLflow what it has and sends the rest. By hand, the same command completes the copy of a run long over.
+
+Whoever starts it has written status.json before: a run without one, or with a final state, has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain.files import read_json, write_json
+from dtrain.run import Row, RunDir
+from dtrain.tracking_uri import hide_password, resolve_tracking_uri, sqlite_file
+
+POLL_S = 0.5
+RETRY_S = 3.0
+GIVE_UP_S = 20.0
+
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "killed": "KILLED"}
+
+# MLflow's limits (mlflow/utils/validation.py); beyond them it refuses the whole batch.
+MAX_KEY, MAX_PARAM_VALUE, MAX_BATCH = 250, 6000, 100
+
+# What the user has set stays.
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # follow() tries again itself; MLflow's own 7 take minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+Status = Callable[[], dict[str, Any]]
+
+
+def main() -> int:
+    """Follow the run folder named on the command line to the run's end."""
+    # A cluster signals every process of a job; this one has yet to report how the others ended.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    for name, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    run = RunDir(sys.argv[1])
+    # The tracker of an earlier attempt may still be trying: two would send the same rows.
+    with _locked(run.path / "mlflow.lock"):
+        return follow(run, run.status)
+
+
+def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: float = GIVE_UP_S) -> int:
+    """Mirror the run until it has ended: 0 when MLflow has all of it, 1 when it could not be made so."""
+    _wait_for_first_step(status)
+    uri = _tracking_uri(run)
+    mirror: Mirror | None = None
+    failing = False
+    give_up_at = math.inf
+    while True:
+        final = _final(status())  # before the rows are read: none are added after it
+        give_up_at = min(give_up_at, time.monotonic() + give_up_s) if final else math.inf
+        try:
+            mirror = mirror or Mirror(run, uri)
+            mirror.update(final)
+        except Exception as error:  # whatever MLflow, its store, the network or the disk raise
+            mirror = None  # the failed request may have arrived: ask anew what is there
+            if time.monotonic() >= give_up_at:
+                _report(uri, error, f"given up; to complete it: python -m dtrain.trainer.tracking {run}")
+                return 1
+            if not failing:
+                _report(uri, error, "trying again")
+            failing = True
+        else:
+            if final:
+                return 0
+            failing = False
+        time.sleep(retry_s if failing else POLL_S)
+
+
+def _wait_for_first_step(status: Status) -> None:
+    # Importing mlflow takes seconds of CPU, which the ranks need until then.
+    while not _final(now := status()) and now.get("step", 0) < 1:
+        time.sleep(POLL_S)
+
+
+def _final(status: dict[str, Any]) -> str | None:
+    """MLflow's word for a state that is final; a run without a status, its folder deleted, was killed."""
+    return MLFLOW_STATUS.get(status.get("state", "killed"))
+
+
+def _tracking_uri(run: RunDir) -> str:
+    asked = (_read_job(run).get("mlflow") or {}).get("tracking_uri")
+    return resolve_tracking_uri(asked, (read_json(run.mlflow) or {}).get("tracking_uri"))
+
+
+def _read_job(run: RunDir) -> dict[str, Any]:
+    job: dict[str, Any] = yaml.safe_load(run.job.read_text(encoding="utf-8"))
+    return job
+
+
+def _report(uri: str, error: Exception, outcome: str) -> None:
+    cause = " ".join(str(error).split()) or type(error).__name__
+    print(hide_password(f"dtrain: MLflow at {uri}: {cause}; {outcome}"), file=sys.stderr, flush=True)
+
+
+class Mirror:
+    """The copy of a run in MLflow. Constructing it continues mlflow.json's MLflow run, or creates one."""
+
+    def __init__(self, run: RunDir, uri: str) -> None:
+        from mlflow import MlflowClient
+
+        self._folder = run
+        self._job = _read_job(run)
+        self._job_sent = False
+        self._seen: tuple[int, ...] | None = None
+        with _creating(uri):
+            self._client = MlflowClient(uri)
+            found = self._continue() or self._create()
+        self._run_id = found.info.run_id
+        names = {"run_id": self._run_id, "tracking_uri": uri, "experiment_id": found.info.experiment_id}
+        write_json(run.mlflow, {name: hide_password(value) for name, value in names.items()})
+        self._describe(found.data.params)
+        history = self._client.get_metric_history(self._run_id, "epoch")
+        self._last_step = max((metric.step for metric in history), default=-1)
+
+    def update(self, final: str | None) -> None:
+        """Send what the folder has and MLflow has not; `final` is the status to close the MLflow run with."""
+        self._send_new_rows()
+        try:
+            self._send_files(ended=final is not None)
+        finally:  # a broken artifact store is no reason to leave the run open
+            if final:
+                self._client.set_terminated(self._run_id, final)
+
+    def _continue(self) -> Any:
+        """The MLflow run of mlflow.json, running again; None where this store has none that can be."""
+        from mlflow.exceptions import MlflowException
+
+        run_id = (read_json(self._folder.mlflow) or {}).get("run_id")
+        if run_id is None:
+            return None
+        try:
+            found = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # it is another store now
+                return None
+            raise
+        if found.info.lifecycle_stage != "active":  # the user deleted it
+            return None
+        self._client.update_run(run_id, "RUNNING")
+        return found
+
+    def _create(self) -> Any:
+        settings = self._job.get("mlflow") or {}
+        experiment = settings.get("experiment") or self._job["name"]
+        found = self._client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        name = settings.get("run_name") or self._folder.path.absolute().name
+        return self._client.create_run(experiment_id, run_name=name)
+
+    def _describe(self, known: dict[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        # A parameter can't change in MLflow: on resume the first value stays, that of the epochs too.
+        params = [Param(key, value) for key, value in flatten(self._job).items() if key not in known]
+        for start in range(0, len(params), MAX_BATCH):
+            self._client.log_batch(self._run_id, params=params[start : start + MAX_BATCH], synchronous=True)
+        tags = [RunTag(key, value) for key, value in _tags(self._folder).items()]
+        self._client.log_batch(self._run_id, tags=tags, synchronous=True)
+
+    def _send_new_rows(self) -> None:
+        if not self._folder.metrics.exists():  # no epoch is over yet
+            return
+        stat = self._folder.metrics.stat()
+        seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if seen == self._seen:
+            return
+        for row in self._folder.rows():
+            if row["step"] > self._last_step:
+                self._send(row)
+        self._seen = seen
+
+    def _send(self, row: Row) -> None:
+        from mlflow.entities import Metric
+
+        step, now = row["step"], int(time.time() * 1000)
+        metrics = [Metric(_key(name), value, now, step) for name, value in row.items() if is_scalar(value)]
+        self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        self._last_step = step
+
+    def _send_files(self, *, ended: bool) -> None:
+        if not self._job_sent:
+            self._client.log_artifact(self._run_id, str(self._folder.job))
+            self._job_sent = True
+        if ended and self._folder.best_weights.exists():
+            self._client.log_artifact(self._run_id, str(self._folder.best_weights), "weights")
+
+
+def is_scalar(value: object) -> bool:
+    """Whether MLflow can draw the value: a finite number. Matrices and NaN stay in metrics.jsonl."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings and lists as MLflow parameters: dotted keys, list items by index, values as in JSON."""
+    if value and isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: text for name, item in items for key, text in flatten(item, f"{prefix}{name}.").items()}
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return {_key(prefix[:-1]): text[:MAX_PARAM_VALUE]}
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w.\- :]", "_", name)[:MAX_KEY]
+
+
+def _tags(run: RunDir) -> dict[str, str]:
+    tags = {"dtrain.run_dir": str(run.path.absolute())}
+    git = (read_json(run.env) or {}).get("git")
+    if git:
+        tags["mlflow.source.git.commit"] = str(git.get("commit"))
+        tags["dtrain.git_dirty"] = str(bool(git.get("dirty"))).lower()
+    return tags
+
+
+def _creating(uri: str) -> contextlib.AbstractContextManager[None]:
+    """Held while a store may be created: of three that created one SQLite file at once two failed."""
+    file = sqlite_file(uri)
+    if file is None:
+        return contextlib.nullcontext()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return _locked(file.with_name(f"{file.name}.lock"))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the file's lock, waiting for it; a file system that has no locks goes without."""
+    with path.open("a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

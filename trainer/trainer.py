@@ -1,0 +1,278 @@
+"""Trainer: the engine as a Python class, the same for a job.yaml and for a user's own script."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from dtrain.errors import UserError, nearest
+from dtrain.files import write_text
+from dtrain.heartbeat import Heartbeat
+from dtrain.keeper import Keeper
+from dtrain.run import RUN_DIR_VARIABLE, RunDir
+
+from .best import Best
+from .data import Batches, Source
+from .ddp import DataParallel
+from .loop import Loop, Schedule, evaluate_batch, gather_values
+from .step import UserStep, supervised_step, user_step
+from .stop import Stopped
+from .tally import Tally
+from .world import join_world
+
+if TYPE_CHECKING:
+    import pandas
+    from torchmetrics import Metric
+
+Data = DataLoader[Any] | Source
+_fitted: set[Path] = set()  # the run folders that a Trainer of this process has written
+
+
+class Trainer:
+    """Trains a model on as many processes as the script was started with; the result does not depend on how many.
+
+    Start the script with `dtrain launch --gpus 4 train.py`, with torchrun, or plainly with python.
+
+    Args:
+        net: the model, the same on all ranks (they get rank 0's weights).
+        loss_fn: `loss_fn(predictions, target)`, a mean over samples; `None` when `step` makes the loss.
+        optimizer: made of `net.parameters()`.
+        metrics_dict: torchmetrics metrics by name, updated with `(predictions, target)`.
+        step: `step(model, batch) -> {loss, predictions, target, weight}`, for anything but `(features, target)`.
+        scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
+        activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
+        train_metrics: names of the metrics of the training predictions; by default all that do not keep samples.
+        seed: the order of samples, and each rank's random numbers, follow from it.
+        device: "auto", "cpu" or "cuda".
+        micro_batch_size: most samples in one forward pass of one rank.
+        run_dir: the run's folder; by default that of `dtrain launch`, else a new one under runs/.
+        resume: continue the run in `run_dir` from its last checkpoint.
+
+    Raises:
+        UserError: what is asked for can't be done; the message says what to change.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        optimizer: Optimizer | None = None,
+        metrics_dict: Mapping[str, Metric] | None = None,
+        *,
+        step: UserStep | None = None,
+        scheduler: LRScheduler | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        activations: Mapping[str, str | None] | None = None,
+        train_metrics: list[str] | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        micro_batch_size: int | None = None,
+        deterministic: bool = False,
+        sync_batchnorm: bool = False,
+        checkpoint_every: int | Literal["epoch"] = "epoch",
+        keep: int = 2,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+    ) -> None:
+        if (step is None) == (loss_fn is None):
+            raise UserError("give Trainer either loss_fn or step")
+        if isinstance(optimizer, LBFGS):
+            raise UserError("LBFGS evaluates the loss several times a step, which Trainer can't do yet")
+        if deterministic:
+            _be_deterministic()
+        self.world = join_world(device)
+        if sync_batchnorm and self.world.device.type == "cpu" and self.world.world_size > 1:
+            raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
+        self.model = DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
+        self.net = self.model.bare
+        loss = loss_fn.to(self.world.device) if isinstance(loss_fn, nn.Module) else loss_fn
+        self.step = user_step(step) if step is not None else supervised_step(loss)  # type: ignore[arg-type]
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self.metrics = dict(metrics_dict or {})
+        self.activations = dict(activations or {})
+        self.train_metrics = train_metrics
+        self.seed = seed
+        self.micro_batch_size = micro_batch_size
+        self.checkpoint_every = checkpoint_every
+        self.keep = keep
+        self._run_dir = run_dir
+        self._resume = resume
+
+    def fit(
+        self,
+        train_data: Data,
+        val_data: Data | None = None,
+        epochs: int = 10,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        patience: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ) -> pandas.DataFrame:
+        """Train, and return the history: one row an epoch, as in metrics.jsonl. All ranks take part.
+
+        A DataLoader's batch_size is the whole batch, over all ranks. Afterwards the model is as the last step
+        left it; the best epoch's weights are in the run folder, and in `ckpt_path` where one is given.
+
+        Args:
+            patience: epochs in a row without a better `monitor` after which training ends.
+            monitor: by default val_loss, else train_loss.
+        """
+        if self.optimizer is None:
+            raise UserError("Trainer needs an optimizer to fit")
+        schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval)
+        best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
+        tallies = self._tally("train"), self._tally("val")
+        _check_monitor(best.monitor, tallies if val_data is not None else tallies[:1])
+        batches = self._batches(train_data, training=True), self._val_batches(val_data)
+        with self._run() as run:
+            loop = Loop(
+                run,
+                self.world,
+                self.model,
+                self.step,
+                self.optimizer,
+                self.scheduler,
+                batches,
+                tallies,
+                best,
+                schedule,
+                self.seed,
+            )
+            loop.run()
+            if ckpt_path is not None and self.world.is_main:
+                shutil.copyfile(run.best_weights, ckpt_path)
+        return _history(run)
+
+    def evaluate(self, data: Data) -> dict[str, Any]:
+        """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""
+        tally = self._tally("val")
+        batches = self._batches(data, training=False)
+        self.model.share_buffers()
+        self.net.eval()
+        for micro_batches in batches.epoch(1):
+            evaluate_batch(self.net, self.step, micro_batches, tally)
+        return self.world.from_main(gather_values(self.world, [tally]))
+
+    def _tally(self, phase: Literal["train", "val"]) -> Tally:
+        if not self.metrics:
+            return Tally(phase, self.world.device)
+        from .metrics import MetricSet, keeps_samples
+
+        names = list(self.metrics)
+        if phase == "train":
+            chosen = self.train_metrics
+            names = [n for n in names if (n in chosen if chosen is not None else not keeps_samples(self.metrics[n]))]
+        metrics = {name: copy.deepcopy(self.metrics[name]) for name in names}
+        activations = {name: self.activations.get(name) for name in names}
+        return Tally(phase, self.world.device, MetricSet(metrics, activations, self.world.device))
+
+    def _batches(self, data: Data, *, training: bool) -> Batches:
+        source = data if isinstance(data, Source) else Source.of(data)
+        return Batches(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
+
+    def _val_batches(self, data: Data | None) -> Batches | None:
+        return None if data is None else self._batches(data, training=False)
+
+    @contextlib.contextmanager
+    def _run(self) -> Iterator[RunDir]:
+        """The run folder to write, with somebody who keeps its status: the agent, or else rank 0 itself."""
+        given = os.environ.get(RUN_DIR_VARIABLE)
+        if self._run_dir is None and given is not None:
+            run = RunDir(given)
+            _refuse_second_fit(run)
+            if self.world.is_main and not run.job.exists():
+                write_text(run.job, self._description(_script_name()))
+            yield run
+            return
+        with contextlib.ExitStack() as stack:
+            run = RunDir(self.world.from_main(self._prepare(stack) if self.world.is_main else ""))
+            if not self.world.is_main:
+                Heartbeat(run.heartbeat(self.world.rank), create=True)
+            yield run
+
+    def _prepare(self, stack: contextlib.ExitStack) -> str:
+        """Make the run folder, and keep it until the stack ends. Rank 0 only."""
+        run = RunDir.new(_script_name()) if self._run_dir is None else RunDir(self._run_dir)
+        _refuse_second_fit(run)
+        if run.exists() and not self._resume:
+            raise UserError(f"{run} exists already: give another run_dir, or resume=True to continue it")
+        run.create()
+        stack.enter_context(run.lock())
+        Heartbeat(run.heartbeat(0), create=True)
+        if not run.job.exists():
+            write_text(run.job, self._description(_script_name()))
+        keeper = stack.enter_context(Keeper(run))
+        stack.push(lambda *failure: _report_end(keeper, failure[1]))
+        return str(run)
+
+    def _description(self, name: str) -> str:
+        """What a script's run was made of, so that MLflow can compare it with others."""
+        parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": _full_name(self.net)}}
+        if self.optimizer is not None:
+            plain = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, str, bool))}
+            parts["optimizer"] = {"_target_": _full_name(self.optimizer), **plain}
+        if self.scheduler is not None:
+            parts["scheduler"] = {"_target_": _full_name(self.scheduler), "interval": self.scheduler_interval}
+        parts["metrics"] = {key: {"_target_": _full_name(metric)} for key, metric in self.metrics.items()}
+        return yaml.safe_dump(parts, sort_keys=False)
+
+
+def _report_end(keeper: Keeper, failure: BaseException | None) -> None:
+    if failure is None:
+        keeper.finish("finished", 0)
+    elif isinstance(failure, Stopped):
+        keeper.finish("stopped", 75)
+    else:
+        error = {"rank": 0, "type": type(failure).__name__, "message": str(failure), "traceback": ""}
+        keeper.finish("failed", 1, error)
+
+
+def _refuse_second_fit(run: RunDir) -> None:
+    path = run.path.absolute()
+    if path in _fitted:
+        raise UserError(f"{run} already holds a fit of this script; give the second Trainer a run_dir of its own")
+    _fitted.add(path)
+
+
+def _check_monitor(monitor: str, tallies: tuple[Tally, ...]) -> None:
+    names = [name for tally in tallies for name in tally.names]
+    if monitor not in names:
+        close = nearest(monitor, names)
+        hint = f"did you mean {close}?" if close else f"there are {', '.join(names)}"
+        raise UserError(f"monitor {monitor} names nothing that is reported; {hint}")
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _history(run: RunDir) -> pandas.DataFrame:
+    import pandas
+
+    return pandas.DataFrame(run.rows())
+
+
+def _script_name() -> str:
+    name = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
+    return name if name and not name.startswith("-") else "run"
+
+
+def _full_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,76 @@
+"""Weights as everybody reads them: the bare module's state_dict, under the names that its class gives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import UserError
+from dtrain.files import write_atomic
+
+WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
+
+
+def bare_state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """The module's weights and buffers on the CPU, without the names of wrappers around it or inside it."""
+    return {bare_name(name): value.detach().cpu() for name, value in net.state_dict().items()}
+
+
+def bare_name(name: str) -> str:
+    """`module._orig_mod.conv.weight` -> `conv.weight`. A wrapper's name counts in front, torch.compile's anywhere."""
+    parts = name.split(".")
+    while parts[0] in WRAPPERS and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Write the bare state_dict, atomically."""
+    weights = bare_state_dict(net)
+    write_atomic(path, lambda temporary: torch.save(weights, temporary))
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a file of weights into the module, wherever it was saved: prefixes of wrappers are stripped.
+
+    Nothing in the file is executed.
+
+    Raises:
+        UserError: no such file, not a file of weights, or weights of another model; the module is untouched.
+    """
+    try:
+        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except Exception as error:  # torch.load raises whatever its parser met
+        raise UserError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state_dict: expected tensors by name")
+    own = net.state_dict()
+    stripped = {bare_name(name): value for name, value in weights.items()}
+    names = {bare_name(name): name for name in own}
+    problems = _mismatches(stripped, {bare: own[name] for bare, name in names.items()})
+    if problems:
+        raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
+    net.load_state_dict({names[bare]: value for bare, value in stripped.items()})
+
+
+def _mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"{_some(missing)} not in the file")
+    if unknown := [name for name in found if name not in expected]:
+        problems.append(f"{_some(unknown)} not in the model")
+    for name in expected:
+        if name in found and found[name].shape != expected[name].shape:
+            shapes = f"{tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+            problems.append(f"{name} is {shapes}")
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,97 @@
+"""One rank of a job: builds what the run's job.yaml names, and trains it. An ordinary torchrun script.
+
+Run as `python -m dtrain.trainer.worker CODE`, with DTRAIN_RUN_DIR naming the run folder and torchrun's variables
+naming the rank. CODE is the folder that holds the job's own modules.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from dtrain.job import Job, Target
+from dtrain.loading import load_job
+from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.target import bind_function, instantiate, job_path
+
+from .data import Source
+from .seeds import seed_everything
+from .stop import Stopped
+from .trainer import Trainer
+
+
+def main() -> int:
+    """Train this rank's part of the run; the exit code."""
+    run = RunDir(os.environ[RUN_DIR_VARIABLE])
+    job = load_job(run.job).job
+    job_path(Path(sys.argv[1]))
+    try:
+        fit(job)
+    except Stopped:
+        return 75
+    return 0
+
+
+def fit(job: Job) -> None:
+    """Build the job's parts and train. All ranks take part."""
+    trainer = build_trainer(job)
+    stopping = job.fit.early_stopping
+    trainer.fit(
+        build_source(job, job.data.train, shuffle=job.data.shuffle),
+        None if job.data.val is None else build_source(job, job.data.val, shuffle=False),
+        epochs=job.fit.epochs,
+        patience=stopping.patience if stopping else None,
+        monitor=job.monitor,
+        mode=job.monitor_mode,
+    )
+
+
+def build_trainer(job: Job) -> Trainer:
+    """The job's model, loss, optimizer, scheduler and metrics in a Trainer."""
+    seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
+    net = cast(nn.Module, instantiate(job.model))
+    optimizer: Any = instantiate(job.optimizer, net.parameters())
+    metrics = {name: cast(Any, instantiate(target)) for name, target in job.metrics.items()}
+    return Trainer(
+        net,
+        None if job.loss is None else cast(Any, instantiate(job.loss)),
+        optimizer,
+        metrics,
+        step=None if job.step is None else bind_function(job.step),
+        scheduler=None if job.scheduler is None else cast(Any, instantiate(job.scheduler, optimizer)),
+        scheduler_interval=job.scheduler.interval if job.scheduler else "epoch",
+        activations={name: target.activation for name, target in job.metrics.items()},
+        train_metrics=_train_metrics(job, metrics),
+        seed=job.seed,
+        device=job.launch.device,
+        micro_batch_size=job.fit.micro_batch_size,
+        deterministic=job.fit.deterministic,
+        sync_batchnorm=job.fit.sync_batchnorm,
+        checkpoint_every=job.checkpoint.every,
+        keep=job.checkpoint.keep,
+    )
+
+
+def build_source(job: Job, target: Target, *, shuffle: bool) -> Source:
+    """A dataset of the job, with the job's way of reading it."""
+    collate = None if job.data.collate is None else bind_function(job.data.collate)
+    dataset: Any = instantiate(target)
+    return Source(dataset, job.data.batch_size, shuffle, job.data.workers, collate)
+
+
+def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:
+    """The metrics that run on training too: as asked, else those that do not keep all samples."""
+    if not metrics:
+        return []
+    from .metrics import keeps_samples
+
+    asked = {name: target.train for name, target in job.metrics.items()}
+    return [name for name, want in asked.items() if want or (want is None and not keeps_samples(metrics[name]))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

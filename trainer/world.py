@@ -1,0 +1,94 @@
+"""Who takes part: this process's rank, the size of the world, its device, and the groups of the collectives."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from dtrain.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    `control` is a gloo group of all ranks for small messages on the CPU (reports, agreements on a stop). It is a
+    group of its own, so that its messages never mix with the gradients' collectives. None in a world of one.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes what is the same on all ranks."""
+        return self.rank == 0
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on all ranks. All ranks take part."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over all ranks, on all of them. All ranks take part."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks. All ranks take part."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def join_world(device: str = "auto") -> World:
+    """Join the processes that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR ...) describe; alone without them.
+
+    All ranks take part. A process group that the caller's script made is used as it is.
+
+    Args:
+        device: "cuda", "cpu", or "auto": the GPU of this local rank where there is one.
+    """
+    chosen = _device(device)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return World(0, 1, chosen)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=_bound(chosen))
+        atexit.register(_leave)
+    if dist.get_world_size() == 1:
+        return World(0, 1, chosen)
+    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    return World(dist.get_rank(), dist.get_world_size(), chosen, control)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise UserError(f"local rank {local_rank} has no GPU: {found} found on this node")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _bound(device: torch.device) -> torch.device | None:
+    # Binding lets NCCL connect at once instead of at the first collective.
+    return device if device.type == "cuda" else None
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
