@@ -13,12 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dtrain.run import RunDir
+
 PACKAGES = ("dtrain", "torch", "torchvision", "torchmetrics", "mlflow", "numpy", "deepspeed")
 MAX_DIFF = 1_000_000  # characters
 MAX_FILE = 1 << 20  # bytes
 MAX_TOTAL = 20 << 20
 MAX_FILES = 2_000
 SKIPPED = {"__pycache__", "runs", "mlruns", "mlartifacts", "node_modules", "venv", "build", "dist"}
+SKIPPED |= {"mlflow.db", "mlflow.db.lock"}
 
 
 def environment(folder: Path) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def environment(folder: Path) -> dict[str, Any]:
 def snapshot(folder: Path, copy: Path) -> list[str]:
     """Copy a job's folder: its Python files and small data. Returns what was left out, by relative path.
 
-    Left out are hidden files, what other tools make (SKIPPED), files above 1 MiB, and what goes beyond 2,000
+    Left out are hidden files, what tools make (SKIPPED), run folders, files above 1 MiB, and what goes beyond 2,000
     files or 20 MiB in all. Python files come first, so that they are not what is left out.
     """
     copy.mkdir(parents=True, exist_ok=True)
@@ -61,14 +64,23 @@ def snapshot(folder: Path, copy: Path) -> list[str]:
 def _files(folder: Path) -> Iterator[Path]:
     seen = 0
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED)
+        folders[:] = sorted(name for name in folders if _is_wanted(name) and not _is_run(Path(parent, name)))
         for name in sorted(names):
             path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
+            if _is_wanted(name) and path.is_file():
                 yield path
                 seen += 1
         if seen > 10 * MAX_FILES:  # a folder of data: what lies deeper is not the job's code
             return
+
+
+def _is_wanted(name: str) -> bool:
+    return not name.startswith(".") and name not in SKIPPED
+
+
+def _is_run(folder: Path) -> bool:
+    run = RunDir(folder)  # --run-dir may be anywhere, beside the job file too
+    return run.lock_file.exists() and run.checkpoints.exists()
 
 
 def _version(package: str) -> str | None:

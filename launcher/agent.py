@@ -42,15 +42,15 @@ def run_ranks(task: entry.Task, num_ranks: int, run: RunDir) -> int:
         run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
     echo = sys.stdout if task.script else sys.stderr
     with Keeper(run, echo) as keeper:
-        return _run_ranks(task, num_ranks, run, heartbeats, keeper)
+        requests = StopRequests(heartbeats, lambda: task.script is None or keeper.has_begun)
+        return _run_ranks(task, num_ranks, run, requests, keeper)
 
 
-def _run_ranks(task: entry.Task, num_ranks: int, run: RunDir, heartbeats: Sequence[Heartbeat], keeper: Keeper) -> int:
-    with agent_log(run), tempfile.TemporaryDirectory(prefix="dtrain-") as scratch:
-        agent = _elastic_agent(task, num_ranks, scratch)
-        requests = StopRequests(heartbeats, agent, lambda: task.script is None or keeper.has_begun)
+def _run_ranks(task: entry.Task, num_ranks: int, run: RunDir, requests: StopRequests, keeper: Keeper) -> int:
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as scratch, agent_log(run):
         try:
-            with requests.handled():
+            with requests.handled():  # from here on: importing torch's agent can take seconds
+                requests.agent = agent = _elastic_agent(task, num_ranks, scratch)
                 result = agent.run()
         except KeyboardInterrupt:
             keeper.finish("killed", EXIT_INTERRUPTED)
@@ -85,18 +85,19 @@ def _elastic_agent(task: entry.Task, num_ranks: int, scratch: str) -> Any:
         monitor_interval=0.1,
         local_addr="localhost",
     )
-    # Its own handlers would kill at once; ours ask for a checkpoint first.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    # Its own handlers would kill at once, where ours ask for a checkpoint first. It wants at least one signal: one
+    # that nobody sends.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGURG"
     return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=scratch), start_method="forkserver", shutdown_timeout=10)
 
 
 class StopRequests:
     """What signals to the agent mean: the first asks the ranks to stop at a step boundary, Ctrl-C again ends all."""
 
-    def __init__(self, heartbeats: Sequence[Heartbeat], agent: Any, listens: Callable[[], bool]) -> None:
+    def __init__(self, heartbeats: Sequence[Heartbeat], listens: Callable[[], bool]) -> None:
         self.first: int | None = None
+        self.agent: Any = None  # torch's, once it is made
         self._heartbeats = heartbeats
-        self._agent = agent
         # Whether the ranks look at the request: a job's do from the start, a script's once its Trainer runs.
         self._listens = listens
 
@@ -126,7 +127,7 @@ class StopRequests:
         raise KeyboardInterrupt
 
     def _kill_ranks(self) -> None:
-        context = self._agent._pcontext
+        context = None if self.agent is None else self.agent._pcontext
         for pid in context.pids().values() if context is not None else ():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -144,6 +145,7 @@ def _finish(agent: Any, result: Any, requests: StopRequests, run: RunDir, keeper
             keeper.finish("stopped", code)
             return code
         keeper.finish("finished", 0)
+        keeper.screen.print(f"finished; weights/best.pt and all else in {run}; to compare runs: dtrain ui")
         return 0
     processes = agent._pcontext._pc.processes
     noticed = min(result.failures, default=None)
@@ -157,13 +159,17 @@ def _finish(agent: Any, result: Any, requests: StopRequests, run: RunDir, keeper
 @contextmanager
 def agent_log(run: RunDir) -> Iterator[None]:
     """What torch's elastic agent has to say goes to the agent's log: the screen is for the cause."""
+    import torch  # noqa: F401  # gives its loggers handlers of their own, those replaced here
+
     handler = logging.FileHandler(run.agent_log(0))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("torch")
-    kept, logger.handlers, propagate = logger.handlers, [handler], logger.propagate
-    logger.propagate = False
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.distributed")]
+    kept = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = kept, propagate
+        for logger, (handlers, propagate) in zip(loggers, kept, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
         handler.close()

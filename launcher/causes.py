@@ -10,7 +10,9 @@ from typing import Any
 from dtrain.files import read_json
 from dtrain.run import RunDir
 
-MAX_TRACEBACK_LINES = 10  # the cause must fit into a screen's last 15 lines
+# The cause must fit into the last 15 lines, however long it is itself.
+MAX_MESSAGE_LINES = 7
+MAX_TRACEBACK_LINES = 6
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def headline(error: dict[str, Any], run: RunDir) -> str:
     if error["type"] in ("UserError", "SystemExit") or error["type"].startswith("SIG"):
         what = error["message"]
     else:
-        what = f"{error['type']}: {error['message']}"
-    lines = str(error["traceback"]).rstrip().splitlines()[-MAX_TRACEBACK_LINES:]
-    return "\n".join([f"rank {error['rank']} failed: {what}", *lines, f"log: {run.rank_log(error['rank'])}"])
+        what = f"{error['type']}: {error['message']}".removesuffix(": ")
+    lines = f"rank {error['rank']} failed: {what}".splitlines()
+    if len(lines) > MAX_MESSAGE_LINES:  # the beginning names the rank, the end often the cause
+        lines = [*lines[:2], "...", *lines[3 - MAX_MESSAGE_LINES :]]
+    lines += str(error["traceback"]).rstrip().splitlines()[-MAX_TRACEBACK_LINES:]
+    return "\n".join([*lines, f"log: {run.rank_log(error['rank'])}"])

@@ -42,8 +42,9 @@ class Task:
 def run(task: Task) -> int:
     """Run the task as this rank; its exit code. Raises what the task raises, with a record of it in the run folder."""
     die_with_parent()
-    # A terminal sends Ctrl-C to all processes at once; the agent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Who sends a request to stop to all processes at once, means the agent.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     os.environ[RUN_DIR_VARIABLE] = task.run_dir
     run_dir = RunDir(task.run_dir)
     rank = int(os.environ["RANK"])

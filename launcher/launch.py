@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,15 +23,15 @@ from .entry import Task
 if TYPE_CHECKING:
     from dtrain.job import Job
 
-# What every rank of a job imports. None of it touches CUDA; the user's own modules never belong here.
-JOB_PRELOAD = (
-    "torch.distributed.elastic.multiprocessing.api",
-    "torch._dynamo",  # torch's optimizers import it in their first step
-    "dtrain.trainer.trainer",
-    "dtrain.loading",
-    "dtrain.target",
-)
-SCRIPT_PRELOAD = JOB_PRELOAD[:2]
+# What the fork server imports, for all ranks at once: always, and where the job or the script speaks of it. None of
+# it touches CUDA. The user's own modules never belong here: they may.
+PRELOAD = ("torch.distributed.elastic.multiprocessing.api", "torch._dynamo")  # optimizers import the latter
+PRELOAD_FOR = {
+    "_target_": ("dtrain.trainer.trainer", "dtrain.loading", "dtrain.target"),
+    "dtrain": ("dtrain.trainer.trainer",),
+    "torchmetrics": ("dtrain.trainer.metrics",),
+    "torchvision": ("torchvision",),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def _launch_job(request: Request) -> int:
         return 0
     code = run.code if continues else loaded.path.absolute().parent
     if not request.dry_run:
-        start_fork_server(_preload(job))
+        start_fork_server(preload_for(dump_job(job)))
     if problems := check_job(loaded, code):
         raise UserError(problems)
     num_ranks, device = choose_processes(request.gpus, job.launch.device)
@@ -84,16 +87,7 @@ def _launch_job(request: Request) -> int:
         print(f"would train on {num_ranks} {device} processes, in {run}", file=sys.stderr)
         return 0
     task = Task(str(run), (str(code),), threads_per_rank(num_ranks), module="dtrain.trainer.worker")
-    exit_code = _start(run, task, num_ranks, text, None if continues else code)
-    if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
-        print(f"continue with: dtrain launch --resume --run-dir {run} {request.target}", file=sys.stderr)
-    return exit_code
-
-
-def _preload(job: object) -> list[str]:
-    text = str(job)
-    optional = {"torchmetrics": "dtrain.trainer.metrics", "torchvision": "torchvision"}
-    return [*JOB_PRELOAD, *(module for word, module in optional.items() if word in text)]
+    return _start(request, run, task, num_ranks, text, None if continues else code)
 
 
 def _is_done(run: RunDir, job: Job) -> bool:
@@ -115,22 +109,29 @@ def _launch_script(request: Request) -> int:
     if not script.is_file():
         raise UserError(f"no such file: {script}")
     run = _run_dir(request, script.stem)
+    if not request.dry_run:
+        start_fork_server(preload_for(script.read_text(errors="replace")))
     num_ranks, device = choose_processes(request.gpus, "auto")
     if request.dry_run:
         print(f"would run {script} on {num_ranks} {device} processes, in {run}", file=sys.stderr)
         return 0
-    start_fork_server(SCRIPT_PRELOAD)
     task = Task(str(run), request.arguments, threads_per_rank(num_ranks), script=str(script))
     origin = None if request.resume else script.absolute().parent
-    return _start(run, task, num_ranks, None, origin)
+    return _start(request, run, task, num_ranks, None, origin)
 
 
 # -- both ----------------------------------------------------------------------------------------
 
 
-def _start(run: RunDir, task: Task, num_ranks: int, job: str | None, origin: Path | None) -> int:
+def preload_for(text: str) -> list[str]:
+    """The modules that the ranks of this job or script will need, of those that may be imported before the fork."""
+    return [*PRELOAD, *(module for word, modules in PRELOAD_FOR.items() if word in text for module in modules)]
+
+
+def _start(request: Request, run: RunDir, task: Task, num_ranks: int, job: str | None, origin: Path | None) -> int:
     """Fill the run folder and run the ranks. Nothing was written before; `origin` is None for a run that goes on."""
-    run.create()
+    with _usable(run):
+        run.create()
     with run.lock():
         if job is not None:
             write_text(run.job, job)
@@ -138,7 +139,29 @@ def _start(run: RunDir, task: Task, num_ranks: int, job: str | None, origin: Pat
             left_out = snapshot(origin, run.code)
             write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
         print(f"run {run}", file=sys.stderr)
-        return run_ranks(task, num_ranks, run)
+        exit_code = run_ranks(task, num_ranks, run)
+    if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+        print(f"continue with: {_continuation(request, run)}", file=sys.stderr)
+    return exit_code
+
+
+def _continuation(request: Request, run: RunDir) -> str:
+    """The command that continues the run: the same request, overrides included, since the job must be the same."""
+    words = ["dtrain", "launch", "--resume", "--run-dir", str(run)]
+    if request.gpus != "auto":
+        words += ["--gpus", request.gpus]
+    dashes = ["--"] if request.target.endswith(".py") and request.arguments else []
+    return shlex.join([*words, request.target, *dashes, *request.arguments])
+
+
+@contextmanager
+def _usable(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{run} cannot be used: {error.strerror} ({error.filename}); choose another --run-dir"
+        ) from None
 
 
 def _run_dir(request: Request, name: str) -> RunDir:
@@ -146,11 +169,13 @@ def _run_dir(request: Request, name: str) -> RunDir:
     if request.run_dir is None:
         return newest_unfinished(name) if request.resume else RunDir.new(name)
     run = RunDir(request.run_dir)
-    if run.exists() and not request.resume:
+    with _usable(run):
+        exists = run.exists()
+    if exists and not request.resume:
         raise UserError(f"{run} exists and is not empty; --resume continues the run in it, or choose another --run-dir")
-    if request.resume and run.exists() and not run.status():
+    if request.resume and exists and not run.status():
         raise UserError(f"{run} holds no run to resume (there is no status.json)")
-    if request.resume and not run.exists():
+    if request.resume and not exists:
         raise UserError(f"{run} does not exist, so there is nothing to resume")
     return run
 
@@ -177,8 +202,7 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
         why = _why_no_gpu()
         if device == "cuda":
             raise UserError(f"launch.device is cuda, but there is no GPU: {why}")
-        if asked:
-            print(f"warning: {why}; {asked} CPU processes instead", file=sys.stderr)
+        print(f"warning: {why}; {asked or 1} CPU process{'es' if asked and asked > 1 else ''} instead", file=sys.stderr)
         return asked or 1, "cpu"
     if asked is not None and asked > found:
         raise UserError(f"--gpus {asked}: this machine has {found} visible; ask for at most {found}")

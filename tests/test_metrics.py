@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import warnings
 from collections import Counter
 
 import pytest
@@ -174,6 +175,7 @@ def even(num, world_size):
 
 
 def epoch(rank, world_size, kind, shares):
+    warnings.filterwarnings("error", message="The ``compute`` method")  # "was called before update": it was not
     metrics = new_set(kind)
     feed(metrics, kind, shares[rank])
     return finish(metrics)
@@ -287,6 +289,8 @@ def test_logits_without_an_activation_are_refused(activation):
 
 def test_probabilities_without_an_activation_are_taken_as_they_are():
     metrics = MetricSet({"auc": tm.AUROC(task="binary")}, {}, "cpu")
+    metrics.update(LOGITS, LABELS)
+    metrics.reset()  # forgets that there were logits
     metrics.update(LOGITS.sigmoid(), LABELS)
     assert finish(metrics)["auc"] == tm.AUROC(task="binary")(LOGITS.sigmoid(), LABELS).item()
 
@@ -320,6 +324,20 @@ def test_update_waits_for_no_value():
         metrics.update(torch.randn(4, 3), torch.zeros(4))
         with pytest.raises(AssertionError, match="waits"):  # finish may, which shows that NoWait sees it
             finish(metrics)
+
+
+class Keeps(Guesses):
+    def update(self, predictions, target):
+        self.seen = predictions
+
+
+def test_an_activation_is_computed_once_for_all_metrics():
+    metrics = {name: Keeps() for name in "abc"}
+    updated = MetricSet(metrics, {"a": "softmax", "b": "softmax"}, "cpu")
+    updated.update(torch.zeros(2, 4), None)
+    assert metrics["a"].seen is metrics["b"].seen
+    assert metrics["a"].seen.tolist() == [[0.25] * 4] * 2
+    assert metrics["c"].seen.tolist() == [[0.0] * 4] * 2
 
 
 def test_states_keep_no_graph():

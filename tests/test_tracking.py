@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,13 +110,11 @@ def test_a_run_is_copied_while_it_goes_on(run):
     )
     assert follow(run, status) == 0
     assert seen == [False, ("RUNNING", {"job.yaml"}, [(3, 1.0)])]
-    _, found = client_and_run(run)
-    assert found.info.status == "FINISHED"
-    assert found.info.run_name == "digits-1"
+    found = client_and_run(run)[1]
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "digits-1")
     assert found.data.params["fit.epochs"] == "2"
-    assert found.data.tags["mlflow.source.git.commit"] == "abc"
-    assert found.data.tags["dtrain.git_dirty"] == "true"
-    assert found.data.tags["dtrain.run_dir"] == str(run.path)
+    tags = {"mlflow.source.git.commit": "abc", "dtrain.git_dirty": "true", "dtrain.run_dir": str(run.path)}
+    assert tags.items() <= found.data.tags.items()
     assert history(run, "train_loss") == [(3, 1.0), (6, 0.5)]
     assert artifacts(run) == {"job.yaml", "weights"}
     assert artifacts(run, "weights") == {"weights/best.pt"}
@@ -123,8 +122,8 @@ def test_a_run_is_copied_while_it_goes_on(run):
 
 def test_a_resumed_run_continues_without_a_step_twice(run, store):
     run.write_rows(rows(1, 2))
-    follow(run, scripted({"state": "stopped"}, {"state": "stopped"}))
-    _, before = client_and_run(run)
+    follow(run, lambda: {"state": "stopped"})
+    before = client_and_run(run)[1]
     make_run(run.path, store, fit={"epochs": 3, "strategy": "ddp"})
     states = []
     status = scripted(
@@ -137,14 +136,12 @@ def test_a_resumed_run_continues_without_a_step_twice(run, store):
         FINISHED,
     )
     assert follow(run, status) == 0
-    _, after = client_and_run(run)
-    assert before.info.status == "KILLED"
-    assert states == ["RUNNING"]
+    after = client_and_run(run)[1]
+    assert [before.info.status, *states, after.info.status] == ["KILLED", "RUNNING", "FINISHED"]
     assert after.info.run_id == before.info.run_id
-    assert after.info.status == "FINISHED"
     assert history(run, "epoch") == [(3, 1.0), (6, 2.0), (9, 3.0)]
-    assert after.data.params["fit.epochs"] == "2"  # a parameter can't change in MLflow
-    assert after.data.params["fit.strategy"] == "ddp"
+    params = {"fit.epochs": "2", "fit.strategy": "ddp"}  # what is there can't change in MLflow
+    assert params.items() <= after.data.params.items()
 
 
 @pytest.mark.parametrize(
@@ -183,8 +180,7 @@ def test_a_deleted_mlflow_run_is_made_anew(run):
 def test_a_broken_artifact_store_costs_the_artifacts_alone(run, capsys):
     follow(run, lambda: FINISHED)
     artifact_folder = Path(client_and_run(run)[1].info.artifact_uri)
-    (artifact_folder / "job.yaml").unlink()
-    artifact_folder.rmdir()
+    shutil.rmtree(artifact_folder)
     artifact_folder.write_text("in the way")
     run.write_rows(rows(1))
     assert follow(run, lambda: {"state": "failed"}, retry_s=0, give_up_s=0) == 1
@@ -198,8 +194,7 @@ def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
     run = make_run(tmp_path / "run", uri)
     assert follow(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"dtrain: MLflow at {hide_password(uri)}: ")
-    assert "Connection refused" in error
+    assert re.match(f"dtrain: MLflow at {re.escape(hide_password(uri))}: .*Connection refused", error)
     assert error.endswith(f"given up; to complete it: python -m dtrain.trainer.tracking {run}\n")
     assert "secret" not in error
 
@@ -221,8 +216,7 @@ def test_a_server_that_comes_late_gets_everything(tmp_path, store):
             write_json(run.status_file, FINISHED)
             assert tracker.wait(30) == 0
             assert client_and_run(run)[1].info.status == "FINISHED"
-            assert history(run, "epoch") == [(3, 1.0), (6, 2.0)]
-            assert artifacts(run, "weights") == {"weights/best.pt"}
+            assert (len(history(run, "epoch")), artifacts(run, "weights")) == (2, {"weights/best.pt"})
     assert len((run.path / "log").read_text().splitlines()) == 1
 
 
@@ -231,8 +225,8 @@ def test_trackers_that_make_one_store_at_the_same_time(tmp_path):
     for run in runs:
         write_json(run.status_file, RUNNING)  # without a live writer: killed
     trackers = [subprocess.Popen([*TRACKER, str(run)], stderr=subprocess.PIPE) for run in runs]
-    assert [tracker.communicate(timeout=60)[1] for tracker in trackers] == [b"", b""]
-    assert [tracker.returncode for tracker in trackers] == [0, 0]
+    said = [tracker.communicate(timeout=60)[1] for tracker in trackers]
+    assert [(tracker.returncode, text) for tracker, text in zip(trackers, said, strict=True)] == [(0, b"")] * 2
     assert [client_and_run(run)[1].info.status for run in runs] == ["KILLED", "KILLED"]
 
 
@@ -263,7 +257,7 @@ def test_ui_without_a_store(tmp_path, monkeypatch):
         ui(None, None)
 
 
-def test_ui_of_a_server_is_its_address(capsys):
+def test_ui_of_a_server(capsys):
     assert ui("https://user:secret@mlflow.example", None) == 0
     assert capsys.readouterr().out == "https://***@mlflow.example\n"
 
@@ -274,8 +268,7 @@ def test_ui_serves_the_store_until_ctrl_c(run, store):
     with process([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as shown:
         address = shown.stdout.readline().strip()
         assert get(f"{address}/health") == "OK"
-        query = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=digits"
-        assert json.loads(get(query))["experiment"]["name"] == "digits"
+        assert "digits" in get(f"{address}/api/2.0/mlflow/experiments/search?max_results=9")
         shown.send_signal(signal.SIGINT)
         assert shown.wait(10) == 130
     with pytest.raises(OSError, match="refused"):
@@ -292,8 +285,7 @@ def process(command, **options):
 
 
 def get(address):
-    with urllib.request.urlopen(address, timeout=10) as answer:
-        return answer.read().decode()
+    return urllib.request.urlopen(address, timeout=10).read().decode()
 
 
 def free_port():

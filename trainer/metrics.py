@@ -76,7 +76,6 @@ class MetricSet:
             if isinstance(part, Running):
                 raise UserError(f"metric {label}: Running counts updates, and each rank has its own")
             part.distributed_available_fn = _never  # else compute would synchronise by itself
-            part.compute_with_cache = False  # its states are set from outside
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +118,7 @@ class MetricSet:
             )
         for (part, state), value in zip(self._slots(), values, strict=True):
             _set_state(part, state, value)
+        for part in self._parts.values():
             part._update_count = max(part.update_count, 1)  # no warning where this rank had no sample
         results: dict[str, Result] = {}
         for name, metric in self._metrics.items():

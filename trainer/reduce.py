@@ -99,7 +99,7 @@ def _reduce_sums(
             dtype = _promoted(dtypes)
             is_integer = not (dtype.is_floating_point or dtype.is_complex)
             wire = torch.int64 if is_integer else torch.promote_types(dtype, torch.float64)
-            agreed[wire][i] = dtype, torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+            agreed[wire][i] = dtype, torch.broadcast_shapes(*shapes)
 
     sums: dict[int, Tensor] = {}
     for wire, members in agreed.items():

@@ -10,11 +10,11 @@ from dtrain.heartbeat import Heartbeat
 from .world import World
 
 
-class Stopped(Exception):
-    """Training ended at a step boundary, on a signal, with a checkpoint saved."""
+class Stopped(SystemExit):
+    """Training ended at a step boundary, on a signal, with a checkpoint saved. A script that lets it pass exits 75."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped on signal {signal_number}, with a checkpoint")
+        super().__init__(75)
         self.signal_number = signal_number
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class Tally:
     def finish(self, reduced: Sequence[Value]) -> dict[str, Any]:
         """The values to report, from the states of all ranks: PHASE_loss and PHASE_<metric>. Rank 0 only."""
         loss, weight, *states = reduced
-        assert isinstance(loss, Tensor) and isinstance(weight, Tensor)
-        values: dict[str, Any] = {"loss": float(loss / weight)}
+        values: dict[str, Any] = {"loss": float(cast(Tensor, loss) / cast(Tensor, weight))}
         if self.metrics is not None:
             values |= self.metrics.finish(states)
         return {f"{self.phase}_{name}": value for name, value in values.items()}

@@ -1,0 +1,36 @@
+# Everything runs from a virtual environment that the first target makes: Python 3.10 or newer and a network suffice.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
+	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
+
+test: check  ## Run all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed  ## Lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy sees the package as users do, installed: in the repository its folders lie apart.
+	@rm -rf build
+	$(BIN)/pip install -q --no-deps --target build/typed .
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
+
+bench: $(VENV)/installed-bench  ## Measure side by side with the peers
+	$(BIN)/python bench/first_step.py
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("dtrain needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV) runs mlruns mlflow.db*
