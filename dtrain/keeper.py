@@ -72,7 +72,8 @@ class Keeper:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._status["state"] == "running":
-            self.finish("killed" if isinstance(error, KeyboardInterrupt) else "failed", 1)
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self.finish("killed" if interrupted else "failed", 130 if interrupted else 1)
 
     @property
     def has_begun(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Screen:
     def _draw(self, beat: Beat) -> None:
         if self._progress is None:
             self._progress = _new_progress()
-            self._task = self._progress.add_task("", total=None)
+            self._task = self._progress.add_task("", total=None, loss="", rate="", left="")
             self._progress.start()
         assert self._task is not None
         self._progress.update(
@@ -68,7 +69,7 @@ class Screen:
             description=f"epoch {beat.epoch}/{beat.epochs}{' validation' if beat.validating else ''}",
             completed=beat.step_in_epoch,
             total=beat.steps_in_epoch,
-            loss=f"loss {beat.loss:.4g}",
+            loss="" if math.isnan(beat.loss) else f"loss {beat.loss:.4g}",
             rate=f"{self._rate.samples_per_s:,.0f} samples/s",
             left=f"{duration(self._rate.seconds_left(beat))} left",
         )
@@ -133,6 +134,7 @@ def _new_progress() -> Any:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
+        TextColumn("step"),
         MofNCompleteColumn(),
         *fields,
         console=Console(stderr=True),

@@ -25,7 +25,6 @@ from dtrain.run import RUN_DIR_VARIABLE, RunDir
 
 VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
 PR_SET_PDEATHSIG = 1
-INTERNAL = (os.path.dirname(__file__), "<frozen runpy>", runpy.__file__)
 
 
 @dataclass(frozen=True)
@@ -134,20 +133,16 @@ def record(error: BaseException, path: Path, rank: int) -> None:
 
 
 def users_traceback(error: BaseException) -> str:
-    """The frames of the user's own code; all but ours where there are none."""
+    """The frames of the user's own code; the last ones where there are none."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if not frame.filename.startswith(INTERNAL)]
-    users = [frame for frame in ours if not _is_library(frame.filename)]
-    return "".join(traceback.format_list(users or ours[-3:]))
+    packages = [frame.f_globals.get("__package__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    users = [frame for frame, package in zip(frames, packages, strict=True) if not _is_library(frame.filename, package)]
+    return "".join(traceback.format_list(users or frames[-3:]))
 
 
-def _is_library(filename: str) -> bool:
-    import dtrain.trainer
-
-    import dtrain
-
-    libraries = [os.path.dirname(os.__file__), *dtrain.__path__, *dtrain.trainer.__path__]
-    return "site-packages" in filename or filename.startswith((*libraries, "<frozen"))
+def _is_library(filename: str, package: str | None) -> bool:
+    is_ours = (package or "").partition(".")[0] == "dtrain"
+    return is_ours or "site-packages" in filename or filename.startswith((os.path.dirname(os.__file__), "<frozen"))
 
 
 def is_failed_collective(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from dtrain.errors import UserError
 
-from .seeds import derive_seed
+from .seeds import derive_seed, rng_kept
 from .sharding import IndexBatches, Shard
 from .world import World
 
@@ -51,6 +51,11 @@ class Source:
             raise UserError(
                 f"the DataLoader has a sampler of its own ({type(data.sampler).__name__}): "
                 "dtrain shards the data itself; use shuffle=True or False"
+            )
+        if isinstance(data.sampler, RandomSampler) and (data.sampler.replacement or data.sampler._num_samples):
+            raise UserError(
+                "the DataLoader's RandomSampler draws with replacement, or a given number of samples: "
+                "dtrain takes every sample once an epoch; use shuffle=True"
             )
         return cls(
             data.dataset,
@@ -110,8 +115,14 @@ class Batches:
 
     def _micro_batches(self, step: int, loaded: Iterator[Any]) -> Iterator[MicroBatch]:
         for part in self.shard.micro_batches(step):
-            if part or self._sampler.fill_empty:
-                yield MicroBatch(to_device(next(loaded), self._device), len(part), self.shard.samples(step))
+            if part:
+                data = next(loaded)
+            elif self._sampler.fill_empty:
+                with rng_kept(self._device):  # a dataset may draw random numbers
+                    data = next(loaded)
+            else:
+                continue
+            yield MicroBatch(to_device(data, self._device), len(part), self.shard.samples(step))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .seeds import rng_state, set_rng_state
+from .seeds import rng_kept
 from .world import World
 
 
@@ -46,11 +46,13 @@ class DataParallel:
 
     @contextlib.contextmanager
     def without_trace(self) -> Iterator[None]:
-        """Buffers and random states after the block are what they were before it (for a filler's forward)."""
+        """Buffers and random states after the block are what they were before it.
+
+        For a filler's forward and backward, both: autograd refuses buffers that changed in between.
+        """
         buffers = [buffer.clone() for buffer in self.bare.buffers()]
-        state = rng_state(self.world.device)
-        yield
-        set_rng_state(state, self.world.device)
+        with rng_kept(self.world.device):
+            yield
         with torch.no_grad():
             for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -6,6 +6,7 @@ what only rank 0 does (files, reports) stands under `if self.world.is_main`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from .data import Batches, MicroBatch
 from .ddp import DataParallel
 from .reduce import reduce_states
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
-from .step import Outcome, Step
+from .step import Step
 from .stop import StopAgreement, Stopped
 from .tally import Tally
 from .weights import save_weights
@@ -85,7 +86,7 @@ class Loop:
         self.place = Place()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
         self.stop = StopAgreement(world, self.heartbeat)
-        self.lr = float("nan")  # of the last step done
+        self.lr: float | Tensor = float("nan")  # of the last step done
         self.samples_per_s: float | None = None  # of this epoch's training in this process
         self.samples_done = 0  # over all ranks, since this process began
         self._looked_at = 0.0
@@ -142,8 +143,9 @@ class Loop:
         for i, micro_batch in enumerate(micro_batches):
             # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
             scale = self.world.world_size / micro_batch.batch_samples
-            with self.model.accumulating(last=i == count - 1):
-                outcome = self.forward(micro_batch)
+            undone = contextlib.nullcontext() if micro_batch.samples else self.model.without_trace()
+            with self.model.accumulating(last=i == count - 1), undone:
+                outcome = self.step(self.model.module, micro_batch)
                 if outcome.weight is None:
                     (outcome.total * scale).backward()
                 else:
@@ -154,21 +156,16 @@ class Loop:
                 self.train_tally.add(outcome, micro_batch.samples)
         if weight is not None:
             self.divide_gradients(weight)
-        self.lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
         self.optimizer.step()
         if self.scheduler is not None and self.schedule.scheduler_interval == "step":
             self.scheduler.step()
 
-    def forward(self, micro_batch: MicroBatch) -> Outcome:
-        """The model's forward in training, through DDP."""
-        if micro_batch.samples:
-            return self.step(self.model.module, micro_batch)
-        with self.model.without_trace():
-            return self.step(self.model.module, micro_batch)
-
     def divide_gradients(self, weight: Tensor) -> None:
         """Turn the gradients of the summed loss into those of its mean over all ranks' units. All ranks take part."""
         total = self.world.sum(weight)
+        total = total.where(total != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, (self.world.world_size / total).to(gradients[0].dtype))
 
@@ -197,6 +194,7 @@ class Loop:
             if signal_number := self.stop.agreed():
                 # The run will continue with the whole validation: with the random numbers that it began with.
                 set_rng_state(before, self.world.device)
+                self.val_tally.reset()
                 self.save_checkpoint()
                 raise Stopped(signal_number)
 
@@ -227,6 +225,7 @@ class Loop:
             else:
                 self.scheduler.step()
         self.train_tally.reset()
+        self.val_tally.reset()
         self.place = Place(self.place.epoch + 1, 0, self.place.step)
 
     # -- stopping and continuing -----------------------------------------------------------------
@@ -248,6 +247,7 @@ class Loop:
             "rng": rng_state(self.world.device),
             "buffers": list(self.model.bare.buffers()),
             "train": self.train_tally.state_dict(),
+            "val": self.val_tally.state_dict(),  # empty, but for what wrappers remember of earlier epochs
         }
         checkpoint.save(self.run_dir, self.place.step, self.world, shared, own, self.schedule.keep)
 
@@ -280,10 +280,12 @@ class Loop:
             for buffer, value in zip(self.model.bare.buffers(), own["buffers"], strict=True):
                 buffer.copy_(value)
             self.train_tally.load_state_dict(own["train"])
+            self.val_tally.load_state_dict(own["val"])
         else:
             seed_everything(derive_seed("rank", self.seed, self.world.rank, self.place.step))
             if self.world.is_main:
                 self.train_tally.load_merged([own["train"] for own in snapshot.ranks])
+                self.val_tally.load_merged([own["val"] for own in snapshot.ranks])
         if self.world.is_main:
             checkpoint.restore_best(path, self.run_dir)
 
@@ -292,7 +294,7 @@ class Loop:
     def beat(self, validating: int = 0) -> None:
         """Say where this rank is. Waits for the device only now and then, and only on rank 0."""
         now = time.monotonic()
-        if self.world.is_main and now - self._looked_at > LOOK_EVERY_S:
+        if self.world.is_main and self.train_tally.samples and now - self._looked_at > LOOK_EVERY_S:
             self._looked_at = now
             self._shown_loss = self.train_tally.mean_loss()
         batches = self.val_batches if validating and self.val_batches else self.train_batches

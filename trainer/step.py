@@ -7,11 +7,13 @@ of the sum over all ranks and micro-batches, divided by the whole batch's weight
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.errors import UserError
@@ -73,14 +75,15 @@ def user_step(function: UserStep) -> Step:
                 f"step must return a dict with a tensor `loss`, it returned {_describe(result)}; "
                 "keys: loss, predictions, target, weight"
             )
-        loss = result["loss"]
-        _require_scalar(loss)
+        loss = _scalar(result["loss"], "the loss")
         weight = result.get("weight")
         if weight is None:
             total = loss * micro_batch.samples
         else:
             weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach()
-            total = loss * weight.to(loss.dtype)
+            weight = _scalar(weight, "step's weight")
+            # The mean of no units is nan in most ways to write it, where their sum is 0.
+            total = loss.where(weight != 0, 0.0) * weight.to(loss.dtype)
         return Outcome(total, weight, result.get("predictions"), result.get("target"))
 
     return _without_trace(step)
@@ -94,26 +97,29 @@ def _without_trace(step: Step) -> Step:
         if micro_batch.samples:
             return outcome
         weight = None if outcome.weight is None else torch.zeros_like(outcome.weight)
-        return replace(outcome, total=outcome.total * 0.0, weight=weight)
+        return replace(outcome, total=outcome.total.nan_to_num(0.0, 0.0, 0.0) * 0.0, weight=weight)
 
     return wrapped
 
 
+_CLASS_LOSSES = nn.CrossEntropyLoss, nn.NLLLoss
 TotalLoss = Callable[[Any, Any, MicroBatch], tuple[Tensor, "Tensor | None"]]
 
 
 def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
+    loss_fn = _as_module(loss_fn)
     reduction = getattr(loss_fn, "reduction", "mean")
     if reduction == "none":
         raise UserError(f"{_describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
 
     def mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        loss = loss_fn(predictions, target)
-        _require_scalar(loss)
+        loss = _scalar(loss_fn(predictions, target), "the loss")
         # A loss that sums is not divided by the batch's size, so it is multiplied by it beforehand.
         return loss * (part.batch_samples if reduction == "sum" else part.samples), None
 
-    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or reduction != "mean":
+    # A subclass with a forward of its own may do anything: it is a mean over samples, as any loss is.
+    known = isinstance(loss_fn, _CLASS_LOSSES) and type(loss_fn).forward in [each.forward for each in _CLASS_LOSSES]
+    if not known or reduction != "mean":
         return mean
 
     summed = copy.copy(loss_fn)
@@ -127,18 +133,29 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
     return weighted_mean
 
 
+def _as_module(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """`torch.nn.functional`'s losses over classes, also with arguments bound by partial, as the modules they are."""
+    bound = loss_fn if isinstance(loss_fn, functools.partial) else functools.partial(loss_fn)
+    if bound.func is F.cross_entropy and not bound.args:
+        return nn.CrossEntropyLoss(**bound.keywords)
+    if bound.func is F.nll_loss and not bound.args:
+        return nn.NLLLoss(**bound.keywords)
+    return loss_fn
+
+
 def _class_weight(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> Tensor:
     """What torch divides the summed loss by: the targets that count, each with its class's weight. Float64."""
     counts = target != loss_fn.ignore_index
     if loss_fn.weight is None:
         return counts.sum(dtype=torch.float64)
-    classes = target.where(counts, torch.zeros_like(target))
+    classes = target.where(counts, torch.zeros_like(target)).long()
     return (loss_fn.weight[classes] * counts).sum(dtype=torch.float64)
 
 
-def _require_scalar(loss: Tensor) -> None:
-    if loss.numel() != 1:
-        raise UserError(f"the loss must be one number, it has shape {tuple(loss.shape)}; take its mean")
+def _scalar(value: Tensor, name: str) -> Tensor:
+    if value.numel() != 1:
+        raise UserError(f"{name} must be one number, it has shape {tuple(value.shape)}")
+    return value.reshape(())
 
 
 def _describe(value: Any) -> str:

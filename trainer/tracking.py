@@ -22,13 +22,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, cast
 
 from dtrain.files import read_json, write_json
 from dtrain.run import Row, RunDir
 from dtrain.tracking_uri import hide_password, resolve_tracking_uri, sqlite_file
+from dtrain.yamltext import Reader
 
 POLL_S = 0.5
 RETRY_S = 3.0
@@ -109,8 +108,7 @@ def _tracking_uri(run: RunDir) -> str:
 
 
 def _read_job(run: RunDir) -> dict[str, Any]:
-    job: dict[str, Any] = yaml.safe_load(run.job.read_text(encoding="utf-8"))
-    return job
+    return cast("dict[str, Any]", Reader(str(run.job)).read(run.job.read_text(encoding="utf-8")))
 
 
 def _report(uri: str, error: Exception, outcome: str) -> None:

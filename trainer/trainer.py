@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError, nearest
@@ -89,6 +89,8 @@ class Trainer:
     ) -> None:
         if (step is None) == (loss_fn is None):
             raise UserError("give Trainer either loss_fn or step")
+        if scheduler_interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError("ReduceLROnPlateau looks at an epoch's result: it can't have the interval step")
         if isinstance(optimizer, LBFGS):
             raise UserError("LBFGS evaluates the loss several times a step, which Trainer can't do yet")
         if deterministic:

@@ -16,8 +16,8 @@ WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compil
 
 
 def bare_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The module's weights and buffers on the CPU, without the names of wrappers around it or inside it."""
-    return {bare_name(name): value.detach().cpu() for name, value in net.state_dict().items()}
+    """The module's weights and buffers on the CPU, without the names that torch.compile puts into them."""
+    return {_uncompiled(name): value.detach().cpu() for name, value in net.state_dict().items()}
 
 
 def bare_name(name: str) -> str:
@@ -25,7 +25,11 @@ def bare_name(name: str) -> str:
     parts = name.split(".")
     while parts[0] in WRAPPERS and len(parts) > 1:
         parts = parts[1:]
-    return ".".join(part for part in parts if part != "_orig_mod")
+    return _uncompiled(".".join(parts))
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def save_weights(net: nn.Module, path: Path) -> None:
@@ -51,12 +55,14 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state_dict: expected tensors by name")
     own = net.state_dict()
-    stripped = {bare_name(name): value for name, value in weights.items()}
-    names = {bare_name(name): name for name in own}
-    problems = _mismatches(stripped, {bare: own[name] for bare, name in names.items()})
+    # The names as they are come first: a model may have a layer that is called `module`.
+    bare = _uncompiled if {_uncompiled(name) for name in weights} == {_uncompiled(name) for name in own} else bare_name
+    stripped = {bare(name): value for name, value in weights.items()}
+    names = {bare(name): name for name in own}
+    problems = _mismatches(stripped, {short: own[name] for short, name in names.items()})
     if problems:
         raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
-    net.load_state_dict({names[bare]: value for bare, value in stripped.items()})
+    net.load_state_dict({names[short]: value for short, value in stripped.items()})
 
 
 def _mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

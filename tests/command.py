@@ -1,0 +1,198 @@
+"""The real command line for tests: a `Project` is a folder with a tiny job, and the `dtrain` that a user would type."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain.files import read_json
+from dtrain.run import RunDir
+
+DTRAIN = str(Path(sys.executable).with_name("dtrain"))
+PATIENCE_S = 300  # for a machine under load: nothing here is a measurement
+MARK = "DTRAIN_TEST_COMMAND"  # in the environment of all processes of one command
+RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DTRAIN_RUN_DIR"}
+
+JOB: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"_target_": "net.Net"},
+    "data": {
+        "train": {"_target_": "data.points", "size": 40},
+        "val": {"_target_": "data.points", "size": 12},
+        "batch_size": 8,
+    },
+    "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
+    "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+    "fit": {"epochs": 2},
+}
+STEPS = 5  # of an epoch of this job
+
+NET = """
+import os
+import time
+
+from torch import nn
+
+
+class Net(nn.Module):
+    '''With a gate, it waits in that forward pass of training until a file called `go` is there.'''
+
+    def __init__(self, width=4, gate=0):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
+        self.gate = gate
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.training and self.calls == self.gate:
+            open("waiting", "w").close()
+            while not os.path.exists("go"):
+                time.sleep(0.02)
+        return self.layers(x)
+"""
+
+DATA = """
+import torch
+from torch.utils.data import TensorDataset
+
+
+def points(size):
+    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
+    return TensorDataset(x, (x[:, 0] > 0).long())
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_lines(self) -> str:
+        return "\n".join(self.err.splitlines()[-15:])
+
+
+class Command:
+    """A command that runs, in a session of its own. Not to be left running: `wait` or `kill`."""
+
+    def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+        self._mark = uuid.uuid4().hex
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            arguments,
+            cwd=folder,
+            env={**environment, MARK: self._mark},
+            stdin=subprocess.DEVNULL,
+            stdout=self._files[0],
+            stderr=self._files[1],
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    @property
+    def err(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._files[1].fileno(), 1 << 20, 0).decode()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait for something that this command brings about."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self._process.poll() is None, f"ended early, with {self._process.returncode}:\n{self.err}"
+            assert time.monotonic() < deadline, f"waited in vain:\n{self.err}"
+            time.sleep(0.02)
+
+    def signal(self, number: int, *, to_group: bool = False) -> None:
+        (os.killpg if to_group else os.kill)(self.pid, number)
+
+    def wait(self) -> Done:
+        """Its end, and that of all that it has started: nothing may stay."""
+        try:
+            code = self._process.wait(PATIENCE_S)
+            deadline = time.monotonic() + 60
+            while left := processes(self._mark):
+                assert time.monotonic() < deadline, f"still running: {left}\n{self.err}"
+                time.sleep(0.02)
+            return Done(code, os.pread(self._files[0].fileno(), 1 << 20, 0).decode(), self.err)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End all of its processes."""
+        for pid in processes(self._mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def processes(mark: str) -> dict[int, str]:
+    """The command lines, by pid, of the processes whose environment holds the mark; no zombies."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+class Project:
+    """A folder with a job that trains in no time, and what to run there."""
+
+    def __init__(self, folder: Path, store: str) -> None:
+        self.folder = folder
+        self.environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        self.environment["MLFLOW_TRACKING_URI"] = store
+        self.write("net.py", NET)
+        self.write("data.py", DATA)
+        self.job()
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def job(self, **changed: Any) -> None:
+        """Write job.yaml, with some of its sections as given."""
+        self.write("job.yaml", yaml.safe_dump({**JOB, **changed}, sort_keys=False))
+
+    def start(self, *arguments: str, **environment: str) -> Command:
+        return Command([DTRAIN, *arguments], self.folder, {**self.environment, **environment})
+
+    @contextlib.contextmanager
+    def running(self, *arguments: str) -> Iterator[Command]:
+        """`start`, and nothing of it stays if the test fails."""
+        command = self.start(*arguments)
+        try:
+            yield command
+        finally:
+            command.kill()
+
+    def run(self, *arguments: str, **environment: str) -> Done:
+        return self.start(*arguments, **environment).wait()
+
+    def runs(self) -> list[Path]:
+        """The run folders under runs/."""
+        return sorted(self.folder.glob("runs/*"))
+
+    def run_dir(self, name: str = "run") -> RunDir:
+        return RunDir(self.folder / name)
+
+    def status(self, name: str = "run") -> dict[str, Any]:
+        """status.json as it stands there."""
+        return read_json(self.run_dir(name).status_file) or {}

@@ -1,0 +1,70 @@
+"""Whole trainings for tests: a Trainer on each rank, in a run folder prepared as `dtrain launch` does."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dtrain.trainer.data import Source
+from dtrain.trainer.stop import Stopped
+from dtrain.trainer.trainer import Trainer
+from ranks import run_ranks
+from torch.utils.data import Dataset
+
+from dtrain.heartbeat import Heartbeat
+from dtrain.run import RUN_DIR_VARIABLE, RunDir
+
+Job = dict[str, Any]  # net, loss, optimizer, train, val and options; see `fit`
+
+
+class Samples(Dataset):
+    """(features, target) tensors. `noise` adds random numbers from torch, numpy and random to each sample."""
+
+    def __init__(self, features: Any, target: torch.Tensor, noise: float = 0.0) -> None:
+        self.features, self.target, self.noise = features, target, noise
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = float(torch.rand(())) + np.random.rand() + random.random() if self.noise else 0.0
+        return self.features[index] + self.noise * drawn, self.target[index]
+
+
+def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args: Any) -> Any:
+    """Train what `make(*args)` describes, as this rank; the history and the weights, or None where it was stopped.
+
+    A job is `trainer` (a Trainer's arguments), `train` and `val` (datasets), `batch_size`, `workers`, and `fit`
+    (arguments of Trainer.fit).
+    """
+    os.environ[RUN_DIR_VARIABLE] = folder
+    job = make(*args)
+    trainer = Trainer(**job["trainer"], device="cpu")
+    train = Source(job["train"], job["batch_size"], shuffle=True, workers=job.get("workers", 0))
+    val = Source(job["val"], job["batch_size"], shuffle=False, workers=job.get("workers", 0)) if "val" in job else None
+    try:
+        history = trainer.fit(train, val, **job["fit"])
+    except Stopped:
+        return None
+    return history.to_dict("records"), {name: value.clone() for name, value in trainer.net.state_dict().items()}
+
+
+def prepare(folder: Path, world_size: int) -> RunDir:
+    """Do what the agent does before it starts the ranks."""
+    run = RunDir(folder)
+    run.create()
+    run.job.touch()
+    for rank in range(world_size):
+        Heartbeat(run.heartbeat(rank), create=True)
+    return run
+
+
+def train(world_size: int, folder: Path, make: Callable[..., Job], *args: Any) -> list[Any]:
+    """What `fit` returned on each rank."""
+    prepare(folder, world_size)
+    return run_ranks(world_size, fit, str(folder), make, *args)
