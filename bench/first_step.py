@@ -63,7 +63,7 @@ def main() -> None:
             for name, command in commands.items():
                 seconds[name].append(measure(command, folder))
     print(f"{ranks} ranks, {os.cpu_count()} cores, median of {arguments.repeats}, alternating")
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in seconds.items()}
+    medians = {name: [statistics.median(times) for times in zip(*rows, strict=True)] for name, rows in seconds.items()}
     for name, (first, whole) in medians.items():
         print(f"{name:9} first step {first:6.2f} s   whole command {whole:6.2f} s")
     ratios = [peer / ours for peer, ours in zip(medians["torchrun"], medians["dtrain"], strict=True)]

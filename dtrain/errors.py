@@ -52,3 +52,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
     """`nearest` as a hint."""
     choice = nearest(word, choices)
     return f"did you mean {choice}?" if choice else None
+
+
+def first_line(error: BaseException) -> str:
+    """The error's first line; its type where it has no message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 
 from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Beat, Heartbeat
-from dtrain.run import RunDir
+from dtrain.run import END_OF_OUTPUT, RunDir
 from dtrain.screen import Screen
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
@@ -110,6 +110,9 @@ class Keeper:
         """Take in and show what is new."""
         if self._echoed is not None and self._echo is not None:
             for line in self._echoed.new_lines():
+                if line == END_OF_OUTPUT:  # a victim's traceback would hide the cause
+                    self._echoed = None
+                    break
                 self.screen.print(line, self._echo)
         self._show_new_rows()
         beat = self._heartbeat.read()

@@ -17,6 +17,7 @@ from dtrain.errors import UserError
 from dtrain.files import read_json, write_text
 
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
+END_OF_OUTPUT = "dtrain: this rank failed"  # in a rank's log; what follows is for its reader, not for the screen
 STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
 
 Row = dict[str, Any]  # one epoch: epoch, step, lr, samples_per_s, train_loss, train_*, val_loss, val_*

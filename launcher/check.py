@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from dtrain.errors import UserError
 
@@ -17,7 +19,9 @@ def check(path: str, overrides: Sequence[str]) -> int:
     from dtrain.target import check_job
 
     loaded = load_job(path, overrides)
-    if problems := check_job(loaded, loaded.path.absolute().parent):
+    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
+        problems = check_job(loaded, loaded.path.absolute().parent)
+    if problems:
         raise UserError(problems)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")

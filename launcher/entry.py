@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import UserError
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.run import END_OF_OUTPUT, RUN_DIR_VARIABLE, RunDir
 
 VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
 PR_SET_PDEATHSIG = 1
@@ -44,6 +45,8 @@ def run(task: Task) -> int:
     # Who sends a request to stop to all processes at once, means the agent.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Processes that the user's code starts, loading ones among them, start as they would without us.
+    multiprocessing.set_start_method(None, force=True)
     os.environ[RUN_DIR_VARIABLE] = task.run_dir
     run_dir = RunDir(task.run_dir)
     rank = int(os.environ["RANK"])
@@ -114,10 +117,12 @@ def record(error: BaseException, path: Path, rank: int) -> None:
         message = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
     else:
         message = str(error)
-    if isinstance(error, UserError):
-        print(message, file=sys.stderr)
-    elif not isinstance(error, SystemExit):
-        traceback.print_exc()
+    if not isinstance(error, SystemExit):
+        print(END_OF_OUTPUT, file=sys.stderr)
+        if isinstance(error, UserError):
+            print(message, file=sys.stderr)
+        else:
+            traceback.print_exc()
     report: dict[str, Any] = {
         "rank": rank,
         "host": socket.gethostname(),

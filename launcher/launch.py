@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -75,7 +75,9 @@ def _launch_job(request: Request) -> int:
     code = run.code if continues else loaded.path.absolute().parent
     if not request.dry_run:
         start_fork_server(preload_for(dump_job(job)))
-    if problems := check_job(loaded, code):
+    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
+        problems = check_job(loaded, code)
+    if problems:
         raise UserError(problems)
     num_ranks, device = choose_processes(request.gpus, job.launch.device)
     if job.fit.sync_batchnorm and device == "cpu" and num_ranks > 1:

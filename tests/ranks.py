@@ -101,6 +101,7 @@ def _answer(rank: int, connection: Connection, process: BaseProcess) -> Any:
 
 def _rank(rank: int, world_size: int, store: str, work: bytes, connection: Connection) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # loading processes start as they do elsewhere
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         # A file as the store: there is no port for two tests to fight over.

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from dtrain.trainer.best import Best
 from dtrain.trainer.data import Source
+from dtrain.trainer.loop import Loop, Schedule
 from dtrain.trainer.stop import Stopped
 from dtrain.trainer.trainer import Trainer
 from ranks import run_ranks
@@ -52,6 +54,29 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
     except Stopped:
         return None
     return history.to_dict("records"), {name: value.clone() for name, value in trainer.net.state_dict().items()}
+
+
+def make_loop(folder: str, job: Job) -> Loop:
+    """The loop that `fit` would run, without running it; the samples in their own order."""
+    trainer = Trainer(**job["trainer"], device="cpu")
+    run = RunDir(folder)
+    Heartbeat(run.heartbeat(trainer.world.rank), create=True)
+    batches = trainer._batches(Source(job["train"], job["batch_size"], shuffle=False), training=True)
+    tallies = trainer._tally("train"), trainer._tally("val")
+    assert trainer.optimizer is not None
+    return Loop(
+        run,
+        trainer.world,
+        trainer.model,
+        trainer.step,
+        trainer.optimizer,
+        trainer.scheduler,
+        (batches, None),
+        tallies,
+        Best("train_loss"),
+        Schedule(epochs=1, scheduler_interval=trainer.scheduler_interval),
+        trainer.seed,
+    )
 
 
 def prepare(folder: Path, world_size: int) -> RunDir:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dtrain.errors import UserError
+from dtrain.errors import UserError, first_line
 from dtrain.files import sync, write_atomic
 from dtrain.run import RunDir
 
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parser met
-        raise UserError(f"checkpoint {path} can't be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"checkpoint {path} can't be read: {first_line(error)}") from None
     return state
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -46,6 +47,9 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+# Has MLflow show its pages for training, not those for language models.
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
 Status = Callable[[], dict[str, Any]]
 
@@ -167,9 +171,10 @@ class Mirror:
         settings = self._job.get("mlflow") or {}
         experiment = settings.get("experiment") or self._job["name"]
         found = self._client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, tags=TRAINING)
         name = settings.get("run_name") or self._folder.path.absolute().name
-        return self._client.create_run(experiment_id, run_name=name)
+        began = int(self._folder.job.stat().st_mtime * 1000)  # the launch, not this process's start
+        return self._client.create_run(experiment_id, start_time=began, run_name=name)
 
     def _describe(self, known: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -197,7 +202,9 @@ class Mirror:
         from mlflow.entities import Metric
 
         step, now = row["step"], int(time.time() * 1000)
-        metrics = [Metric(_key(name), value, now, step) for name, value in row.items() if is_scalar(value)]
+        metrics = [
+            Metric(_key(name), value, now, step) for name, value in row.items() if name != "step" and is_scalar(value)
+        ]
         self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
         self._last_step = step
 
@@ -228,9 +235,11 @@ def _key(name: str) -> str:
 
 
 def _tags(run: RunDir) -> dict[str, str]:
+    env = read_json(run.env) or {}
     tags = {"dtrain.run_dir": str(run.path.absolute())}
-    git = (read_json(run.env) or {}).get("git")
-    if git:
+    if env.get("command"):
+        tags["mlflow.source.name"] = shlex.join(env["command"])
+    if git := env.get("git"):
         tags["mlflow.source.git.commit"] = str(git.get("commit"))
         tags["dtrain.git_dirty"] = str(bool(git.get("dirty"))).lower()
     return tags

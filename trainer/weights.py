@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.errors import UserError
+from dtrain.errors import UserError, first_line
 from dtrain.files import write_atomic
 
 WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
@@ -51,7 +51,7 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except Exception as error:  # torch.load raises whatever its parser met
-        raise UserError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a file of weights: {first_line(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state_dict: expected tensors by name")
     own = net.state_dict()

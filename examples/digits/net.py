@@ -6,17 +6,17 @@ from torch import Tensor, nn
 
 
 class DigitNet(nn.Module):
-    """Two convolutions of 3x3, then a linear layer; `width` is the number of the first one's channels."""
+    """Three convolutions of 3x3, then a linear layer; `width` is the number of the first one's channels."""
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(1, width, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # 8x8 -> 4x4
-            nn.Conv2d(width, 2 * width, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # 4x4 -> 2x2
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1),  # 8x8 -> 4x4
+            nn.GELU(),
+            nn.Conv2d(2 * width, 2 * width, kernel_size=3, stride=2, padding=1),  # 4x4 -> 2x2
+            nn.GELU(),
             nn.Flatten(),
             nn.Linear(2 * width * 2 * 2, classes),
         )

@@ -1,0 +1,90 @@
+"""Which epoch is the best, when patience runs out, and what a monitor may name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dtrain.trainer.best import Best
+from dtrain.trainer.data import Source
+from dtrain.trainer.trainer import Trainer
+from torch import nn
+from torchmetrics import Accuracy
+from torchmetrics.classification import MulticlassConfusionMatrix
+from training import Samples
+
+from dtrain.errors import UserError
+
+NAN = math.nan
+
+
+def run(best: Best, values: list[float]) -> list[bool]:
+    return [best.update({"epoch": epoch, best.monitor: value}) for epoch, value in enumerate(values, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "improved_at", "best_epoch"),
+    [
+        ("min", [3.0, 2.0, 2.0, 4.0, 1.0], [1, 2, 5], 5),
+        ("max", [3.0, 2.0, 3.0, 4.0, 1.0], [1, 4], 4),
+        ("min", [1.0, 1.0, 1.0], [1], 1),
+        ("max", [0.5, 0.5], [1], 1),
+        ("min", [1.0, NAN, 0.5, NAN], [1, 3], 3),
+        ("max", [1.0, NAN, NAN], [1], 1),
+        ("min", [NAN, NAN, 2.0, 1.0], [1, 3, 4], 4),  # the first epoch always is, so that there is a best
+        ("max", [NAN, 1.0, NAN, 2.0], [1, 2, 4], 4),
+        ("min", [math.inf, 1.0, -math.inf], [1, 2, 3], 3),
+    ],
+)
+def test_ties_keep_the_earlier_and_nan_is_never_better(mode, values, improved_at, best_epoch):
+    best = Best("val_loss", mode)
+    assert [epoch for epoch, improved in enumerate(run(best, values), start=1) if improved] == improved_at
+    assert best.epoch == best_epoch
+    assert not best.exhausted
+
+
+@pytest.mark.parametrize(
+    ("patience", "values", "exhausted_after"),
+    [
+        (1, [1.0, 1.0], 2),
+        (2, [1.0, 2.0, 0.5, 3.0, 3.0, 0.1], 5),
+        (3, [1.0, NAN, NAN, NAN], 4),
+        (2, [3.0, 2.0, 1.0], None),
+    ],
+)
+def test_patience_counts_epochs_in_a_row(patience, values, exhausted_after):
+    best = Best("val_loss", "min", patience)
+    exhausted = []
+    for epoch, value in enumerate(values, start=1):
+        if epoch > 1:  # as after a resume
+            state, best = best.state_dict(), Best("val_loss", "min", patience)
+            best.load_state_dict(state)
+        best.update({"epoch": epoch, "val_loss": value})
+        exhausted.append(best.exhausted)
+    assert (exhausted.index(True) + 1 if True in exhausted else None) == exhausted_after
+
+
+def test_a_value_that_is_no_single_number_is_no_monitor():
+    with pytest.raises(UserError, match="val_acc names no single value"):
+        Best("val_acc").update({"epoch": 1, "val_acc": [0.5, 0.4], "val_loss": 1.0})
+
+
+class Unread(Samples):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("a sample was read")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "with_val", "hint"),
+    [("val_ac", True, "val_acc"), ("val_acc", False, "train_acc"), ("train_auroc", True, "")],
+)
+def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_val, hint, tmp_path):
+    net = nn.Linear(2, 3)
+    data = Source(Unread(torch.zeros(6, 2), torch.zeros(6, dtype=torch.int64)), 3, shuffle=True)
+    metrics = {"acc": Accuracy(task="multiclass", num_classes=3), "confusion": MulticlassConfusionMatrix(3)}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, metrics, device="cpu", run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=f"monitor {monitor} names nothing.*{hint}"):
+        trainer.fit(data, data if with_val else None, monitor=monitor)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,193 @@
+"""A rank that fails, in every way that a rank can: the cause on the screen, exit code 1, nothing left running."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from mlflow import MlflowClient
+
+FAULTS = '''
+import ctypes
+import os
+import signal
+import sys
+
+from torch import nn
+
+import data
+import net
+
+BOOM = "the flux capacitor is empty"
+
+
+def value_error():
+    raise ValueError(BOOM)
+
+
+def memory_error():
+    raise MemoryError
+
+
+def long_message():
+    raise RuntimeError("\\n".join(["the first line", *["between"] * 100, BOOM]))
+
+
+def sys_exit():
+    sys.exit(9)
+
+
+def os_exit():
+    os._exit(9)
+
+
+def sigkill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segfault():
+    ctypes.string_at(0)
+
+
+def strike(fault):
+    if os.environ["RANK"] == "1":
+        globals()[fault]()
+
+
+class Net(net.Net):
+    """Fails in its rank 1 when it is made, or in a training step (from 0)."""
+
+    def __init__(self, fault, step=None):
+        super().__init__()
+        self.fault, self.step = fault, step
+        if step is None:
+            strike(fault)
+
+    def forward(self, x):
+        if self.training and self.calls == self.step:
+            strike(self.fault)
+        return super().forward(x)
+
+
+class Points:
+    """A dataset that fails in rank 1 after some of its samples."""
+
+    def __init__(self, fault, after):
+        self.points, self.fault, self.left = data.points(40), fault, after
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            strike(self.fault)
+        return self.points[index]
+'''
+
+
+def model(fault, step=None):
+    return {"model": {"_target_": "faults.Net", "fault": fault, "step": step}}
+
+
+def dataset(fault, after, **data):
+    points = {"_target_": "faults.Points", "fault": fault, "after": after}
+    return {"data": {"train": points, "batch_size": 8, **data}}
+
+
+BOOM = "the flux capacitor is empty"
+# By name: number of ranks, what differs in the job, what the screen must say, status.json's error.type.
+CASES = {
+    "init": (2, model("value_error"), f"ValueError: {BOOM}", "ValueError"),
+    "forward-first-step": (2, model("value_error", 0), f"ValueError: {BOOM}", "ValueError"),
+    "forward-later-of-3": (3, model("value_error", 7), f"ValueError: {BOOM}", "ValueError"),
+    "dataset": (2, dataset("value_error", 10), f"ValueError: {BOOM}", "ValueError"),
+    "loading-process": (2, dataset("value_error", 10, workers=1), BOOM, "ValueError"),
+    "long-message": (2, model("long_message", 1), BOOM, "RuntimeError"),
+    "memory-error": (2, model("memory_error", 3), "failed: MemoryError", "MemoryError"),
+    "sys.exit-of-3": (3, model("sys_exit", 0), "exit code 9", "SystemExit"),
+    "os._exit": (2, model("os_exit", 7), "exit code 9", "SystemExit"),
+    "SIGKILL-of-3": (3, model("sigkill", 7), "SIGKILL", "SIGKILL"),
+    "SIGKILL-first-step": (2, dataset("sigkill", 0), "SIGKILL", "SIGKILL"),
+    "SIGSEGV": (2, model("segfault", 0), "SIGSEGV", "SIGSEGV"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(new_project):
+    """Each case's project and end. Two run at a time, since much of a launch is waiting."""
+
+    def run(name):
+        num_ranks, changed, *_ = CASES[name]
+        project = new_project(name)
+        project.write("faults.py", FAULTS)
+        project.job(**changed)
+        # A checkpoint in the middle of the epoch: what fails later must not take it along.
+        return project, project.run(
+            *("launch", "--gpus", str(num_ranks), "--run-dir", "run", "job.yaml", "checkpoint.every=3")
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cause_is_named(name, outcomes):
+    _, _, says, kind = CASES[name]
+    project, done = outcomes[name]  # its end, and that of all its processes
+    assert done.code == 1, done.err
+    assert done.out == ""
+    assert "rank 1 failed" in done.last_lines, done.err
+    assert says in done.last_lines, done.err
+    for noise in ("Connection reset", "Connection closed", "gloo", "torch/distributed", "/dtrain/", "launcher/"):
+        assert noise not in done.err
+
+    status = project.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert set(status["error"]) == {"rank", "type", "message", "traceback"}
+    assert (status["error"]["rank"], status["error"]["type"]) == (1, kind)
+    assert says.removeprefix("failed: ").removeprefix(f"{kind}: ") in f"{kind} {status['error']['message']}"
+
+
+def test_the_users_own_lines_are_shown(outcomes):
+    """Those of the user's code, not those of torch and of dtrain; the log has them all."""
+    project, done = outcomes["forward-later-of-3"]
+    assert 'faults.py", line' in done.last_lines
+    assert "raise ValueError(BOOM)" in project.status()["error"]["traceback"]
+    assert "Traceback" not in done.err
+    log = project.run_dir().rank_log(1).read_text()
+    assert "Traceback (most recent call last)" in log
+    assert str(project.run_dir("run").rank_log(1).relative_to(project.folder)) in done.last_lines
+
+
+def test_status_tells_the_same(outcomes):
+    project, _ = outcomes["forward-later-of-3"]
+    done = project.run("status", "run")
+    assert "state     failed (exit code 1)" in done.out
+    assert f"rank 1 failed: ValueError: {BOOM}" in done.out
+
+
+def test_the_checkpoint_before_the_failure_stays(outcomes):
+    project, _ = outcomes["os._exit"]
+    assert [path.name for path in project.run_dir().checkpoints.iterdir() if path.name[0] != "."] == [
+        "step-000000003",
+        "step-000000006",
+    ]
+    assert [row["epoch"] for row in project.run_dir().rows()] == [1]
+
+
+def test_mlflow_marks_the_run_as_failed(outcomes, store):
+    project, _ = outcomes["sys.exit-of-3"]
+    assert MlflowClient(store).get_run(project.status()["mlflow_run_id"]).info.status == "FAILED"
+
+
+def test_a_failed_run_continues_once_the_cause_is_gone(outcomes):
+    project, _ = outcomes["forward-later-of-3"]
+    code = project.run_dir().code / "faults.py"  # the run's own copy is what counts
+    code.write_text(code.read_text().replace("raise ValueError(BOOM)", "pass"))
+    done = project.run("launch", "--gpus", "3", "--resume", "job.yaml", "--run-dir", "run", "checkpoint.every=3")
+    assert done.code == 0, done.err
+    status = project.status()
+    assert (status["state"], status["error"], status["restarts"]) == ("finished", None, 1)
+    assert [row["epoch"] for row in project.run_dir().rows()] == [1, 2]
+    assert not project.run_dir().rank_error(1).exists()

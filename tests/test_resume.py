@@ -1,0 +1,293 @@
+"""A run that was interrupted and continued in new processes is, to the bit, the run that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from dtrain.trainer import checkpoint
+from dtrain.trainer.sharding import epoch_order
+from ranks import run_ranks
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils._pytree import tree_flatten_with_path
+from torchmetrics import Accuracy
+from torchmetrics.wrappers import MinMaxMetric
+from training import Job, Samples, fit, prepare, train
+
+from dtrain.errors import UserError
+from dtrain.heartbeat import Heartbeat
+from dtrain.run import RUN_DIR_VARIABLE, RunDir
+
+# 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
+NUM_SAMPLES, BATCH, STEPS, EPOCHS, CLASSES, SEED = 35, 9, 4, 3, 3, 6
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, and where the run is interrupted: each rank counts what it does from 1 in each process."""
+
+    scheduler: str = "cosine by step"
+    checkpoint_every: int | str = "epoch"
+    epochs: int = EPOCHS
+    random: bool = True  # dropout, batch norm, and augmentation
+    optimizer: str = "adam"
+    patience: int | None = None
+    stop_after_step: int | None = None  # the last rank is asked to stop after this step: all do after the next
+    stop_after_validation: int | None = None  # the same, after this batch of a validation
+    kill_after_step: int | None = None
+    kill_in_save: int | None = None  # when this checkpoint is half written
+    kill_before_save: int | None = None
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "cosine by step": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 12),
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 3),
+    "plateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(
+        optimizer, patience=0, threshold=10.0, threshold_mode="abs"
+    ),
+    "one cycle by step": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=12),
+    "sequence": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1), lr_scheduler.MultiStepLR(optimizer, [1, 2])],
+        milestones=[1],
+    ),
+}
+
+
+class Recorded(Samples):
+    """Writes down what is read in training: the process, the step of the run (from 0), and the sample."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rank, folder = dist.get_rank(), Path(os.environ[RUN_DIR_VARIABLE])
+        with (folder / f"read-{rank}.jsonl").open("a") as file:
+            step = Heartbeat(RunDir(folder).heartbeat(rank)).read().step
+            file.write(json.dumps([os.getpid(), step, index]) + "\n")
+        return super().__getitem__(index)
+
+
+def job(options: Options) -> Job:
+    torch.manual_seed(SEED)
+    noise = [nn.BatchNorm1d(12), nn.Dropout(0.3)] if options.random else []
+    net = nn.Sequential(nn.Linear(5, 12), *noise, nn.Tanh(), nn.Linear(12, CLASSES))
+    if options.optimizer == "adam":
+        optimizer: Any = torch.optim.Adam(net.parameters(), lr=torch.tensor(0.02))
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1 if options.optimizer == "sgd" else 0.0, momentum=0.9)
+    interval = "step" if options.scheduler.endswith("by step") else "epoch"
+    metrics = {
+        "acc": Accuracy(task="multiclass", num_classes=CLASSES),
+        "range": MinMaxMetric(Accuracy(task="multiclass", num_classes=CLASSES)),
+    }
+    trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": optimizer, "metrics_dict": metrics}
+    trainer |= {"scheduler": SCHEDULERS[options.scheduler](optimizer), "scheduler_interval": interval, "seed": SEED}
+    trainer |= {"checkpoint_every": options.checkpoint_every}
+    target = torch.randint(CLASSES, (NUM_SAMPLES,))
+    data = Recorded(torch.randn(NUM_SAMPLES, 5), target, noise=0.1 if options.random else 0.0)
+    val = Samples(torch.randn(29, 5), torch.randint(CLASSES, (29,)), noise=data.noise)
+    interrupt(options, net, optimizer)
+    fit_options = {"epochs": options.epochs, "patience": options.patience}
+    return {"trainer": trainer, "train": data, "val": val, "batch_size": BATCH, "fit": fit_options}
+
+
+def interrupt(options: Options, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Arrange for what `options` has in store for this rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    counts = {"step": 0, "validation": 0, "save": 0}
+
+    def ask_to_stop() -> None:
+        if rank == world_size - 1:
+            Heartbeat(RunDir(os.environ[RUN_DIR_VARIABLE]).heartbeat(rank)).stop = signal.SIGTERM
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def after_step(*_: Any) -> None:
+        counts["step"] += 1
+        if counts["step"] == options.stop_after_step:
+            ask_to_stop()
+        if counts["step"] == options.kill_after_step:
+            kill()
+
+    def after_forward(module: nn.Module, *_: Any) -> None:
+        counts["validation"] += not module.training
+        if not module.training and counts["validation"] == options.stop_after_validation:
+            ask_to_stop()
+
+    save, write = checkpoint.save, checkpoint._write
+
+    def counted_save(*args: Any) -> None:
+        counts["save"] += 1
+        if counts["save"] == options.kill_before_save:
+            kill()
+        save(*args)
+
+    def half_write(state: dict[str, Any], path: Path) -> None:
+        write(state, path)
+        if counts["save"] == options.kill_in_save and path.name == f"rank-{world_size - 1}.pt":
+            path.write_bytes(path.read_bytes()[:100])
+            kill()
+
+    optimizer.register_step_post_hook(after_step)
+    net.register_forward_hook(after_forward)
+    checkpoint.save, checkpoint._write = counted_save, half_write
+    if options.stop_after_step == 0:
+        ask_to_stop()
+
+
+# -- what is compared ----------------------------------------------------------------------------
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """All that a run leaves: rows, weights, and the last checkpoint, with each rank's random states."""
+    run = RunDir(folder)
+    rows = run.rows()
+    for row in rows:
+        del row["samples_per_s"]
+    weights = {path.name: torch.load(path, weights_only=True) for path in (run.best_weights, run.last_weights)}
+    newest = checkpoint.saved(run)[-1]
+    files = {path.name: torch.load(path, weights_only=True) for path in sorted(newest.iterdir())}
+    assert not list(run.checkpoints.glob(".*"))  # nothing half written stays
+    return {"rows": rows, "weights": weights, "checkpoint": newest.name, "files": files}
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """The paths at which two nested values are not equal to the bit."""
+    (ones, tree), (others, other_tree) = tree_flatten_with_path(one), tree_flatten_with_path(other)
+    assert tree == other_tree
+    found = []
+    for (path, a), (_, b) in zip(ones, others, strict=True):
+        if not (torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b):
+            found.append(str(path))
+    return found
+
+
+def samples_trained_on(folder: Path, world_size: int) -> dict[int, list[int]]:
+    """By step (from 0), the samples that made it, in the order of the ranks: the last time that the step was done."""
+    steps: dict[int, list[int]] = {}
+    for rank in range(world_size):
+        reads = [json.loads(line) for line in (folder / f"read-{rank}.jsonl").read_text().splitlines()]
+        own: dict[int, list[int]] = {}
+        last = None
+        for process, step, index in reads:
+            own[step] = [*own[step], index] if last == (process, step) else [index]
+            last = process, step
+        for step, indices in own.items():
+            steps.setdefault(step, []).extend(indices)
+    return steps
+
+
+def continue_to_the_end(folder: Path, world_size: int, interruptions: list[Options], final: Options) -> list[Any]:
+    for options in interruptions:
+        if options.kill_after_step or options.kill_in_save or options.kill_before_save:
+            with pytest.raises(RuntimeError, match=r"exit code -9|closed by peer|reset by peer"):
+                train(world_size, folder, job, options)
+        else:
+            assert train(world_size, folder, job, options) == [None] * world_size  # Stopped, on all ranks
+    return train(world_size, folder, job, final)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The final state of a run that nothing interrupts; each is made once."""
+    made: dict[Any, dict[str, Any]] = {}
+
+    def get(world_size: int, options: Options) -> dict[str, Any]:
+        if (world_size, options) not in made:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            train(world_size, folder, job, options)
+            made[world_size, options] = final_state(folder)
+        return made[world_size, options]
+
+    return get
+
+
+INTERRUPTIONS = {
+    "stop at a step": [Options(stop_after_step=5)],
+    "stop at once": [Options(stop_after_step=0)],
+    "stop at an epoch's end": [Options(stop_after_step=2 * STEPS - 1)],
+    "stop in validation": [Options(stop_after_validation=5)],
+    "stop in validation's last batch": [Options(stop_after_validation=4)],
+    "stop again and again": [
+        Options(stop_after_step=1),
+        Options(stop_after_step=0),
+        Options(stop_after_validation=1),
+        Options(stop_after_validation=2),
+        Options(stop_after_step=2),
+    ],
+    "kill at a step": [Options(checkpoint_every=3, kill_after_step=8)],
+    "kill before any checkpoint": [Options(kill_after_step=2)],
+    "kill in a save": [Options(kill_in_save=2)],
+    "kill before a save": [Options(kill_before_save=2)],
+    "kill, stop and kill": [
+        Options(checkpoint_every=2, kill_after_step=7),
+        Options(checkpoint_every=2, stop_after_step=1),
+        Options(checkpoint_every=2, kill_in_save=1),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [(world_size, name) for world_size in (1, 2, 3) for name in INTERRUPTIONS]
+    + [(4, "stop at a step"), (4, "kill at a step"), (4, "stop in validation")],
+)
+def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_size, name, uninterrupted, tmp_path):
+    interruptions = INTERRUPTIONS[name]
+    final = Options(checkpoint_every=interruptions[-1].checkpoint_every)
+    continue_to_the_end(tmp_path, world_size, interruptions, final)
+    found, expected = final_state(tmp_path), uninterrupted(world_size, final)
+    assert [row["epoch"] for row in found["rows"]] == [1, 2, 3]
+    assert differences(found, expected) == []
+    orders = [epoch_order(NUM_SAMPLES, SEED, epoch, shuffle=True) for epoch in range(1, EPOCHS + 1)]
+    batches = [batch.tolist() for order in orders for batch in order.split(BATCH)]
+    assert samples_trained_on(tmp_path, world_size) == dict(enumerate(batches))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_scheduler_continues(scheduler, uninterrupted, tmp_path):
+    final = Options(scheduler=scheduler)
+    continue_to_the_end(tmp_path, 2, [replace(final, stop_after_step=5), replace(final, kill_before_save=1)], final)
+    expected = uninterrupted(2, final)
+    assert differences(final_state(tmp_path), expected) == []
+    assert len({row["lr"] for row in expected["rows"]}) > 1
+
+
+def test_patience_continues(uninterrupted, tmp_path):
+    # Nothing is learned, and ties are no better.
+    final = Options(epochs=10, patience=2, random=False, optimizer="none")
+    continue_to_the_end(tmp_path, 2, [replace(final, stop_after_step=2 * STEPS)], final)
+    assert [row["epoch"] for row in final_state(tmp_path)["rows"]] == [1, 2, 3]
+    assert differences(final_state(tmp_path), uninterrupted(2, final)) == []
+    train(2, tmp_path, job, final)  # nothing is left to do
+    assert differences(final_state(tmp_path), uninterrupted(2, final)) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 1), (1, 3)])
+def test_on_another_number_of_ranks_the_curve_is_the_same(before, after, uninterrupted, tmp_path):
+    final = Options(random=False, optimizer="sgd")
+    train(before, tmp_path, job, replace(final, stop_after_step=5))
+    train(after, tmp_path, job, final)
+    found, expected = final_state(tmp_path), uninterrupted(after, final)
+    for row, expected_row in zip(found["rows"], expected["rows"], strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-5)
+        assert row["train_acc"] == expected_row["train_acc"]
+    for name, value in expected["weights"]["last.pt"].items():
+        torch.testing.assert_close(found["weights"]["last.pt"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    prepare(tmp_path, 1)
+    run_ranks(1, fit, str(tmp_path), job, Options(stop_after_step=1))
+    (newest,) = checkpoint.saved(RunDir(tmp_path))
+    (newest / "rank-0.pt").write_bytes((newest / "rank-0.pt").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"rank-0\.pt can't be read"):
+        checkpoint.load(newest)

@@ -1,0 +1,129 @@
+"""Which samples are whose: by arithmetic alone, and as the model sees them in a training."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from dtrain.trainer.data import Source
+from dtrain.trainer.sharding import Shard, epoch_order
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
+from training import Job, Samples, train
+
+from dtrain.errors import UserError
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_shares_and_micro_batches_cover_each_batch_exactly(world_size, micro_batch_size):
+    for num_samples, batch_size in product(range(1, 25), range(1, 13)):
+        shards = [Shard(num_samples, batch_size, rank, world_size, micro_batch_size) for rank in range(world_size)]
+        batches = [list(range(num_samples))[start : start + batch_size] for start in range(0, num_samples, batch_size)]
+        for shard in shards:
+            assert shard.num_steps == len(batches)
+        for step, batch in enumerate(batches):
+            parts = [shard.micro_batches(step) for shard in shards]
+            # Contiguous, in the order of the ranks, nothing dropped and nothing repeated.
+            assert [i for of_rank in parts for part in of_rank for i in part] == batch
+            shares = [sum(map(len, of_rank)) for of_rank in parts]
+            assert max(shares) - min(shares) <= 1
+            counts = {len(of_rank) for of_rank in parts}
+            assert len(counts) == 1
+            assert counts == {1 if micro_batch_size is None else -(-max(shares) // micro_batch_size)}
+            for of_rank in parts:
+                sizes = [len(part) for part in of_rank]
+                assert max(sizes) - min(sizes) <= 1
+                assert max(sizes) <= (micro_batch_size or batch_size)
+            assert shards[0].samples(step) == len(batch)
+
+
+def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
+    orders = {(seed, epoch): epoch_order(100, seed, epoch, shuffle=True) for seed in (0, 1) for epoch in (1, 2)}
+    for (seed, epoch), order in orders.items():
+        assert sorted(order.tolist()) == list(range(100))
+        torch.manual_seed(epoch * 10 + seed)  # no other generator has a say
+        assert torch.equal(epoch_order(100, seed, epoch, shuffle=True), order)
+    assert len({tuple(order.tolist()) for order in orders.values()}) == 4
+    assert epoch_order(5, 0, 3, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+# -- what the model sees -------------------------------------------------------------------------
+
+NUM_SAMPLES, BATCH, EPOCHS, SEED = 27, 8, 2, 4  # the last batch has 3
+
+
+def recording(folder: str, workers: int, micro_batch_size: int | None) -> Job:
+    """A training that writes down for each step which samples went through the model of each rank."""
+    net = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    current: list[list[int]] = []
+    record = Path(folder) / f"seen-{dist.get_rank()}.jsonl"
+
+    def step(model: nn.Module, batch: Any) -> dict[str, Any]:
+        features, target = batch
+        current.append(target.tolist())
+        return {"loss": model(features).mean()}
+
+    def write(*_: Any) -> None:
+        with record.open("a") as file:
+            file.write(json.dumps(current) + "\n")
+        current.clear()
+
+    optimizer.register_step_pre_hook(write)
+    trainer = {"net": net, "step": step, "optimizer": optimizer, "seed": SEED, "micro_batch_size": micro_batch_size}
+    data = Samples(torch.zeros(NUM_SAMPLES, 1), torch.arange(NUM_SAMPLES))
+    return {"trainer": trainer, "train": data, "batch_size": BATCH, "workers": workers, "fit": {"epochs": EPOCHS}}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_step_takes_the_same_samples_however_they_are_split(world_size, workers, micro_batch_size, tmp_path):
+    train(world_size, tmp_path, recording, str(tmp_path), workers, micro_batch_size)
+    files = [(tmp_path / f"seen-{rank}.jsonl").read_text().splitlines() for rank in range(world_size)]
+    orders = [epoch_order(NUM_SAMPLES, SEED, epoch, shuffle=True) for epoch in range(1, EPOCHS + 1)]
+    batches = [batch.tolist() for order in orders for batch in order.split(BATCH)]
+    assert [len(lines) for lines in files] == [len(batches)] * world_size
+    for step, batch in enumerate(batches):
+        micro_batches = [json.loads(lines[step]) for lines in files]
+        assert [i for of_rank in micro_batches for part in of_rank for i in part] == batch
+        assert max(len(part) for of_rank in micro_batches for part in of_rank) <= (micro_batch_size or BATCH)
+
+
+# -- DataLoaders ---------------------------------------------------------------------------------
+
+DATA = Samples(torch.zeros(10, 1), torch.arange(10))
+
+
+def test_a_data_loader_is_read_as_the_whole_batch():
+    loader = DataLoader(DATA, batch_size=4, shuffle=True, num_workers=2)
+    source = Source.of(loader)
+    assert (source.dataset, source.batch_size, source.shuffle, source.workers) == (DATA, 4, True, 2)
+    assert Source.of(DataLoader(DATA, batch_size=4)).shuffle is False
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": WeightedRandomSampler([1.0] * 10, 10)},
+        {"sampler": RandomSampler(DATA, replacement=True)},
+        {"sampler": RandomSampler(DATA, num_samples=5)},
+        {"batch_sampler": BatchSampler(RandomSampler(DATA), 4, drop_last=False)},
+        {"batch_size": None},
+    ],
+    ids=lambda options: " ".join(f"{name}={type(value).__name__}" for name, value in options.items()),
+)
+def test_a_data_loader_with_an_order_of_its_own_is_refused(options):
+    with pytest.raises(UserError, match="DataLoader"):
+        Source.of(DataLoader(DATA, **options))
+
+
+def test_no_data_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        Source(Samples(torch.zeros(0, 1), torch.zeros(0)), 4, shuffle=True)
