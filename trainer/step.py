@@ -97,7 +97,7 @@ def _without_trace(step: Step) -> Step:
         if micro_batch.samples:
             return outcome
         weight = None if outcome.weight is None else torch.zeros_like(outcome.weight)
-        return replace(outcome, total=outcome.total.nan_to_num(0.0, 0.0, 0.0) * 0.0, weight=weight)
+        return replace(outcome, total=outcome.total * 0.0, weight=weight)
 
     return wrapped
 
