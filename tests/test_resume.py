@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -18,10 +19,9 @@ from dtrain.trainer.sharding import epoch_order
 from ranks import run_ranks
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils._pytree import tree_flatten_with_path
 from torchmetrics import Accuracy
 from torchmetrics.wrappers import MinMaxMetric
-from training import Job, Samples, fit, prepare, train
+from training import Job, Samples, differences, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
 from dtrain.heartbeat import Heartbeat
@@ -63,6 +63,19 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+class Drift(nn.Module):
+    """Adds what it has seen so far on this rank: a buffer that matters in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 0.1 * x.mean().detach()
+        return x + self.seen
+
+
 class Recorded(Samples):
     """Writes down what is read in training: the process, the step of the run (from 0), and the sample."""
 
@@ -76,7 +89,7 @@ class Recorded(Samples):
 
 def job(options: Options) -> Job:
     torch.manual_seed(SEED)
-    noise = [nn.BatchNorm1d(12), nn.Dropout(0.3)] if options.random else []
+    noise = [nn.BatchNorm1d(12), Drift(), nn.Dropout(0.3)] if options.random else []
     net = nn.Sequential(nn.Linear(5, 12), *noise, nn.Tanh(), nn.Linear(12, CLASSES))
     if options.optimizer == "adam":
         optimizer: Any = torch.optim.Adam(net.parameters(), lr=torch.tensor(0.02))
@@ -90,9 +103,9 @@ def job(options: Options) -> Job:
     trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": optimizer, "metrics_dict": metrics}
     trainer |= {"scheduler": SCHEDULERS[options.scheduler](optimizer), "scheduler_interval": interval, "seed": SEED}
     trainer |= {"checkpoint_every": options.checkpoint_every}
-    target = torch.randint(CLASSES, (NUM_SAMPLES,))
-    data = Recorded(torch.randn(NUM_SAMPLES, 5), target, noise=0.1 if options.random else 0.0)
-    val = Samples(torch.randn(29, 5), torch.randint(CLASSES, (29,)), noise=data.noise)
+    features, val_features = torch.randn(NUM_SAMPLES, 5), torch.randn(29, 5)
+    data = Recorded(features, features[:, :CLASSES].argmax(1), noise=0.1 if options.random else 0.0)
+    val = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
     interrupt(options, net, optimizer)
     fit_options = {"epochs": options.epochs, "patience": options.patience}
     return {"trainer": trainer, "train": data, "val": val, "batch_size": BATCH, "fit": fit_options}
@@ -141,33 +154,6 @@ def interrupt(options: Options, net: nn.Module, optimizer: torch.optim.Optimizer
     checkpoint.save, checkpoint._write = counted_save, half_write
     if options.stop_after_step == 0:
         ask_to_stop()
-
-
-# -- what is compared ----------------------------------------------------------------------------
-
-
-def final_state(folder: Path) -> dict[str, Any]:
-    """All that a run leaves: rows, weights, and the last checkpoint, with each rank's random states."""
-    run = RunDir(folder)
-    rows = run.rows()
-    for row in rows:
-        del row["samples_per_s"]
-    weights = {path.name: torch.load(path, weights_only=True) for path in (run.best_weights, run.last_weights)}
-    newest = checkpoint.saved(run)[-1]
-    files = {path.name: torch.load(path, weights_only=True) for path in sorted(newest.iterdir())}
-    assert not list(run.checkpoints.glob(".*"))  # nothing half written stays
-    return {"rows": rows, "weights": weights, "checkpoint": newest.name, "files": files}
-
-
-def differences(one: Any, other: Any) -> list[str]:
-    """The paths at which two nested values are not equal to the bit."""
-    (ones, tree), (others, other_tree) = tree_flatten_with_path(one), tree_flatten_with_path(other)
-    assert tree == other_tree
-    found = []
-    for (path, a), (_, b) in zip(ones, others, strict=True):
-        if not (torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b):
-            found.append(str(path))
-    return found
 
 
 def samples_trained_on(folder: Path, world_size: int) -> dict[int, list[int]]:
@@ -258,7 +244,10 @@ def test_a_scheduler_continues(scheduler, uninterrupted, tmp_path):
     continue_to_the_end(tmp_path, 2, [replace(final, stop_after_step=5), replace(final, kill_before_save=1)], final)
     expected = uninterrupted(2, final)
     assert differences(final_state(tmp_path), expected) == []
-    assert len({row["lr"] for row in expected["rows"]}) > 1
+    rates = [row["lr"] for row in expected["rows"]]
+    assert len(set(rates)) > 1
+    if scheduler == "cosine by step":  # each epoch's last step has done 3, 7 and 11 steps of 12 before
+        assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * steps / 12)) for steps in (3, 7, 11)], rel=1e-5)
 
 
 def test_patience_continues(uninterrupted, tmp_path):
@@ -269,6 +258,17 @@ def test_patience_continues(uninterrupted, tmp_path):
     assert differences(final_state(tmp_path), uninterrupted(2, final)) == []
     train(2, tmp_path, job, final)  # nothing is left to do
     assert differences(final_state(tmp_path), uninterrupted(2, final)) == []
+
+
+def test_best_weights_go_back_with_the_run(uninterrupted, tmp_path):
+    options = Options()
+    continue_to_the_end(tmp_path, 1, [replace(options, kill_before_save=2)], replace(options, epochs=1))
+    # Killed after the second epoch's best.pt, and then shortened to one epoch.
+    best, second = (uninterrupted(1, replace(options, epochs=n))["weights"]["best.pt"] for n in (1, 2))
+    assert differences(best, second) != []
+    found = torch.load(RunDir(tmp_path).best_weights, weights_only=True)
+    assert differences(found, best) == []
+    assert [row["epoch"] for row in RunDir(tmp_path).rows()] == [1]
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 1), (1, 3)])

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from dtrain.trainer import checkpoint
 from dtrain.trainer.best import Best
 from dtrain.trainer.data import Source
 from dtrain.trainer.loop import Loop, Schedule
 from dtrain.trainer.stop import Stopped
 from dtrain.trainer.trainer import Trainer
 from ranks import run_ranks
+from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import Dataset
 
 from dtrain.heartbeat import Heartbeat
@@ -93,3 +95,27 @@ def train(world_size: int, folder: Path, make: Callable[..., Job], *args: Any) -
     """What `fit` returned on each rank."""
     prepare(folder, world_size)
     return run_ranks(world_size, fit, str(folder), make, *args)
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """All that a run leaves: rows, weights, and the last checkpoint, with each rank's random states."""
+    run = RunDir(folder)
+    rows = run.rows()
+    for row in rows:
+        del row["samples_per_s"]
+    weights = {path.name: torch.load(path, weights_only=True) for path in (run.best_weights, run.last_weights)}
+    newest = checkpoint.saved(run)[-1]
+    files = {path.name: torch.load(path, weights_only=True) for path in sorted(newest.iterdir())}
+    assert not list(run.checkpoints.glob(".*"))  # nothing half written stays
+    return {"rows": rows, "weights": weights, "checkpoint": newest.name, "files": files}
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """The paths at which two nested values are not equal to the bit."""
+    (ones, tree), (others, other_tree) = tree_flatten_with_path(one), tree_flatten_with_path(other)
+    assert tree == other_tree
+    found = []
+    for (path, a), (_, b) in zip(ones, others, strict=True):
+        if not (torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b):
+            found.append(str(path))
+    return found

@@ -102,7 +102,6 @@ def _without_trace(step: Step) -> Step:
     return wrapped
 
 
-_CLASS_LOSSES = nn.CrossEntropyLoss, nn.NLLLoss
 TotalLoss = Callable[[Any, Any, MicroBatch], tuple[Tensor, "Tensor | None"]]
 
 
@@ -117,10 +116,10 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
         # A loss that sums is not divided by the batch's size, so it is multiplied by it beforehand.
         return loss * (part.batch_samples if reduction == "sum" else part.samples), None
 
-    # A subclass with a forward of its own may do anything: it is a mean over samples, as any loss is.
-    known = isinstance(loss_fn, _CLASS_LOSSES) and type(loss_fn).forward in [each.forward for each in _CLASS_LOSSES]
-    if not known or reduction != "mean":
+    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or reduction != "mean":
         return mean
+    if type(loss_fn).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+        return mean  # a subclass that computes something of its own
 
     summed = copy.copy(loss_fn)
     summed.reduction = "sum"
