@@ -175,8 +175,8 @@ def _run_dir(request: Request, name: str) -> RunDir:
         exists = run.exists()
     if exists and not request.resume:
         raise UserError(f"{run} exists and is not empty; --resume continues the run in it, or choose another --run-dir")
-    if request.resume and exists and not run.status():
-        raise UserError(f"{run} holds no run to resume (there is no status.json)")
+    if request.resume and exists and not run.lock_file.exists():
+        raise UserError(f"{run} holds no run to resume")
     if request.resume and not exists:
         raise UserError(f"{run} does not exist, so there is nothing to resume")
     return run

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from dtrain.trainer.best import Best
-from dtrain.trainer.data import Source
-from dtrain.trainer.trainer import Trainer
 from torch import nn
 from torchmetrics import Accuracy
 from torchmetrics.classification import MulticlassConfusionMatrix
 from training import Samples
 
 from dtrain.errors import UserError
+from dtrain.trainer.best import Best
+from dtrain.trainer.data import Source
+from dtrain.trainer.trainer import Trainer
 
 NAN = math.nan
 

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
-from dtrain.launcher.launch import choose_processes
 
 from dtrain.errors import UserError
+from dtrain.launcher.launch import choose_processes
 
 
 def test_help_names_the_commands(project):

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from dtrain.trainer.data import Source
-from dtrain.trainer.sharding import epoch_order
-from dtrain.trainer.trainer import Trainer
 from ranks import run_ranks
 from torch import nn
 from torchmetrics import Accuracy, MeanSquaredError
 from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix, MulticlassF1Score
 from training import Job, Samples, train
+
+from dtrain.trainer.data import Source
+from dtrain.trainer.sharding import epoch_order
+from dtrain.trainer.trainer import Trainer
 
 SEED, EPOCHS, BATCH = 3, 3, 11  # 2, 3 and 4 do not divide the batch
 NUM_TRAIN, NUM_VAL = 34, 25  # last batches of 1 and of 3: shares are empty at 2 ranks and more

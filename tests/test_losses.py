@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dtrain.trainer.sharding import epoch_order
-from dtrain.trainer.step import supervised_step
 from torch import Tensor, nn
 from training import Job, Samples, train
 
 from dtrain.errors import UserError
+from dtrain.trainer.sharding import epoch_order
+from dtrain.trainer.step import supervised_step
 
 SEED, EPOCHS, BATCH, NUM_SAMPLES, CLASSES = 5, 2, 11, 34, 4  # last batch of 1: empty shares
 WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.7])

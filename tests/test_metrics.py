@@ -11,8 +11,6 @@ from collections import Counter
 import pytest
 import torch
 import torchmetrics as tm
-from dtrain.trainer.metrics import MetricSet, keeps_samples
-from dtrain.trainer.reduce import reduce_states
 from ranks import count_collectives, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -20,6 +18,8 @@ from torchmetrics.utilities.compute import normalize_logits_if_needed
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from dtrain.errors import UserError
+from dtrain.trainer.metrics import MetricSet, keeps_samples
+from dtrain.trainer.reduce import reduce_states
 
 
 class OfPredictions(tm.Metric):

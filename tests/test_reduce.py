@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from dtrain.trainer.reduce import State, reduce_states
 from ranks import count_collectives, run_ranks
 from torch import Tensor
+
+from dtrain.trainer.reduce import State, reduce_states
 
 
 def reduced(rank, world_size, states):

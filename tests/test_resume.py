@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dtrain.trainer import checkpoint
-from dtrain.trainer.sharding import epoch_order
 from ranks import run_ranks
 from torch import nn
 from torch.optim import lr_scheduler
@@ -26,6 +24,8 @@ from training import Job, Samples, differences, final_state, fit, prepare, train
 from dtrain.errors import UserError
 from dtrain.heartbeat import Heartbeat
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.trainer import checkpoint
+from dtrain.trainer.sharding import epoch_order
 
 # 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
 NUM_SAMPLES, BATCH, STEPS, EPOCHS, CLASSES, SEED = 35, 9, 4, 3, 3, 6

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dtrain.trainer.data import Source
-from dtrain.trainer.sharding import Shard, epoch_order
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 from training import Job, Samples, train
 
 from dtrain.errors import UserError
+from dtrain.trainer.data import Source
+from dtrain.trainer.sharding import Shard, epoch_order
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3])

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dtrain.launcher.ui import ui
-from dtrain.trainer.tracking import flatten, follow
 
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.launcher.ui import ui
 from dtrain.run import RunDir
 from dtrain.tracking_uri import hide_password, resolve_tracking_uri
+from dtrain.trainer.tracking import flatten, follow
 
 TRACKER = [sys.executable, "-m", "dtrain.trainer.tracking"]
 RUNNING, FINISHED = {"state": "running", "step": 1}, {"state": "finished", "step": 9}
@@ -156,7 +156,7 @@ def test_the_end_of_the_run_is_that_of_the_mlflow_run(run, status, expected):
 def test_matrices_and_nan_are_left_out(run):
     run.write_rows(rows(1, val_matrix=[[1, 2], [3, 4]], val_auc=float("nan"), val_loss=float("inf"), val_acc=1))
     assert follow(run, lambda: FINISHED) == 0
-    assert client_and_run(run)[1].data.metrics == {"epoch": 1, "step": 3, "train_loss": 1, "val_acc": 1}
+    assert client_and_run(run)[1].data.metrics == {"epoch": 1, "train_loss": 1, "val_acc": 1}
 
 
 def test_more_and_longer_parameters_than_mlflow_takes(run, store):
@@ -214,7 +214,7 @@ def test_a_server_that_comes_late_gets_everything(tmp_path, store):
             tracker.send_signal(signal.SIGTERM)  # as a cluster does to all processes of a job
             run.write_rows(rows(1, 2))
             write_json(run.status_file, FINISHED)
-            assert tracker.wait(30) == 0
+            assert tracker.wait(120) == 0
             assert client_and_run(run)[1].info.status == "FINISHED"
             assert (len(history(run, "epoch")), artifacts(run, "weights")) == (2, {"weights/best.pt"})
     assert len((run.path / "log").read_text().splitlines()) == 1
@@ -270,7 +270,7 @@ def test_ui_serves_the_store_until_ctrl_c(run, store):
         assert get(f"{address}/health") == "OK"
         assert "digits" in get(f"{address}/api/2.0/mlflow/experiments/search?max_results=9")
         shown.send_signal(signal.SIGINT)
-        assert shown.wait(10) == 130
+        assert shown.wait(60) == 130
     with pytest.raises(OSError, match="refused"):
         get(address)
 

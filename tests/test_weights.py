@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from dtrain.trainer.weights import bare_state_dict, load_weights, save_weights
 from torch import nn
 from training import Job, Samples, train
 
 from dtrain.errors import UserError
+from dtrain.trainer.weights import bare_state_dict, load_weights, save_weights
 
 NUM_SAMPLES, BATCH, SEED = 30, 10, 7
 

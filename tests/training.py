@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from dtrain.trainer import checkpoint
-from dtrain.trainer.best import Best
-from dtrain.trainer.data import Source
-from dtrain.trainer.loop import Loop, Schedule
-from dtrain.trainer.stop import Stopped
-from dtrain.trainer.trainer import Trainer
 from ranks import run_ranks
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import Dataset
 
 from dtrain.heartbeat import Heartbeat
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.trainer import checkpoint
+from dtrain.trainer.best import Best
+from dtrain.trainer.data import Source
+from dtrain.trainer.loop import Loop, Schedule
+from dtrain.trainer.stop import Stopped
+from dtrain.trainer.trainer import Trainer
 
 Job = dict[str, Any]  # net, loss, optimizer, train, val and options; see `fit`
 

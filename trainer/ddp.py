@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.errors import UserError
+
 from .seeds import rng_kept
 from .world import World
 
@@ -44,6 +46,22 @@ class DataParallel:
             return contextlib.nullcontext()
         return self.module.no_sync()
 
+    def require_all_used(self, loss: torch.Tensor) -> None:
+        """Raise UserError where several ranks can't train this model: DDP waits for every parameter's gradient.
+
+        To be called with the first loss, before its backward pass, which would leave the ranks apart.
+        """
+        reached = None if self.module is self.bare else reached_leaves(loss)
+        if reached is None:
+            return
+        unused = [name for name, p in self.bare.named_parameters() if p.requires_grad and id(p) not in reached]
+        if unused:
+            shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+            raise UserError(
+                f"the loss does not depend on the parameters {shown}, and DDP needs a gradient of each on several "
+                "ranks; remove them from the model, or freeze them: requires_grad_(False)"
+            )
+
     @contextlib.contextmanager
     def without_trace(self) -> Iterator[None]:
         """Buffers and random states after the block are what they were before it.
@@ -70,6 +88,26 @@ class DataParallel:
                 dist.broadcast(flat, src=0)
                 for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(values.view_as(buffer))
+
+
+def reached_leaves(loss: torch.Tensor) -> set[int] | None:
+    """The ids of the leaves of the loss's graph, those that get a gradient from it.
+
+    None where the graph holds a function written in Python, reentrant checkpointing for one: its backward pass may
+    reach leaves that the graph does not show.
+    """
+    seen, pending, leaves = set(), [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return None
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+        pending += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def settle_buckets(wrapped: DistributedDataParallel) -> None:

@@ -146,6 +146,8 @@ class Loop:
             undone = contextlib.nullcontext() if micro_batch.samples else self.model.without_trace()
             with self.model.accumulating(last=i == count - 1), undone:
                 outcome = self.step(self.model.module, micro_batch)
+                if not self.samples_done and i == 0:
+                    self.model.require_all_used(outcome.total)
                 if outcome.weight is None:
                     (outcome.total * scale).backward()
                 else:

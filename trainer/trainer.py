@@ -134,6 +134,23 @@ class Trainer:
             patience: epochs in a row without a better `monitor` after which training ends.
             monitor: by default val_loss, else train_loss.
         """
+        run = self.train(train_data, val_data, epochs, patience, monitor, mode)
+        if ckpt_path is not None and self.world.is_main:
+            shutil.copyfile(run.best_weights, ckpt_path)
+        import pandas
+
+        return pandas.DataFrame(run.rows())
+
+    def train(
+        self,
+        train_data: Data,
+        val_data: Data | None,
+        epochs: int,
+        patience: int | None,
+        monitor: str | None,
+        mode: Literal["min", "max"],
+    ) -> RunDir:
+        """`fit` for a job, whose history is read from the run folder. All ranks take part."""
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
         schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval)
@@ -156,9 +173,7 @@ class Trainer:
                 self.seed,
             )
             loop.run()
-            if ckpt_path is not None and self.world.is_main:
-                shutil.copyfile(run.best_weights, ckpt_path)
-        return _history(run)
+        return run
 
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""
@@ -263,12 +278,6 @@ def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _history(run: RunDir) -> pandas.DataFrame:
-    import pandas
-
-    return pandas.DataFrame(run.rows())
 
 
 def _script_name() -> str:

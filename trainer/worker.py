@@ -40,7 +40,7 @@ def fit(job: Job) -> None:
     """Build the job's parts and train. All ranks take part."""
     trainer = build_trainer(job)
     stopping = job.fit.early_stopping
-    trainer.fit(
+    trainer.train(
         build_source(job, job.data.train, shuffle=job.data.shuffle),
         None if job.data.val is None else build_source(job, job.data.val, shuffle=False),
         epochs=job.fit.epochs,
