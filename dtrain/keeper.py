@@ -99,9 +99,10 @@ class Keeper:
     def _watch(self) -> None:
         last_write = time.monotonic()
         while not self._over.wait(LOOK_EVERY_S):
-            beat = self._look()
-            if beat.step > 0 and self._tracker is None:
-                self._start_tracker()
+            with contextlib.suppress(OSError):  # a hiccup of the file system must not blind the rest of the run
+                beat = self._look()
+                if beat.step > 0 and self._tracker is None:
+                    self._start_tracker()
             if time.monotonic() - last_write >= WRITE_EVERY_S:
                 last_write = time.monotonic()
                 self._write()

@@ -135,11 +135,11 @@ def _start(request: Request, run: RunDir, task: Task, num_ranks: int, job: str |
     with _usable(run):
         run.create()
     with run.lock():
-        if job is not None:
-            write_text(run.job, job)
         if origin is not None:
             left_out = snapshot(origin, run.code)
             write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
+        if job is not None:
+            write_text(run.job, job)  # last: with it, the run is one that --resume can continue
         print(f"run {run}", file=sys.stderr)
         exit_code = run_ranks(task, num_ranks, run)
     if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):

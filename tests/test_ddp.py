@@ -7,7 +7,8 @@ import torch
 from ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import Job, Samples, fit, prepare
+from torch.utils.data import TensorDataset
+from training import Job, Samples, fit, prepare, train
 
 from dtrain.trainer.ddp import reached_leaves
 
@@ -57,3 +58,29 @@ def test_leaves_hidden_by_reentrant_checkpointing_are_not_missed():
     features = torch.randn(3, 2, requires_grad=True)
     assert {id(layer.weight), id(layer.bias)} < reached_leaves(layer(features).sum())
     assert reached_leaves(checkpoint(layer, features, use_reentrant=True).sum()) is None
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.last(self.words(features).mean(1))
+
+
+def words_job() -> Job:
+    torch.manual_seed(0)
+    net = Words()
+    data = TensorDataset(torch.arange(60).view(20, 3) % 10, torch.arange(20) % 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": optimizer}
+    return {"trainer": trainer, "train": data, "batch_size": 7, "fit": {"epochs": 2}}
+
+
+def test_sparse_gradients(tmp_path):
+    alone, *_ = train(1, tmp_path / "1", words_job)
+    for rows, weights in train(3, tmp_path / "3", words_job):
+        assert [row["train_loss"] for row in rows] == pytest.approx([row["train_loss"] for row in alone[0]], rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, alone[1][name])

@@ -37,7 +37,8 @@ class DataParallel:
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
                 gradient_as_bucket_view=True,
             )
-            settle_buckets(wrapped)
+            if not _has_sparse_gradients(net):  # those travel by themselves, in no bucket with others
+                settle_buckets(wrapped)
             self.module = wrapped
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -124,6 +125,10 @@ def settle_buckets(wrapped: DistributedDataParallel) -> None:
         wrapped().backward()
     wrapped.module = net
     wrapped.zero_grad()
+
+
+def _has_sparse_gradients(net: nn.Module) -> bool:
+    return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in net.modules())
 
 
 class _TouchAll(nn.Module):

@@ -7,9 +7,10 @@ import copy
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import yaml
@@ -100,8 +101,9 @@ class Trainer:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
         self.model = DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
         self.net = self.model.bare
-        loss = loss_fn.to(self.world.device) if isinstance(loss_fn, nn.Module) else loss_fn
-        self.step = user_step(step) if step is not None else supervised_step(loss)  # type: ignore[arg-type]
+        if isinstance(loss_fn, nn.Module):
+            loss_fn.to(self.world.device)  # class weights are buffers
+        self.step = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
@@ -254,8 +256,11 @@ def _report_end(keeper: Keeper, failure: BaseException | None) -> None:
         keeper.finish("finished", 0)
     elif isinstance(failure, Stopped):
         keeper.finish("stopped", 75)
+    elif isinstance(failure, KeyboardInterrupt):
+        keeper.finish("killed", 130)
     else:
-        error = {"rank": 0, "type": type(failure).__name__, "message": str(failure), "traceback": ""}
+        frames = "".join(traceback.format_tb(failure.__traceback__))
+        error = {"rank": 0, "type": type(failure).__name__, "message": str(failure), "traceback": frames}
         keeper.finish("failed", 1, error)
 
 
