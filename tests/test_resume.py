@@ -39,6 +39,7 @@ class Options:
     checkpoint_every: int | str = "epoch"
     epochs: int = EPOCHS
     random: bool = True  # dropout, batch norm, and augmentation
+    workers: int = 0
     optimizer: str = "adam"
     patience: int | None = None
     stop_after_step: int | None = None  # the last rank is asked to stop after this step: all do after the next
@@ -108,7 +109,8 @@ def job(options: Options) -> Job:
     val = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
     interrupt(options, net, optimizer)
     fit_options = {"epochs": options.epochs, "patience": options.patience}
-    return {"trainer": trainer, "train": data, "val": val, "batch_size": BATCH, "fit": fit_options}
+    data_options = {"train": data, "val": val, "batch_size": BATCH, "workers": options.workers}
+    return {"trainer": trainer, **data_options, "fit": fit_options}
 
 
 def interrupt(options: Options, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -236,6 +238,18 @@ def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_si
     orders = [epoch_order(NUM_SAMPLES, SEED, epoch, shuffle=True) for epoch in range(1, EPOCHS + 1)]
     batches = [batch.tolist() for order in orders for batch in order.split(BATCH)]
     assert samples_trained_on(tmp_path, world_size) == dict(enumerate(batches))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_augmentation_in_loading_processes_continues(world_size, uninterrupted, tmp_path):
+    final = Options(workers=2)
+    continue_to_the_end(tmp_path, world_size, [replace(final, stop_after_step=5)], final)
+    assert differences(final_state(tmp_path), uninterrupted(world_size, final)) == []
+
+
+def test_augmentation_does_not_depend_on_the_number_of_loading_processes(uninterrupted):
+    assert differences(uninterrupted(1, Options(workers=1)), uninterrupted(1, Options(workers=2))) == []
+    assert differences(uninterrupted(1, Options(workers=0)), uninterrupted(1, Options(workers=2))) != []  # it matters
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

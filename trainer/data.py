@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from dtrain.errors import UserError
 
-from .seeds import derive_seed, rng_kept
-from .sharding import IndexBatches, Shard
+from .seeds import rng_kept, seed_everything
+from .sharding import IndexBatches, Indices, Shard
 from .world import World
 
 
@@ -75,6 +75,21 @@ class MicroBatch:
     batch_samples: int  # of the whole batch that it is a part of, over all ranks
 
 
+class SeededDataset(Dataset[Any]):
+    """A dataset for loading processes: what it draws (torch, numpy, random) follows from the micro-batch alone.
+
+    So a run that continues in the middle of an epoch, with other processes at other batches, draws the same.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, indices: Indices) -> Any:
+        seed_everything(indices.seed)
+        whole = getattr(self._dataset, "__getitems__", None)
+        return whole(indices) if whole else [self._dataset[index] for index in indices]
+
+
 class Batches:
     """One rank's batches of a source, epoch by epoch.
 
@@ -87,19 +102,17 @@ class Batches:
     ) -> None:
         self.shard = Shard(source.num_samples, source.batch_size, world.rank, world.world_size, micro_batch_size)
         self._sampler = IndexBatches(self.shard, seed, source.shuffle, fill_empty=fill_empty)
-        # Its own generator: a loader draws a seed for its workers from it at each start, and would draw from the
-        # training's generator otherwise, so that a resumed epoch went on with other numbers.
-        self._generator = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
-            source.dataset,
+            SeededDataset(source.dataset) if source.workers else source.dataset,
             batch_sampler=cast(Any, self._sampler),
             num_workers=source.workers,
             collate_fn=source.collate,
             pin_memory=world.device.type == "cuda",
-            generator=self._generator,
+            # A loader draws from its generator at each start: from the training's, a resumed epoch would go on with
+            # other numbers.
+            generator=torch.Generator(),
         )
         self._device = world.device
-        self._rank = world.rank
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[MicroBatch]]:
         """For each step of the epoch from `first_step` on (from 0), this rank's micro-batches, on its device.
@@ -108,7 +121,6 @@ class Batches:
         """
         sampler, shard = self._sampler, self.shard
         sampler.epoch, sampler.first_step = epoch, first_step
-        self._generator.manual_seed(derive_seed("workers", sampler.seed, epoch, self._rank))
         loaded = iter(self._loader)
         for step in range(first_step, shard.num_steps):
             yield self._micro_batches(step, loaded)

@@ -59,6 +59,12 @@ class Shard:
         return [range(begin, end) for begin, end in pairwise(cuts)]
 
 
+class Indices(list[int]):
+    """A micro-batch's samples, and the seed for what loading them draws."""
+
+    seed: int
+
+
 class IndexBatches:
     """A DataLoader's batch sampler: the dataset's indices for each of this rank's micro-batches.
 
@@ -74,12 +80,16 @@ class IndexBatches:
         self.epoch = 1
         self.first_step = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Indices]:
         shard = self.shard
         order = epoch_order(shard.num_samples, self.seed, self.epoch, self.shuffle)
         for step in range(self.first_step, shard.num_steps):
             for part in shard.micro_batches(step):
                 if part:
-                    yield order[part.start : part.stop].tolist()
+                    indices = Indices(order[part.start : part.stop].tolist())
                 elif self.fill_empty:
-                    yield [int(order[step * shard.batch_size])] * 2
+                    indices = Indices([int(order[step * shard.batch_size])] * 2)
+                else:
+                    continue
+                indices.seed = derive_seed("loading", self.seed, self.epoch, part.start)
+                yield indices
