@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtrain.trainer import Trainer
+    from dtrain.trainer import Trainer, load_weights
 
 __version__ = "0.1.0"
-__all__ = ["Trainer", "__version__"]
+__all__ = ["Trainer", "load_weights", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    # Trainer needs torch (seconds to import); `dtrain --help` must not wait for it.
-    if name == "Trainer":
-        from dtrain.trainer import Trainer
+    # They need torch (seconds to import); `dtrain --help` must not wait for it.
+    if name in ("Trainer", "load_weights"):
+        import dtrain.trainer
 
-        return Trainer
+        return getattr(dtrain.trainer, name)
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")

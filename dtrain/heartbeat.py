@@ -19,7 +19,7 @@ _SIZE = _BEAT.size + _STOP.size
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is. Counts are of this run, not of this process; -1 epochs mean that nothing has begun."""
+    """Where a rank is. Counts are of this run, not of this process; 0 epochs mean that nothing has begun."""
 
     epoch: int = 0
     epochs: int = 0

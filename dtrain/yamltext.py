@@ -30,7 +30,7 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     """Composes nodes; what they mean is decided by `Reader`."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML wants it on the class)
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

@@ -145,7 +145,8 @@ def _finish(agent: Any, result: Any, requests: StopRequests, run: RunDir, keeper
             keeper.finish("stopped", code)
             return code
         keeper.finish("finished", 0)
-        keeper.screen.print(f"finished; weights/best.pt and all else in {run}; to compare runs: dtrain ui")
+        found = "weights/best.pt and all else" if run.best_weights.exists() else "logs"  # a script may train by itself
+        keeper.screen.print(f"finished; {found} in {run}; to compare runs: dtrain ui")
         return 0
     processes = agent._pcontext._pc.processes
     noticed = min(result.failures, default=None)

@@ -93,7 +93,7 @@ class Command:
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
         self._mark = uuid.uuid4().hex
-        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
         self._process = subprocess.Popen(
             arguments,
             cwd=folder,

@@ -36,7 +36,7 @@ def batch(name: str, logits: torch.Tensor) -> list[torch.Tensor]:
 class Watched(torch.Tensor):
     """A tensor that notices being turned into probabilities."""
 
-    seen: list[str] = []  # noqa: RUF012
+    seen: list[str] = []  # noqa: RUF012 (shared on purpose)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -108,6 +108,7 @@ def test_loading_processes_start_as_without_us(reports):
 def test_rank_0_is_shown_on_stdout(done, project):
     assert done.out.splitlines() == ["from rank 0", "to stderr of rank 0"]
     assert "from rank" not in done.err
+    assert "finished; logs in run;" in done.err  # no Trainer, so no weights to speak of
     assert "from rank 1" in project.run_dir().rank_log(1).read_text()
     assert project.status()["state"] == "finished"
 

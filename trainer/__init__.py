@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+    from .weights import load_weights
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "load_weights"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> object:
         from .trainer import Trainer
 
         return Trainer
+    if name == "load_weights":
+        from .weights import load_weights
+
+        return load_weights
     raise AttributeError(f"module 'dtrain.trainer' has no attribute {name!r}")

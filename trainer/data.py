@@ -73,6 +73,7 @@ class MicroBatch:
     data: Any
     samples: int
     batch_samples: int  # of the whole batch that it is a part of, over all ranks
+    is_last: bool = True  # of this rank's parts of the batch
 
 
 class SeededDataset(Dataset[Any]):
@@ -126,7 +127,8 @@ class Batches:
             yield self._micro_batches(step, loaded)
 
     def _micro_batches(self, step: int, loaded: Iterator[Any]) -> Iterator[MicroBatch]:
-        for part in self.shard.micro_batches(step):
+        parts = self.shard.micro_batches(step)
+        for i, part in enumerate(parts):
             if part:
                 data = next(loaded)
             elif self._sampler.fill_empty:
@@ -134,7 +136,8 @@ class Batches:
                     data = next(loaded)
             else:
                 continue
-            yield MicroBatch(to_device(data, self._device), len(part), self.shard.samples(step))
+            is_last = i == len(parts) - 1
+            yield MicroBatch(to_device(data, self._device), len(part), self.shard.samples(step), is_last)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -138,15 +138,14 @@ class Loop:
     def train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
         """One optimizer step, by the gradient of the whole batch's mean, whatever its split. All ranks take part."""
         self.optimizer.zero_grad()
-        count = len(self.train_batches.shard.micro_batches(self.place.step_in_epoch))
         weight: Tensor | None = None
-        for i, micro_batch in enumerate(micro_batches):
+        for micro_batch in micro_batches:
             # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
             scale = self.world.world_size / micro_batch.batch_samples
             undone = contextlib.nullcontext() if micro_batch.samples else self.model.without_trace()
-            with self.model.accumulating(last=i == count - 1), undone:
+            with self.model.accumulating(last=micro_batch.is_last), undone:
                 outcome = self.step(self.model.module, micro_batch)
-                if not self.samples_done and i == 0:
+                if not self.samples_done:  # in this process's first step
                     self.model.require_all_used(outcome.total)
                 if outcome.weight is None:
                     (outcome.total * scale).backward()

@@ -65,7 +65,9 @@ def join_world(device: str = "auto") -> World:
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return World(0, 1, chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=_bound(chosen))
+        on_gpu = chosen.type == "cuda"
+        # With a device, NCCL connects at once instead of at the first collective.
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
         atexit.register(_leave)
     if dist.get_world_size() == 1:
         return World(0, 1, chosen)
@@ -82,11 +84,6 @@ def _device(name: str) -> torch.device:
         raise UserError(f"local rank {local_rank} has no GPU: {found} found on this node")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _bound(device: torch.device) -> torch.device | None:
-    # Binding lets NCCL connect at once instead of at the first collective.
-    return device if device.type == "cuda" else None
 
 
 def _leave() -> None:
