@@ -76,6 +76,9 @@ class Data(Section):
     batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
     shuffle: bool = Field(default=True, description="A new order of the training samples each epoch.")
+    sampler: Target | None = Field(
+        default=None, description="Gets the training dataset as its first argument; its order replaces `shuffle`."
+    )
     collate: Target | None = Field(default=None, description="Function that makes a batch of samples.")
 
 

@@ -181,6 +181,7 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
         ("model", job.model, 0),
         ("data.train", data.train, 0),
         ("data.val", data.val, 0),
+        ("data.sampler", data.sampler, 1),
         ("data.collate", data.collate, 1),
         ("step", job.step, 2),
         ("optimizer", job.optimizer, 1),

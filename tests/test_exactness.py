@@ -10,10 +10,9 @@ from ranks import run_ranks
 from torch import nn
 from torchmetrics import Accuracy, MeanSquaredError
 from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix, MulticlassF1Score
-from training import Job, Samples, train
+from training import Job, Samples, epoch_order, train
 
 from dtrain.trainer.data import Source
-from dtrain.trainer.sharding import epoch_order
 from dtrain.trainer.trainer import Trainer
 
 SEED, EPOCHS, BATCH = 3, 3, 11  # 2, 3 and 4 do not divide the batch
@@ -47,7 +46,7 @@ def plain_loop(optimizer: str) -> tuple[list[dict[str, Any]], dict[str, torch.Te
     rows = []
     for epoch in range(1, EPOCHS + 1):
         loss_sum, correct = 0.0, 0
-        for chosen in epoch_order(NUM_TRAIN, SEED, epoch, shuffle=True).split(BATCH):
+        for chosen in epoch_order(NUM_TRAIN, SEED, epoch).split(BATCH):
             features, target = train_set.features[chosen], train_set.target[chosen]
             predictions = net(features)
             loss = loss_fn(predictions, target)

@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import Job, Samples, train
+from training import Job, Samples, epoch_order, train
 
 from dtrain.errors import UserError
-from dtrain.trainer.sharding import epoch_order
 from dtrain.trainer.step import supervised_step
 
 SEED, EPOCHS, BATCH, NUM_SAMPLES, CLASSES = 5, 2, 11, 34, 4  # last batch of 1: empty shares
@@ -111,7 +110,7 @@ def parts(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Samples]:
     shape = (NUM_SAMPLES, 7) if "tokens" in kind else (NUM_SAMPLES,)
     target = torch.randint(CLASSES, shape)
     if "ignored" in kind:
-        first, second = epoch_order(NUM_SAMPLES, SEED, epoch=1, shuffle=True).split(BATCH)[:2]
+        first, second = epoch_order(NUM_SAMPLES, SEED, epoch=1).split(BATCH)[:2]
         target[first[:6]] = IGNORED  # all of rank 0's share, at 2 ranks and more
         target[second[6:9]] = IGNORED  # a micro-batch at 2 ranks
         if "tokens" in kind:
@@ -150,7 +149,7 @@ def plain_loop(case: Case) -> tuple[list[float], float, dict[str, Tensor]]:
             units += case.units(target)
         return total / units
 
-    orders = [epoch_order(NUM_SAMPLES, SEED, epoch, shuffle=True) for epoch in range(1, EPOCHS + 1)]
+    orders = [epoch_order(NUM_SAMPLES, SEED, epoch) for epoch in range(1, EPOCHS + 1)]
     train_losses = [losses(order, training=True) for order in orders]
     return train_losses, losses(torch.arange(NUM_SAMPLES), training=False), net.state_dict()
 
@@ -170,7 +169,7 @@ def test_a_loss_of_parts_is_the_loss_of_the_whole(name, world_size, tmp_path):
 
 def nothing_counts(name: str) -> Job:
     made = job(name, 3)
-    made["train"].target[epoch_order(NUM_SAMPLES, SEED, epoch=1, shuffle=True)[BATCH : 2 * BATCH]] = IGNORED
+    made["train"].target[epoch_order(NUM_SAMPLES, SEED, epoch=1)[BATCH : 2 * BATCH]] = IGNORED
     return made | {"fit": {"epochs": 1}}
 
 
@@ -180,7 +179,7 @@ def test_a_batch_of_which_nothing_counts_moves_nothing(world_size, name, tmp_pat
     ((_, found), *_) = train(world_size, tmp_path, nothing_counts, name)
     net, optimizer, _ = parts("ignored")
     data = nothing_counts(name)["train"]
-    for chosen in epoch_order(NUM_SAMPLES, SEED, epoch=1, shuffle=True).split(BATCH):
+    for chosen in epoch_order(NUM_SAMPLES, SEED, epoch=1).split(BATCH):
         loss = F.cross_entropy(net(data.features[chosen]), data.target[chosen], ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()  # torch gives zeros where the mean is nan

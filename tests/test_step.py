@@ -18,6 +18,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torchmetrics import Accuracy
 from training import Job, Samples, make_loop
 
+from dtrain.trainer.data import SeededDataset
+from dtrain.trainer.seeds import derive_seed, sample_seeds
+from dtrain.trainer.sharding import Indices
+
 CLASSES, LENGTH = 3, 4
 
 
@@ -66,6 +70,13 @@ def draws() -> list[float]:
     return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
 
+def seeded(positions: range) -> Indices:
+    """The samples at these positions of the first epoch, in the dataset's order."""
+    indices = Indices(positions)
+    indices.seeds = sample_seeds(np.array(positions), derive_seed("loading", 0, 1)).tolist()
+    return indices
+
+
 # -- empty shares --------------------------------------------------------------------------------
 
 # For each rank the micro-batches with samples, as the rule for shares has them; all other parts are empty.
@@ -90,7 +101,8 @@ def take_a_step(rank: int, world_size: int, folder: str, number: int, micro_batc
 def test_an_empty_share_leaves_no_trace(number, micro_batch_size, tmp_path):
     results = run_ranks(3, take_a_step, str(tmp_path), number, micro_batch_size)
 
-    data, gradients, buffers = samples(number, noise=0.1), [], []
+    whole, gradients, buffers = samples(number, noise=0.1), [], []
+    data = SeededDataset(whole).__getitems__(seeded(range(number)))
     for rank, micro_batches in enumerate(SHARES[number, micro_batch_size]):
         net = Net()
         seed(rank)
@@ -102,7 +114,7 @@ def test_an_empty_share_leaves_no_trace(number, micro_batch_size, tmp_path):
             (loss / number).backward()
             loss_sum += loss.item()
             correct += int((predictions.argmax(1) == target).sum())
-        assert results[rank][1] == draws()  # the random numbers that its own samples took, and no more
+        assert results[rank][1] == draws()  # the random numbers that dropout took for its own samples, and no more
         taken = sum(map(len, micro_batches))
         expected = {"train_loss": loss_sum / taken, "train_acc": correct / taken} if taken else {}
         assert results[rank][2] == pytest.approx(expected, rel=1e-6)

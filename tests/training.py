@@ -20,10 +20,16 @@ from dtrain.trainer import checkpoint
 from dtrain.trainer.best import Best
 from dtrain.trainer.data import Source
 from dtrain.trainer.loop import Loop, Schedule
+from dtrain.trainer.sharding import shuffled
 from dtrain.trainer.stop import Stopped
 from dtrain.trainer.trainer import Trainer
 
 Job = dict[str, Any]  # net, loss, optimizer, train, val and options; see `fit`
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """The samples of an epoch in the order in which a run with this seed trains on them."""
+    return torch.from_numpy(shuffled(num_samples, seed, epoch)(np.arange(num_samples)))
 
 
 class Samples(Dataset):

@@ -23,7 +23,7 @@ from dtrain.run import Row, RunDir
 
 from . import checkpoint
 from .best import Best
-from .data import Batches, MicroBatch
+from .data import Batch, Batches, MicroBatch
 from .ddp import DataParallel
 from .reduce import reduce_states
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
@@ -124,10 +124,10 @@ class Loop:
         """The rest of the epoch's steps. All ranks take part."""
         self.model.bare.train()
         began, samples_before = time.perf_counter(), self.samples_done
-        for micro_batches in self.train_batches.epoch(self.place.epoch, self.place.step_in_epoch):
+        for batch in self.train_batches.epoch(self.place.epoch, self.place.step_in_epoch):
             self.stop.ask()
-            self.train_step(micro_batches)
-            self.samples_done += self.train_batches.shard.samples(self.place.step_in_epoch)
+            self.train_step(batch.micro_batches)
+            self.samples_done += batch.samples
             self.place.step += 1
             self.place.step_in_epoch += 1
             self.beat()
@@ -188,9 +188,9 @@ class Loop:
         before = rng_state(self.world.device)
         self.model.bare.eval()
         self.val_tally.reset()
-        for i, micro_batches in enumerate(self.val_batches.epoch(self.place.epoch)):
+        for i, batch in enumerate(self.val_batches.epoch(self.place.epoch)):
             self.stop.ask()
-            evaluate_batch(self.model.bare, self.step, micro_batches, self.val_tally)
+            evaluate_batch(self.model.bare, self.step, batch, self.val_tally)
             self.beat(validating=i + 1)
             if signal_number := self.stop.agreed():
                 # The run will continue with the whole validation: with the random numbers that it began with.
@@ -305,7 +305,7 @@ class Loop:
                 epochs=self.schedule.epochs,
                 step=self.place.step,
                 step_in_epoch=validating or self.place.step_in_epoch,
-                steps_in_epoch=batches.shard.num_steps,
+                steps_in_epoch=batches.num_steps or 0,
                 validating=int(validating > 0),
                 samples=float(self.samples_done),
                 loss=self._shown_loss,
@@ -314,9 +314,9 @@ class Loop:
 
 
 @torch.no_grad()
-def evaluate_batch(net: torch.nn.Module, step: Step, micro_batches: Iterator[MicroBatch], tally: Tally) -> None:
+def evaluate_batch(net: torch.nn.Module, step: Step, batch: Batch, tally: Tally) -> None:
     """Add this rank's share of a batch to the tally. No collective: the model itself is called, not DDP's."""
-    for micro_batch in micro_batches:
+    for micro_batch in batch.micro_batches:
         tally.add(step(net, micro_batch), micro_batch.samples)
 
 

@@ -6,21 +6,31 @@ message, and any step is found at once after a stop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from .seeds import derive_seed
+from .seeds import derive_seed, sample_seeds
+
+BLOCK = 4096  # positions whose indices are found at once
+
+Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in an epoch's order -> the samples' indices
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
-    """The samples' indices, int64 [num_samples], in the order of this epoch: a function of (seed, epoch) alone."""
-    if not shuffle:
-        return torch.arange(num_samples)
+def in_order(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order of the dataset itself."""
+    return positions
+
+
+def shuffled(num_samples: int, seed: int, epoch: int) -> Order:
+    """The samples' order in this epoch: a function of (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-    return torch.randperm(num_samples, generator=generator)
+    order: NDArray[np.int64] = torch.randperm(num_samples, generator=generator).numpy()
+    return order.__getitem__
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,9 @@ class Shard:
 
 
 class Indices(list[int]):
-    """A micro-batch's samples, and the seed for what loading them draws."""
+    """A micro-batch's samples, and for each of them the seed of what loading it draws."""
 
-    seed: int
+    seeds: list[int]
 
 
 class IndexBatches:
@@ -72,24 +82,35 @@ class IndexBatches:
     collectives of the backward pass, so it computes something, at weight 0. Two, since batch norm refuses one.
     """
 
-    def __init__(self, shard: Shard, seed: int, shuffle: bool, *, fill_empty: bool) -> None:
+    def __init__(self, shard: Shard, *, fill_empty: bool) -> None:
         self.shard = shard
-        self.seed = seed
-        self.shuffle = shuffle
         self.fill_empty = fill_empty
-        self.epoch = 1
+        self.order: Order = in_order
+        self.key = 0  # of the samples' seeds
         self.first_step = 0
 
     def __iter__(self) -> Iterator[Indices]:
         shard = self.shard
-        order = epoch_order(shard.num_samples, self.seed, self.epoch, self.shuffle)
-        for step in range(self.first_step, shard.num_steps):
-            for part in shard.micro_batches(step):
-                if part:
-                    indices = Indices(order[part.start : part.stop].tolist())
-                elif self.fill_empty:
-                    indices = Indices([int(order[step * shard.batch_size])] * 2)
-                else:
-                    continue
-                indices.seed = derive_seed("loading", self.seed, self.epoch, part.start)
-                yield indices
+        # Many steps at once: numpy takes as long for a few positions as for a thousand.
+        stride = max(1, BLOCK * shard.world_size // shard.batch_size)
+        for first in range(self.first_step, shard.num_steps, stride):
+            steps = range(first, min(first + stride, shard.num_steps))
+            parts = [part for step in steps for part in self._positions(step)]
+            if not parts:
+                continue
+            positions = np.concatenate(parts)
+            indices, seeds = self.order(positions).tolist(), sample_seeds(positions, self.key).tolist()
+            begin = 0
+            for part in parts:
+                end = begin + len(part)
+                micro_batch = Indices(indices[begin:end])
+                micro_batch.seeds = seeds[begin:end]
+                yield micro_batch
+                begin = end
+
+    def _positions(self, step: int) -> Iterator[NDArray[np.int64]]:
+        for part in self.shard.micro_batches(step):
+            if part:
+                yield np.arange(part.start, part.stop)
+            elif self.fill_empty:
+                yield np.full(2, step * self.shard.batch_size)

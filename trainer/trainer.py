@@ -26,7 +26,7 @@ from dtrain.keeper import Keeper
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 
 from .best import Best
-from .data import Batches, Source
+from .data import Batches, IndexedBatches, Source
 from .ddp import DataParallel
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .step import UserStep, supervised_step, user_step
@@ -183,8 +183,8 @@ class Trainer:
         batches = self._batches(data, training=False)
         self.model.share_buffers()
         self.net.eval()
-        for micro_batches in batches.epoch(1):
-            evaluate_batch(self.net, self.step, micro_batches, tally)
+        for batch in batches.epoch(1):
+            evaluate_batch(self.net, self.step, batch, tally)
         return self.world.from_main(gather_values(self.world, [tally]))
 
     def _tally(self, phase: Literal["train", "val"]) -> Tally:
@@ -202,7 +202,7 @@ class Trainer:
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         source = data if isinstance(data, Source) else Source.of(data)
-        return Batches(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
+        return IndexedBatches(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
 
     def _val_batches(self, data: Data | None) -> Batches | None:
         return None if data is None else self._batches(data, training=False)

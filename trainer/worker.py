@@ -41,8 +41,8 @@ def fit(job: Job) -> None:
     trainer = build_trainer(job)
     stopping = job.fit.early_stopping
     trainer.train(
-        build_source(job, job.data.train, shuffle=job.data.shuffle),
-        None if job.data.val is None else build_source(job, job.data.val, shuffle=False),
+        build_source(job, job.data.train, training=True),
+        None if job.data.val is None else build_source(job, job.data.val, training=False),
         epochs=job.fit.epochs,
         patience=stopping.patience if stopping else None,
         monitor=job.monitor,
@@ -76,11 +76,12 @@ def build_trainer(job: Job) -> Trainer:
     )
 
 
-def build_source(job: Job, target: Target, *, shuffle: bool) -> Source:
+def build_source(job: Job, target: Target, *, training: bool) -> Source:
     """A dataset of the job, with the job's way of reading it."""
     collate = None if job.data.collate is None else bind_function(job.data.collate)
     dataset: Any = instantiate(target)
-    return Source(dataset, job.data.batch_size, shuffle, job.data.workers, collate)
+    sampler: Any = instantiate(job.data.sampler, dataset) if training and job.data.sampler else None
+    return Source(dataset, job.data.batch_size, training and job.data.shuffle, job.data.workers, collate, sampler)
 
 
 def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:
