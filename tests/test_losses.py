@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training import Job, Samples, epoch_order, train
 
 from dtrain.errors import UserError
+from dtrain.trainer.data import MicroBatch
 from dtrain.trainer.step import supervised_step
 
 SEED, EPOCHS, BATCH, NUM_SAMPLES, CLASSES = 5, 2, 11, 34, 4  # last batch of 1: empty shares
@@ -191,3 +192,54 @@ def test_a_batch_of_which_nothing_counts_moves_nothing(world_size, name, tmp_pat
 def test_a_loss_that_gives_no_single_number_is_refused():
     with pytest.raises(UserError, match="reduction='none'"):
         supervised_step(nn.CrossEntropyLoss(reduction="none"))
+
+
+def contrast(predictions: Tensor, target: Tensor) -> Tensor:
+    """Each sample against all others of the batch."""
+    scores = predictions @ predictions.T
+    return F.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def hidden_weights(predictions: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(predictions, target, weight=WEIGHT)
+
+
+class Counting(nn.Module):
+    """A mean over samples that remembers its calls, and with `noise` draws random numbers."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, predictions: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        loss = F.cross_entropy(predictions, target)
+        return loss + self.noise * torch.rand(()) if self.noise else loss
+
+
+def step_with(loss_fn: Any, samples: int, is_whole: bool, dtype: torch.dtype = torch.float32) -> None:
+    torch.manual_seed(SEED)
+    data = torch.randn(samples, CLASSES, dtype=dtype), torch.randint(CLASSES, (samples,))
+    supervised_step(loss_fn)(nn.Identity(), MicroBatch(data, samples, 20, is_whole=is_whole))
+
+
+@pytest.mark.parametrize("loss_fn", [contrast, hidden_weights, functools.partial(contrast)])
+def test_a_loss_that_is_no_mean_over_samples_is_refused_where_a_batch_is_cut(loss_fn):
+    with pytest.raises(
+        UserError, match=r"of 8 samples is \d\.\d+, but its parts of 4 and 4 make .* no mean over samples"
+    ):
+        step_with(loss_fn, 8, is_whole=False)
+    step_with(loss_fn, 8, is_whole=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_loss_that_may_be_a_mean_is_believed(noise, dtype):
+    loss_fn = Counting(noise)
+    step_with(loss_fn, 1, is_whole=False, dtype=dtype)  # too few to see
+    step_with(loss_fn, 9, is_whole=False, dtype=dtype)
+    assert loss_fn.calls == 2
+    drawn = torch.rand(())
+    step_with(Counting(noise), 9, is_whole=True, dtype=dtype)
+    assert torch.rand(()) == drawn  # looking has drawn nothing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dtrain.errors import UserError
 
 from .data import MicroBatch
+from .seeds import rng_kept
 
 UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
 
@@ -111,8 +114,14 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
     if reduction == "none":
         raise UserError(f"{_describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
 
+    unchecked = type(loss_fn).__module__ != nn.CrossEntropyLoss.__module__  # torch's own are known to be means
+
     def mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        nonlocal unchecked
         loss = _scalar(loss_fn(predictions, target), "the loss")
+        if unchecked and part.samples > 1 and not part.is_whole and torch.is_grad_enabled():
+            unchecked = False
+            _require_sum_of_parts(loss_fn, reduction, predictions, target, part.samples)
         # A loss that sums is not divided by the batch's size, so it is multiplied by it beforehand.
         return loss * (part.batch_samples if reduction == "sum" else part.samples), None
 
@@ -130,6 +139,36 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
         return summed(predictions, target), _class_weight(summed, target)
 
     return weighted_mean
+
+
+@torch.no_grad()
+def _require_sum_of_parts(loss_fn: Any, reduction: str, predictions: Any, target: Any, samples: int) -> None:
+    """Raise UserError where a batch's loss is not the mean (or the sum) of its samples', as a contrastive one.
+
+    Seen on one batch cut in two. A loss that draws random numbers, or whose arguments don't begin with the samples,
+    is believed.
+    """
+    tensors = [leaf for leaf in tree_leaves((predictions, target)) if isinstance(leaf, Tensor)]
+    if not tensors or any(tensor.ndim == 0 or len(tensor) != samples for tensor in tensors):
+        return
+    loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn  # it may count its calls
+    cut = samples // 2
+
+    def of(begin: int, end: int) -> float:
+        part = tree_map_only(Tensor, lambda tensor: tensor[begin:end], (predictions, target))
+        return float(loss_fn(*part)) * (1 if reduction == "sum" else end - begin) / samples
+
+    with rng_kept(tensors[0].device):
+        whole, again = of(0, samples), of(0, samples)
+        parts = of(0, cut), of(cut, samples)
+    is_coarse = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    if whole == again and not math.isclose(whole, sum(parts), rel_tol=2e-2 if is_coarse else 1e-3, abs_tol=1e-6):
+        kind = "sum" if reduction == "sum" else "mean"
+        raise UserError(
+            f"the loss {_describe(loss_fn)} of {samples} samples is {whole:.6g}, but its parts of {cut} and "
+            f"{samples - cut} make {sum(parts):.6g}: it is no {kind} over samples, and can't be computed in parts, on "
+            "several ranks or in micro-batches; write it as a `step` that returns its `weight`, or train in one process"
+        )
 
 
 def _as_module(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -162,4 +201,4 @@ def _describe(value: Any) -> str:
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, Mapping):
         return f"a dict with keys {', '.join(map(str, value))}"
-    return type(value).__name__
+    return getattr(value, "__name__", type(value).__name__)
