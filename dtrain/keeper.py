@@ -35,11 +35,13 @@ class Keeper:
 
     Args:
         echo: where lines that rank 0 prints into its log are shown; None where it has no log of its own.
+        quiet: neither to a screen nor to MLflow.
     """
 
-    def __init__(self, run: RunDir, echo: IO[str] | None = None) -> None:
+    def __init__(self, run: RunDir, echo: IO[str] | None = None, *, quiet: bool = False) -> None:
         self.run = run
-        self.screen = Screen()
+        self.screen = Screen(quiet)
+        self._quiet = quiet
         self._heartbeat = Heartbeat(run.heartbeat(0))
         previous = read_json(run.status_file)
         self._status: dict[str, Any] = {
@@ -143,6 +145,8 @@ class Keeper:
     # -- MLflow ----------------------------------------------------------------------------------
 
     def _start_tracker(self) -> None:
+        if self._quiet:
+            return
         # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
         # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.
         with (self.run.logs / "mlflow.log").open("ab") as log:

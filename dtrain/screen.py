@@ -19,7 +19,8 @@ PLAIN_LINE_EVERY_S = 30.0  # within a long epoch, where there is no terminal
 class Screen:
     """Shows progress, rows and lines. Not for several threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._is_terminal = sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -28,6 +29,8 @@ class Screen:
 
     def print(self, line: str, file: IO[str] | None = None) -> None:
         """A line above the progress bar; to stderr unless told otherwise."""
+        if self._quiet:
+            return
         target = file or sys.stderr
         if self._progress is not None and target.isatty():
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -41,6 +44,8 @@ class Screen:
 
     def show_beat(self, beat: Beat) -> None:
         """Where the run is."""
+        if self._quiet:
+            return
         self._rate.add(beat)
         if self._is_terminal:
             self._draw(beat)

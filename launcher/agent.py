@@ -35,13 +35,16 @@ def start_fork_server(preload: Sequence[str]) -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def run_ranks(task: entry.Task, num_ranks: int, run: RunDir) -> int:
-    """Run the task on this node's ranks to the end; the exit code. The run must be locked by the caller."""
+def run_ranks(task: entry.Task, num_ranks: int, run: RunDir, *, quiet: bool = False) -> int:
+    """Run the task on this node's ranks to the end; the exit code. The run must be locked by the caller.
+
+    With `quiet` nothing but a failure is shown, and MLflow gets nothing.
+    """
     heartbeats = [Heartbeat(run.heartbeat(rank), create=True) for rank in range(num_ranks)]
     for rank in range(num_ranks):
         run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
     echo = sys.stdout if task.script else sys.stderr
-    with Keeper(run, echo) as keeper:
+    with Keeper(run, None if quiet else echo, quiet=quiet) as keeper:
         requests = StopRequests(heartbeats, lambda: task.script is None or keeper.has_begun)
         return _run_ranks(task, num_ranks, run, requests, keeper)
 

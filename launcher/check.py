@@ -9,8 +9,8 @@ from contextlib import redirect_stdout
 from dtrain.errors import UserError
 
 
-def check(path: str, overrides: Sequence[str]) -> int:
-    """Check schema, imports and arguments; 0 if the job is right.
+def check(path: str, overrides: Sequence[str], exact: bool) -> int:
+    """Check schema, imports and arguments; 0 if the job is right. With `exact`, also see its promises kept.
 
     Raises:
         UserError: all that is wrong, at once.
@@ -25,4 +25,8 @@ def check(path: str, overrides: Sequence[str]) -> int:
         raise UserError(problems)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")
-    return 0
+    if not exact:
+        return 0
+    from .exact import check_exact
+
+    return check_exact(loaded)

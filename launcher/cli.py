@@ -39,11 +39,12 @@ def launch(job: str, arguments: tuple[str, ...], gpus: str, run_dir: str | None,
 @cli.command()
 @click.argument("job")
 @click.argument("overrides", nargs=-1)
-def check(job: str, overrides: tuple[str, ...]) -> int:
+@click.option("--exact", is_flag=True, help="Also train a few steps on 1, 2 and 3 processes, and print what differs.")
+def check(job: str, overrides: tuple[str, ...], exact: bool) -> int:
     """Find what is wrong with JOB: schema, imports, arguments."""
     from .check import check
 
-    return check(job, overrides)
+    return check(job, overrides, exact)
 
 
 @cli.command()

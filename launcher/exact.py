@@ -1,0 +1,150 @@
+"""`dtrain check --exact`: see on a job's own first steps what dtrain promises of it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import UserError
+from dtrain.files import read_json, write_text
+from dtrain.job import Job, LoadedJob
+from dtrain.run import RunDir
+
+from .agent import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, run_ranks, start_fork_server
+from .entry import Task
+from .launch import choose_processes, preload_for, threads_per_rank
+
+SIZES = (1, 2, 3)
+STOP_AFTER = 3  # steps, of 6 in an epoch
+
+
+class RehearsalFailed(Exception):
+    """A rank failed, which has been said."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest one between two rehearsals: of a weight, in parts of its tensor's largest, or of a value."""
+
+    size: float
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.size:.1e} ({self.where})" if self.size else "none"
+
+
+def check_exact(loaded: LoadedJob) -> int:
+    """Rehearse a job that is right, on 1, 2 and 3 processes and through a stop, and print what differs.
+
+    0 if all was as promised, 1 if the stop left a trace on the CPU, or a rehearsal failed.
+    """
+    from dtrain.loading import dump_job
+
+    job = _on_enough_devices(loaded.job)
+    start_fork_server(preload_for(dump_job(job)))
+    scratch = Path(tempfile.mkdtemp(prefix="dtrain-exact-"))
+    try:
+        code = _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.path.absolute().parent)))
+    except RehearsalFailed:
+        return EXIT_FAILED  # the log that was named on the screen stays
+    except KeyboardInterrupt:
+        shutil.rmtree(scratch)
+        raise
+    shutil.rmtree(scratch)
+    return code
+
+
+def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
+    print(f"{loaded.path}: two epochs of its first batches, on {job.launch.device}")
+    runs = [rehearsals.run(f"{size}-ranks", size) for size in SIZES]
+    for size, run in zip(SIZES[1:], runs[1:], strict=True):
+        weights, values = _difference(_weights(runs[0]), _weights(run)), _difference(_values(runs[0]), _values(run))
+        print(f"{size} processes beside 1: largest difference in weights {weights}, in reported values {values}")
+    stopped = rehearsals.run("stopped", 2, stop_after=STOP_AFTER)
+    trace = max(
+        _difference(_weights(runs[1]), _weights(stopped)),
+        _difference(_values(runs[1]), _values(stopped)),
+        key=lambda difference: difference.size,
+    )
+    what = f"largest difference {trace}" if trace.size else "not a bit differs"
+    print(f"2 processes, stopped after {STOP_AFTER} steps and continued: {what}")
+    if apart := (read_json(runs[0].path / "rehearsal.json") or {}).get("apart"):
+        print(f"each process has its own {' and '.join(apart)}: their runs are alike, not equal (docs/exactness.md)")
+    return int(trace.size > 0 and job.launch.device == "cpu")
+
+
+def _on_enough_devices(job: Job) -> Job:
+    """The job on GPUs where there is one for each process, else on the CPU."""
+    from dtrain.job import Launch
+
+    try:
+        _, device = choose_processes(str(max(SIZES)), job.launch.device)
+    except UserError as error:
+        print(f"on the CPU instead: {error}", file=sys.stderr)
+        device = "cpu"
+    # torch has no SyncBatchNorm on the CPU.
+    fit = job.fit if device == "cuda" else job.fit.model_copy(update={"sync_batchnorm": False})
+    return job.model_copy(update={"launch": Launch(device=device), "fit": fit})
+
+
+class _Rehearsals:
+    """Runs of `dtrain.trainer.rehearsal` in a folder that is thrown away."""
+
+    def __init__(self, folder: Path, job: str, code: str) -> None:
+        self._folder = folder
+        self._job = job
+        self._code = code
+
+    def run(self, name: str, num_ranks: int, stop_after: int = 0) -> RunDir:
+        """Rehearse to the end, through a stop where one is asked for."""
+        run = RunDir(self._folder / name)
+        run.create()
+        write_text(run.job, self._job)
+        if not stop_after or self._start(run, num_ranks, stop_after) == EXIT_STOPPED:
+            self._start(run, num_ranks, 0)
+        return run
+
+    def _start(self, run: RunDir, num_ranks: int, stop_after: int) -> int:
+        arguments = (self._code, str(stop_after))
+        # As many threads whatever the number of ranks: torch's sums depend on it.
+        task = Task(str(run), arguments, threads_per_rank(max(SIZES)), module="dtrain.trainer.rehearsal")
+        with run.lock():
+            code = run_ranks(task, num_ranks, run, quiet=True)
+        if code == EXIT_INTERRUPTED or (code == EXIT_STOPPED and not stop_after):
+            raise KeyboardInterrupt
+        if code == EXIT_FAILED:
+            raise RehearsalFailed
+        return code
+
+
+def _weights(run: RunDir) -> dict[str, Any]:
+    import torch
+
+    weights: dict[str, Any] = torch.load(run.last_weights, weights_only=True)
+    return {name: value.double() for name, value in weights.items() if value.numel()}
+
+
+def _values(run: RunDir) -> dict[str, Any]:
+    """What the rows report, but for how fast it went."""
+    import torch
+
+    return {
+        f"{name} of epoch {row['epoch']}": torch.tensor(value, dtype=torch.float64)
+        for row in run.rows()
+        for name, value in row.items()
+        if name != "samples_per_s" and value is not None
+    }
+
+
+def _difference(ones: Mapping[str, Any], others: Mapping[str, Any]) -> Difference:
+    found = [Difference(0.0, "")]
+    for name, one in ones.items():
+        apart = (one - others[name]).abs().max()
+        if apart > 0 or apart.isnan() != one.isnan().any():
+            found.append(Difference(float(apart / one.abs().max().clamp(min=1e-12)), name))
+    return max(found, key=lambda difference: difference.size)
