@@ -7,15 +7,16 @@ what only rank 0 does (files, reports) stands under `if self.world.is_main`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dtrain.heartbeat import Beat, Heartbeat
@@ -137,7 +138,26 @@ class Loop:
 
     def train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
         """One optimizer step, by the gradient of the whole batch's mean, whatever its split. All ranks take part."""
-        self.optimizer.zero_grad()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
+        if isinstance(self.optimizer, LBFGS):
+            self.step_by_closure(list(micro_batches))
+        else:
+            self.optimizer.zero_grad()
+            self.backward(micro_batches)
+            self.optimizer.step()
+        if self.scheduler is not None and self.schedule.scheduler_interval == "step":
+            self.scheduler.step()
+
+    def backward(
+        self, micro_batches: Iterable[MicroBatch], *, counted: bool = True
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Add the batch's gradient to the parameters'. All ranks take part.
+
+        Returns the losses of this rank's parts, as sums, and their weight where it isn't the number of samples. With
+        `counted` they go into the epoch's loss and metrics.
+        """
+        totals: list[Tensor] = []
         weight: Tensor | None = None
         for micro_batch in micro_batches:
             # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
@@ -153,15 +173,31 @@ class Loop:
                     # How many units the batch has is known only after all its parts; see `divide_gradients`.
                     outcome.total.backward()
                     weight = outcome.weight if weight is None else weight + outcome.weight
-            if micro_batch.samples:
+            totals.append(outcome.total.detach())
+            if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples)
         if weight is not None:
             self.divide_gradients(weight)
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
-        self.optimizer.step()
-        if self.scheduler is not None and self.schedule.scheduler_interval == "step":
-            self.scheduler.step()
+        return totals, weight
+
+    def step_by_closure(self, micro_batches: list[MicroBatch]) -> None:
+        """A step of an optimizer that evaluates the batch as often as it likes. All ranks take part.
+
+        Each evaluation brings all ranks the same loss and gradient, so that they ask for equally many.
+        """
+        evaluations = itertools.count()
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            totals, weight = self.backward(micro_batches, counted=next(evaluations) == 0)
+            samples = sum(micro_batch.samples for micro_batch in micro_batches)
+            units = torch.as_tensor(samples if weight is None else weight, dtype=torch.float64)
+            sums = torch.stack([torch.stack(totals).sum().double(), units.to(totals[0].device)])
+            sums = self.world.sum(sums)
+            mean: Tensor = sums[0] / sums[1].where(sums[1] != 0, 1.0)
+            return mean
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stub says float, its LBFGS takes a tensor
 
     def divide_gradients(self, weight: Tensor) -> None:
         """Turn the gradients of the summed loss into those of its mean over all ranks' units. All ranks take part."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
@@ -92,8 +92,6 @@ class Trainer:
             raise UserError("give Trainer either loss_fn or step")
         if scheduler_interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
             raise UserError("ReduceLROnPlateau looks at an epoch's result: it can't have the interval step")
-        if isinstance(optimizer, LBFGS):
-            raise UserError("LBFGS evaluates the loss several times a step, which Trainer can't do yet")
         if deterministic:
             _be_deterministic()
         self.world = join_world(device)

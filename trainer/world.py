@@ -44,6 +44,7 @@ class World:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, on all of them. All ranks take part."""
         if self.world_size > 1:
+            value = value.clone()
             dist.all_reduce(value)
         return value
 
