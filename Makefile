@@ -21,6 +21,7 @@ check: $(VENV)/installed  ## Lint and type-check
 
 bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/first_step.py
+	$(BIN)/python bench/order.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("dtrain needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'

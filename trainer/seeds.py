@@ -13,6 +13,8 @@ import torch
 from numpy.random import mtrand
 from numpy.typing import NDArray
 
+from .order import split_mix
+
 _LOADING_BITS = np.random.MT19937(0)  # numpy's generator while this process loads; always seeded before it is used
 
 
@@ -34,11 +36,9 @@ def sample_seeds(positions: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
 
     Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators (OOPSLA 2014).
     """
-    z = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return mixed
+    states = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    split_mix(states, np.uint64(key), seeds := np.empty_like(states), np.empty_like(states))
+    return seeds
 
 
 def seed_loading(seed: int) -> None:
