@@ -37,7 +37,8 @@ def sample_seeds(positions: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
     Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators (OOPSLA 2014).
     """
     states = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    split_mix(states, np.uint64(key), seeds := np.empty_like(states), np.empty_like(states))
+    seeds: NDArray[np.uint64] = np.empty(len(positions), np.uint64)
+    split_mix(states, np.uint64(key), seeds, np.empty_like(seeds))
     return seeds
 
 
