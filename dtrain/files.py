@@ -50,6 +50,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def hidden_name(folder: Path) -> Path:
+    """Where a folder is filled before it gets its name, and emptied after it has lost it."""
+    return folder.with_name(f".{folder.name}")
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -36,6 +36,7 @@ class RunDir:
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.checkpoints = self.path / "checkpoints"
+        self.latest = self.checkpoints / "latest"  # the name of the newest one
         self.env = self.path / "env.json"
         self.mlflow = self.path / "mlflow.json"
         self.lock_file = self.path / "lock"

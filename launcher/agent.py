@@ -20,7 +20,6 @@ from dtrain.run import RunDir
 
 from . import causes, entry
 
-EXIT_FAILED = 1
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
@@ -154,10 +153,11 @@ def _finish(agent: Any, result: Any, requests: StopRequests, run: RunDir, keeper
     processes = agent._pcontext._pc.processes
     noticed = min(result.failures, default=None)
     ends = causes.read_ends(run, {rank: process.exitcode for rank, process in enumerate(processes)})
-    error = causes.describe(causes.first_cause(ends, noticed))
-    keeper.finish("failed", EXIT_FAILED, error)
+    cause = causes.first_cause(ends, noticed)
+    error, code = causes.describe(cause), causes.exit_code(cause)
+    keeper.finish("failed", code, error)
     print(causes.headline(error, run), file=sys.stderr)
-    return EXIT_FAILED
+    return code
 
 
 @contextmanager

@@ -59,9 +59,14 @@ def describe(end: RankEnd) -> dict[str, Any]:
     return {"rank": end.rank, "type": "SystemExit", "message": f"exit code {code}", "traceback": ""}
 
 
+def exit_code(end: RankEnd) -> int:
+    """What the command exits with: 1, or 2 where there was nothing that the run could continue from."""
+    return 1 if end.record is None else int(end.record["exit_code"])
+
+
 def headline(error: dict[str, Any], run: RunDir) -> str:
     """The last lines on the screen: which rank, what, where in the user's code, and where to read on."""
-    if error["type"] in ("UserError", "SystemExit") or error["type"].startswith("SIG"):
+    if error["type"] in ("UserError", "ResumeError", "SystemExit") or error["type"].startswith("SIG"):
         what = error["message"]
     else:
         what = f"{error['type']}: {error['message']}".removesuffix(": ")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import UserError
+from dtrain.errors import ResumeError, UserError
 from dtrain.run import END_OF_OUTPUT, RUN_DIR_VARIABLE, RunDir
 
 VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
@@ -130,6 +130,7 @@ def record(error: BaseException, path: Path, rank: int) -> None:
         "message": message,
         "traceback": "" if isinstance(error, (UserError, SystemExit)) else users_traceback(error),
         "time": raised_at,
+        "exit_code": error.exit_code if isinstance(error, ResumeError) else 1,  # of the command
         "victim": is_failed_collective(error),
     }
     path.write_text(json.dumps(report))

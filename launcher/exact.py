@@ -15,7 +15,7 @@ from dtrain.files import read_json, write_text
 from dtrain.job import Job, LoadedJob
 from dtrain.run import RunDir
 
-from .agent import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, run_ranks, start_fork_server
+from .agent import EXIT_INTERRUPTED, EXIT_STOPPED, run_ranks, start_fork_server
 from .entry import Task
 from .launch import choose_processes, preload_for, threads_per_rank
 
@@ -51,7 +51,7 @@ def check_exact(loaded: LoadedJob) -> int:
     try:
         code = _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.path.absolute().parent)))
     except RehearsalFailed:
-        return EXIT_FAILED  # the log that was named on the screen stays
+        return 1  # the log that was named on the screen stays
     except KeyboardInterrupt:
         shutil.rmtree(scratch)
         raise
@@ -117,7 +117,7 @@ class _Rehearsals:
             code = run_ranks(task, num_ranks, run, quiet=True)
         if code == EXIT_INTERRUPTED or (code == EXIT_STOPPED and not stop_after):
             raise KeyboardInterrupt
-        if code == EXIT_FAILED:
+        if code not in (0, EXIT_STOPPED):
             raise RehearsalFailed
         return code
 

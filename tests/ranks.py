@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 # The fork server imports these once; after that a rank starts in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torchmetrics", "pytest", "pandas", "dtrain.trainer.trainer"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torchmetrics", "pytest", "pandas", "dtrain.trainer.trainer", "dtrain.trainer.storage"]
+)
 
 _COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier"),

@@ -70,7 +70,11 @@ def test_all_files_are_there(run):
     files = {str(path.relative_to(run.path)) for path in run.path.rglob("*")}
     expected = ["job.yaml", "code/net.py", "status.json", "metrics.jsonl", "env.json", "mlflow.json"]
     expected += ["logs/rank-0.log", "logs/rank-1.log", "logs/agent-0.log", "weights/best.pt", "weights/last.pt"]
-    expected += [f"checkpoints/step-{step:09d}/rank-{rank}.pt" for step in (STEPS, 2 * STEPS) for rank in (0, 1)]
+    for epoch in (1, 2):
+        folder = f"checkpoints/step-{epoch * STEPS:09d}-epoch-{epoch:04d}"
+        names = ("rank-0.bin", "rank-1.bin", "index.json", "best.pt", "SHA256SUMS")
+        expected += [f"{folder}/{name}" for name in names]
+    expected.append("checkpoints/latest")
     assert not set(expected) - files
     assert not [name for name in files if "/." in f"/{name}"]  # no half-written file
 
@@ -229,4 +233,5 @@ def test_more_epochs_continue_a_finished_run(run, project):
     assert yaml.safe_load(run.job.read_text())["fit"]["epochs"] == 3
     status = read_json(run.status_file)
     assert (status["state"], status["epoch"], status["step"], status["restarts"]) == ("finished", 3, 15, 1)
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000000010", "step-000000015"]
+    names = ["step-000000010-epoch-0002", "step-000000015-epoch-0003"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", *names]

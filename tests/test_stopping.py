@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dtrain.files import read_json
+from dtrain.trainer.checkpoint import saved
 
 GATE = 7  # the step that waits, the second one of epoch 2
 SIZE = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
@@ -49,8 +50,8 @@ def check_stopped(project, done, code):
     status = project.status()
     assert (status["state"], status["exit_code"], status["error"]) == ("stopped", code, None)
     assert GATE <= status["step"] < TOTAL
-    newest = sorted(path.name for path in project.run_dir().checkpoints.iterdir())[-1]
-    assert newest == f"step-{status['step']:09d}"
+    assert project.run_dir().latest.read_text() == f"step-{status['step']:09d}\n"
+    assert saved(project.run_dir())[-1].name == f"step-{status['step']:09d}"
     assert [row["epoch"] for row in project.run_dir().rows()] == [1]
     assert project.run_dir().last_weights.exists()
 
@@ -89,6 +90,7 @@ def test_a_stop_and_its_continuation(number, code, project, uninterrupted):
 def test_ctrl_c_twice_ends_at_once(project):
     with project.running(*SIZE, *JOB) as command:
         until_waiting(project, command)
+        command.until(project.run_dir().latest.exists)  # written behind the training
         command.signal(signal.SIGINT, to_group=True)
         command.until(lambda: "again to end at once" in command.err)
         command.signal(signal.SIGINT, to_group=True)
@@ -96,7 +98,7 @@ def test_ctrl_c_twice_ends_at_once(project):
     assert done.code == 130
     assert "Traceback" not in done.err
     assert (project.status()["state"], project.status()["exit_code"]) == ("killed", 130)
-    assert [path.name for path in project.run_dir().checkpoints.iterdir()] == ["step-000000005"]
+    assert [path.name for path in saved(project.run_dir())] == ["step-000000005-epoch-0001"]
 
 
 def test_a_stop_before_the_first_step(project):

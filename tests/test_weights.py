@@ -70,11 +70,15 @@ def test_the_weights_of_a_run_load_into_the_bare_module(world_size, kind, tmp_pa
     assert all(map(torch.equal, weights.values(), trained.values()))
 
 
+def save(net: nn.Module, path: Path) -> None:
+    save_weights(bare_state_dict(net), path)
+
+
 def test_saved_weights_replace_the_file_as_a_whole(tmp_path):
     path = tmp_path / "w.pt"
-    save_weights(plain_net(1), path)
+    save(plain_net(1), path)
     os.link(path, tmp_path / "other name.pt")
-    save_weights(plain_net(2), path)
+    save(plain_net(2), path)
     assert equal(torch.load(tmp_path / "other name.pt"), plain_net(1).state_dict())
     assert equal(torch.load(path), plain_net(2).state_dict())
     assert sorted(os.listdir(tmp_path)) == ["other name.pt", "w.pt"]
@@ -115,7 +119,7 @@ class Evil:
 
 
 def truncated(path: Path) -> None:
-    save_weights(plain_net(), path)
+    save(plain_net(), path)
     path.write_bytes(path.read_bytes()[:-200])
 
 
@@ -137,11 +141,11 @@ REFUSED = {
     "a whole module": (lambda path: torch.save(plain_net(), path), "not a file of weights"),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds no state_dict"),
     "a training checkpoint": (lambda path: torch.save({"epoch": 3, "model": {}}, path), "holds no state_dict"),
-    "other names": (lambda path: save_weights(Net(), path), "another model: .*not in the file.*not in the model"),
-    "less": (lambda path: save_weights(plain_net()[:2], path), "another model: 2.weight, 2.bias not in the file"),
-    "more": (lambda path: save_weights(nn.Sequential(*plain_net(), nn.Linear(2, 2)), path), "3.weight, 3.bias not in"),
+    "other names": (lambda path: save(Net(), path), "another model: .*not in the file.*not in the model"),
+    "less": (lambda path: save(plain_net()[:2], path), "another model: 2.weight, 2.bias not in the file"),
+    "more": (lambda path: save(nn.Sequential(*plain_net(), nn.Linear(2, 2)), path), "3.weight, 3.bias not in"),
     "other sizes": (
-        lambda path: save_weights(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), path),
+        lambda path: save(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), path),
         r"2.weight is \(3, 6\) in the file, \(2, 6\) in the model",
     ),
 }

@@ -16,13 +16,16 @@ from torch.utils.data import Dataset
 
 from dtrain.heartbeat import Heartbeat
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer import checkpoint
+from dtrain.trainer import storage
 from dtrain.trainer.best import Best
+from dtrain.trainer.checkpoint import saved
 from dtrain.trainer.data import Source
 from dtrain.trainer.loop import Loop, Schedule
+from dtrain.trainer.manifest import read_manifest
 from dtrain.trainer.sharding import shuffled
 from dtrain.trainer.stop import Stopped
 from dtrain.trainer.trainer import Trainer
+from dtrain.trainer.tree import unflatten
 
 Job = dict[str, Any]  # net, loss, optimizer, train, val and options; see `fit`
 
@@ -106,14 +109,29 @@ def train(world_size: int, folder: Path, make: Callable[..., Job], *args: Any) -
 def final_state(folder: Path) -> dict[str, Any]:
     """All that a run leaves: rows, weights, and the last checkpoint, with each rank's random states."""
     run = RunDir(folder)
-    rows = run.rows()
-    for row in rows:
-        del row["samples_per_s"]
     weights = {path.name: torch.load(path, weights_only=True) for path in (run.best_weights, run.last_weights)}
-    newest = checkpoint.saved(run)[-1]
-    files = {path.name: torch.load(path, weights_only=True) for path in sorted(newest.iterdir())}
-    assert not list(run.checkpoints.glob(".*"))  # nothing half written stays
-    return {"rows": rows, "weights": weights, "checkpoint": newest.name, "files": files}
+    newest = saved(run)[-1]
+    assert run.latest.read_text() == f"{newest.name}\n"
+    for path in (run.checkpoints, run.best_weights.parent, run.path):
+        assert not list(path.glob(".*"))  # nothing half written stays
+    rows = [timeless(row) for row in run.rows()]
+    return {"rows": rows, "weights": weights, "checkpoint": newest.name, **content(newest)}
+
+
+def content(checkpoint: Path) -> dict[str, Any]:
+    """What is in a checkpoint: the shared state, that of each rank, and the best weights, where they are there."""
+    index, _ = read_manifest(checkpoint)
+    tensors = {name: storage.empty_tensor(each) for name, each in index["tensors"].items()}
+    storage.load(checkpoint, index, tensors)
+    shared = unflatten(tensors)
+    shared["rows"] = [timeless(row) for row in shared.get("rows", [])]
+    ranks = [unflatten(tensors, f"rank-{rank}/") for rank in range(index["world_size"])]
+    best = checkpoint / "best.pt"
+    return {"shared": shared, "ranks": ranks, "best": torch.load(best, weights_only=True) if best.exists() else None}
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "samples_per_s"}
 
 
 def differences(one: Any, other: Any) -> list[str]:
@@ -122,6 +140,11 @@ def differences(one: Any, other: Any) -> list[str]:
     assert tree == other_tree
     found = []
     for (path, a), (_, b) in zip(ones, others, strict=True):
-        if not (torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b):
+        if isinstance(a, torch.Tensor | np.ndarray):
+            a, b = torch.as_tensor(a), torch.as_tensor(b)
+            same = a.dtype == b.dtype and torch.equal(a, b)
+        else:
+            same = type(a) is type(b) and (a == b or (a != a and b != b))
+        if not same:
             found.append(str(path))
     return found

@@ -1,114 +1,290 @@
-"""Checkpoints: complete or invisible, read without executing anything.
+"""The checkpoints of a run: what they are called, which are kept, and which one the run continues from.
 
-    checkpoints/step-000000120/
-        state.pt     what is the same on all ranks: model, optimizer, scheduler, place, best; written by rank 0
-        rank-K.pt    what is rank K's own: random states, buffers, sums of the epoch so far
-        best.pt      the best weights as they were then, so that a run that goes back finds them again
+    checkpoints/step-000000120/               in mid-epoch
+    checkpoints/step-000000120-epoch-0003/    at the end of an epoch, after its validation
+    checkpoints/latest                        the name of the newest
+    checkpoints/damaged-step-000000100/       what was found damaged, and passed over
 
-The folder is filled under a hidden name and renamed when all of it is on disk: a stop in between leaves the
-checkpoints before it as they were.
+A folder is there when all of it is on disk. It holds the state of each rank, and once what is the same on all; see
+storage.py.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import functools
+import heapq
+import re
 import shutil
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
+import yaml
 
-from dtrain.errors import UserError, first_line
-from dtrain.files import sync, write_atomic
+from dtrain import __version__
+from dtrain.errors import Problem, ResumeError, first_line
+from dtrain.files import hidden_name, write_atomic, write_text
 from dtrain.run import RunDir
 
+from .background import Copies, Disk, say
+from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
+from .tree import flatten, unflatten
 from .world import World
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"step-(\d+)(?:-epoch-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a checkpoint is made. Its name sorts in the order of time, and belongs to one state of the run."""
+
+    step: int  # optimizer steps since the run began
+    epoch: int | None = None  # that has just ended; None in the middle of one
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:09d}" + ("" if self.epoch is None else f"-epoch-{self.epoch:04d}")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint's content as one rank sees it."""
+    """A checkpoint's content, as it is needed on one rank."""
 
+    path: Path
+    world_size: int  # of the run that saved it
     shared: dict[str, Any]
-    ranks: list[dict[str, Any]]  # one for each rank of the run that saved it
-
-    @property
-    def world_size(self) -> int:
-        return len(self.ranks)
+    ranks: dict[int, dict[str, Any]]  # at the same size this rank's own state, else that of every rank
 
 
-def save(run: RunDir, step: int, world: World, shared: dict[str, Any], own: dict[str, Any], keep: int) -> None:
-    """Save a checkpoint, and drop all but the newest `keep`. All ranks take part; `shared` is rank 0's."""
-    target = run.checkpoints / f"step-{step:09d}"
-    hidden = run.checkpoints / f".{target.name}"
-    if world.is_main:
-        shutil.rmtree(hidden, ignore_errors=True)  # a stop may have left it half full
-        hidden.mkdir()
-        _write({**shared, "world_size": world.world_size}, hidden / "state.pt")
-        if run.best_weights.exists():
-            _link(run.best_weights, hidden / "best.pt")
-    world.barrier()  # the folder is there
-    _write(own, hidden / f"rank-{world.rank}.pt")
-    world.barrier()  # all ranks have written
-    if world.is_main:
-        _publish(hidden, target)
-        for old in saved(run)[:-keep]:
-            shutil.rmtree(old)
+class Checkpoints:
+    """A run's checkpoints. All ranks take part in all of it; rank 0 reports.
+
+    Attributes:
+        failed: whether the last one is not on disk, once it has been written.
+    """
+
+    def __init__(self, run: RunDir, world: World, keep: int, disk: Disk) -> None:
+        self._run = run
+        self._world = world
+        self._keep = keep
+        self._disk = disk
+        # Of its own, since its messages are on their way while the training sends others.
+        alone = world.world_size == 1
+        self._group = None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._copies = Copies()
+        self._foreign: set[str] = set()  # names under which something stands that is not this run's
+        self.failed = False
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def snapshot(
+        self,
+        moment: Moment,
+        best_epoch: int,
+        shared: Mapping[str, Any],
+        own: Mapping[str, Any],
+        of_rank_0: Collection[str] = (),
+    ) -> Callable[[], None]:
+        """Copy the state; what is returned writes it, and is to be called on another thread, on all ranks.
+
+        The one before must have been written. A disk that refuses is reported and passed over.
+
+        Args:
+            shared: what is the same on all ranks; each of its tensors is copied and written by one of them.
+            of_rank_0: names of tensors in it of which rank 0's count, such as "model/norm.running_mean".
+
+        Raises:
+            UserError: something is no data, and can't be saved.
+        """
+        from . import storage  # imports DCP, once there is something to save
+
+        folder = self._run.checkpoints / moment.name
+        self.failed = not self._world.from_main(self._is_saved(folder) if self._world.is_main else False)
+        if not self.failed:
+            return lambda: None  # a run does the same again after a stop
+        tensors = flatten(shared)
+        writers = assign({name: tensor.nbytes for name, tensor in tensors.items()}, self._world.world_size)
+        writers |= dict.fromkeys([*of_rank_0, "state.json"], 0)
+        mine = {name: tensor for name, tensor in tensors.items() if writers[name] == self._world.rank}
+        copies = self._copies.of({**mine, **flatten(own, f"rank-{self._world.rank}/")})
+        about = self._describe(moment) if self._world.is_main else {}
+        attached = {"best.pt": self._run.best_weights}
+        write = functools.partial(storage.save, folder, copies, about, attached, self._group)
+        return functools.partial(self._write, write, folder, best_epoch)
+
+    def _write(self, write: Callable[[], None], folder: Path, best_epoch: int) -> None:
+        if not self._world.is_main:
+            with contextlib.suppress(OSError):  # rank 0 has it too, and reports it
+                write()
+                self.failed = False
+            return
+        with self._disk.tolerated("write checkpoint", folder.name):
+            try:
+                write()
+            except OSError:
+                shutil.rmtree(hidden_name(folder), ignore_errors=True)
+                raise
+            self.failed = False
+        if not self.failed:
+            with self._disk.tolerated("write checkpoints/latest"):
+                write_text(self._run.latest, f"{folder.name}\n")
+            with self._disk.tolerated("remove old checkpoints"):
+                self._drop_old(best_epoch)
+
+    def _is_saved(self, folder: Path) -> bool:
+        if folder.name in self._foreign:
+            self._set_aside(folder, "foreign")
+        return folder.exists()
+
+    def _describe(self, moment: Moment) -> dict[str, Any]:
+        versions = {"dtrain": __version__, "torch": torch.__version__}
+        about = {"format": FORMAT, "job": self._job, "step": moment.step, "epoch": moment.epoch}
+        return {**about, "world_size": self._world.world_size, "versions": versions}
+
+    @functools.cached_property
+    def _job(self) -> str | None:
+        """The job's name. Rank 0 only: it may have only just written the file."""
+        job = yaml.safe_load(self._run.job.read_text())
+        return job["name"] if isinstance(job, dict) else None
+
+    def _drop_old(self, best_epoch: int) -> None:
+        """Keep the newest ones, and the one at the end of the best epoch so far."""
+        own = [path for path in saved(self._run) if path.name not in self._foreign]
+        for path in own[: -self._keep]:
+            if not path.name.endswith(f"-epoch-{best_epoch:04d}"):
+                outdated = path.rename(hidden_name(path))  # a stop must not leave half of it under its name
+                shutil.rmtree(outdated)
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        self._foreign.add(path.name)
+        with contextlib.suppress(OSError):  # whoever needs the name will report it
+            path.rename(path.with_name(f"{why}-{path.name}"))
+            self._foreign.remove(path.name)
+
+    # -- continuing ------------------------------------------------------------------------------
+
+    def load(self, misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot | None:
+        """The newest checkpoint that is whole and fits, or None where there is none at all.
+
+        Each one passed over is reported; damaged ones get another name, and are kept. What runs that were killed
+        left half written is removed.
+
+        Args:
+            misfit: says why a shared state is not one of this run, if it is not.
+
+        Raises:
+            ResumeError: there are checkpoints, and none that can be used.
+        """
+        names = self._world.from_main(self._tidy() if self._world.is_main else [])
+        problems: dict[str, Unusable] = {}
+        found = None
+        while names and found is None:
+            path = self._run.checkpoints / names.pop()
+            found, problem = self._try(path, misfit)
+            if problem is not None:
+                problems[path.name] = problem
+        if problems and found is None:
+            lines = [Problem(str(each), file=str(self._run.checkpoints / name)) for name, each in problems.items()]
+            raise ResumeError([*lines, Problem("no other checkpoint is left to continue from", file=str(self._run))])
+        if found is not None and self._world.is_main:
+            self._settle_on(found.path, problems)
+        return found
+
+    def _tidy(self) -> list[str]:
+        for folder, pattern in (
+            (self._run.checkpoints, ".*"),
+            (self._run.best_weights.parent, ".*"),
+            (self._run.path, f".{self._run.metrics.name}.*"),
+        ):
+            for path in folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [path.name for path in saved(self._run)]
+
+    def _try(
+        self, path: Path, misfit: Callable[[dict[str, Any]], str | None]
+    ) -> tuple[Snapshot | None, Unusable | None]:
+        index, problem = self._agreed(functools.partial(self._check, path))
+        if index is None:
+            return None, problem
+        return self._agreed(functools.partial(self._read, path, index, misfit))
+
+    def _check(self, path: Path) -> dict[str, Any]:
+        """The checkpoint's index, after a look at this rank's share of its bytes."""
+        index, sums = read_manifest(path)
+        if self._world.is_main and index["job"] != self._job:
+            raise Unusable(f"index.json: a checkpoint of another job, {index['job']}; this one is {self._job}")
+        share = sorted(sums)[self._world.rank :: self._world.world_size]
+        verify(path, sums, share, index["files"])
+        return index
+
+    def _read(self, path: Path, index: dict[str, Any], misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot:
+        from . import storage
+
+        size = index["world_size"]
+        ranks = [self._world.rank] if size == self._world.world_size else range(size)
+        prefixes = {rank: f"rank-{rank}/" for rank in ranks}
+        wanted = [n for n in index["tensors"] if not n.startswith("rank-") or n.startswith(tuple(prefixes.values()))]
+        tensors = {name: storage.empty_tensor(index["tensors"][name]) for name in wanted}
+        storage.load(path, index, tensors)
+        own = {rank: unflatten(tensors, prefix) for rank, prefix in prefixes.items()}
+        snapshot = Snapshot(path, size, unflatten(tensors), own)
+        if problem := misfit(snapshot.shared):
+            raise Unusable(problem)
+        return snapshot
+
+    def _agreed(self, function: Callable[[], T]) -> tuple[T | None, Unusable | None]:
+        """The function's result, if no rank has a problem. All ranks take part."""
+        result, problem = None, None
+        try:
+            result = function()
+        except Unusable as error:
+            problem = error
+        except OSError as error:
+            problem = Unusable(f"can't be read: {error.strerror}")
+        except MemoryError:
+            raise
+        except Exception as error:  # what is in the files may be anything
+            problem = Damaged(f"its content makes no sense: {type(error).__name__}: {first_line(error)}")
+        problems = [each for each in self._world.gather(problem) if each is not None]
+        return (None, problems[0]) if problems else (result, None)
+
+    def _settle_on(self, path: Path, problems: Mapping[str, Unusable]) -> None:
+        """Report what was passed over, and have `latest` name what was not. Rank 0 only."""
+        with self._disk.tolerated("write checkpoints/latest"):
+            write_text(self._run.latest, f"{path.name}\n")
+        for name, problem in problems.items():
+            say(f"checkpoint {self._run.checkpoints / name} is passed over: {problem}; continuing from {path.name}")
+            self._foreign.add(name)
+            if isinstance(problem, Damaged):
+                self._set_aside(self._run.checkpoints / name, "damaged")
 
 
 def saved(run: RunDir) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted(run.checkpoints.glob("step-*"))
-
-
-def load(path: Path) -> Snapshot:
-    """Read a checkpoint. Nothing in it is executed.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    shared = _read(path / "state.pt")
-    return Snapshot(shared, [_read(path / f"rank-{rank}.pt") for rank in range(shared["world_size"])])
+    found = {path: match for path in run.checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)))
 
 
 def restore_best(path: Path, run: RunDir) -> None:
     """Put the best weights back to what they were at the checkpoint. Rank 0 only."""
     if (path / "best.pt").exists():
-        write_atomic(run.best_weights, lambda temporary: shutil.copyfile(path / "best.pt", temporary) and None)
+        write_atomic(run.best_weights, lambda temporary: shutil.copyfile(path / "best.pt", temporary))
     else:
         run.best_weights.unlink(missing_ok=True)
 
 
-def _publish(hidden: Path, target: Path) -> None:
-    sync(hidden)
-    if target.exists():  # the same step once more, as after a stop in validation: the newer one counts
-        outdated = target.with_name(f".old-{target.name}")
-        shutil.rmtree(outdated, ignore_errors=True)
-        target.rename(outdated)
-        hidden.rename(target)
-        shutil.rmtree(outdated)
-    else:
-        hidden.rename(target)
-    sync(target.parent)
-
-
-def _write(state: dict[str, Any], path: Path) -> None:
-    torch.save(state, path)
-    sync(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its parser met
-        raise UserError(f"checkpoint {path} can't be read: {first_line(error)}") from None
-    return state
-
-
-def _link(source: Path, target: Path) -> None:
-    # Weights are replaced by renaming, never written into, so a second name costs nothing and stays as it is.
-    try:
-        os.link(source, target)
-    except OSError:  # file systems without hard links
-        shutil.copyfile(source, target)
+def assign(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Which rank writes which tensor: nearly equal shares of the bytes. The same on all ranks, without a message."""
+    loads = [(0, rank) for rank in range(world_size)]
+    writers = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, writers[name] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[name], writers[name]))
+    return writers

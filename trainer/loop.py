@@ -11,27 +11,30 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from dtrain.errors import UserError
 from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.run import Row, RunDir
 
-from . import checkpoint
+from .background import Background, Disk
 from .best import Best
+from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ddp import DataParallel
+from .optimizer_state import load_named_state, named_state, parameter_groups
 from .reduce import reduce_states
+from .results import Results
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
 from .step import Step
 from .stop import StopAgreement, Stopped
 from .tally import Tally
-from .weights import save_weights
+from .weights import mismatches
 from .world import World
 
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
@@ -85,6 +88,11 @@ class Loop:
         self.schedule = schedule
         self.seed = seed
         self.place = Place()
+        self.rows: list[Row] = []  # of the epochs done, the same on all ranks
+        self.disk = Disk(run)
+        self.results = Results(run, self.disk)
+        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk)
+        self.background = Background()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
         self.stop = StopAgreement(world, self.heartbeat)
         self.lr: float | Tensor = float("nan")  # of the last step done
@@ -99,20 +107,26 @@ class Loop:
         Raises:
             Stopped: all ranks agreed to stop; a checkpoint of this very step is saved.
         """
-        self.resume()
-        while not self.is_over:
-            # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
-            self.train_epoch()
-            # All ranks: evaluate rank 0's model, each rank on its own share of the validation set.
-            self.model.share_buffers()
-            self.validate()
-            # All ranks: what each has added up meets on rank 0, which reports it back to all.
-            row = self.report()
-            # Rank 0 writes; the decision what is best is the same everywhere, made from the same row.
-            self.finish_epoch(row)
-            if self.schedule.checkpoint_every == "epoch" or self.is_over:
-                self.save_checkpoint()
-        self.beat()
+        with self.background:
+            self.resume()
+            while not self.is_over:
+                # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
+                self.train_epoch()
+                # All ranks: evaluate rank 0's model, each rank on its own share of the validation set.
+                self.model.share_buffers()
+                self.validate()
+                # All ranks: what each has added up meets on rank 0, which reports it back to all.
+                row = self.report()
+                # All ranks: the decision what is best is the same everywhere, made from the same row.
+                improved = self.finish_epoch(row)
+                # All ranks copy, and go on while the copies are written; rank 0 writes the results.
+                self.save(
+                    results=True,
+                    improved=improved,
+                    checkpoint=self.schedule.checkpoint_every == "epoch" or self.is_over,
+                )
+            self.settle()
+            self.beat()
 
     @property
     def is_over(self) -> bool:
@@ -210,10 +224,10 @@ class Loop:
         """After a step: stop if any rank was asked to, save if it is time. All ranks take part."""
         every = self.schedule.checkpoint_every
         signal_number = self.stop.agreed()
-        if signal_number or (every != "epoch" and self.place.step % every == 0):
-            self.save_checkpoint()
         if signal_number:
-            raise Stopped(signal_number)
+            self.stop_here(signal_number)
+        if every != "epoch" and self.place.step % every == 0:
+            self.save(results=False)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -232,8 +246,7 @@ class Loop:
                 # The run will continue with the whole validation: with the random numbers that it began with.
                 set_rng_state(before, self.world.device)
                 self.val_tally.reset()
-                self.save_checkpoint()
-                raise Stopped(signal_number)
+                self.stop_here(signal_number)
 
     def report(self) -> Row:
         """The epoch's row, the same on all ranks. All ranks take part: one synchronisation for all of it."""
@@ -248,14 +261,10 @@ class Loop:
         }
         return self.world.from_main(row)
 
-    def finish_epoch(self, row: Row) -> None:
-        """Keep what the epoch brought, and move on to the next. All ranks; rank 0 writes."""
+    def finish_epoch(self, row: Row) -> bool:
+        """Take in what the epoch brought, and move on to the next; whether it is the best so far. No collective."""
+        self.rows.append(row)
         improved = self.best.update(row)
-        if self.world.is_main:
-            self.run_dir.write_rows([*self.run_dir.rows(), row])
-            save_weights(self.model.bare, self.run_dir.last_weights)
-            if improved:
-                save_weights(self.model.bare, self.run_dir.best_weights)
         if self.scheduler is not None and self.schedule.scheduler_interval == "epoch":
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step(row[self.best.monitor])
@@ -264,53 +273,112 @@ class Loop:
         self.train_tally.reset()
         self.val_tally.reset()
         self.place = Place(self.place.epoch + 1, 0, self.place.step)
+        return improved
 
     # -- stopping and continuing -----------------------------------------------------------------
 
-    def save_checkpoint(self) -> None:
-        """Everything needed to continue from here. All ranks take part."""
-        shared = {}
-        if self.world.is_main:
-            save_weights(self.model.bare, self.run_dir.last_weights)
-            shared = {
-                "place": asdict(self.place),
-                "model": self.model.bare.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "best": self.best.state_dict(),
-                "lr": float(self.lr),
+    def save(self, *, results: bool, improved: bool = False, checkpoint: bool = True) -> None:
+        """Copy what is to be kept, and write it behind the training. All ranks take part.
+
+        Args:
+            results: whether the history and the last weights are to be written, and with `improved` the best ones.
+            checkpoint: whether the run is to be able to continue from here.
+        """
+        self.background.wait()  # for the copies before to be written
+        jobs = []
+        if results and self.world.is_main:  # first, since the checkpoint has a link to the best weights
+            jobs.append(self.results.snapshot(self.model.bare, self.rows, best=improved))
+        if checkpoint:
+            own = {
+                "rng": rng_state(self.world.device),
+                "buffers": list(self.model.bare.buffers()),
+                "train": self.train_tally.state_dict(),
+                "val": self.val_tally.state_dict(),  # empty, but for what wrappers remember of earlier epochs
             }
-        own = {
-            "rng": rng_state(self.world.device),
-            "buffers": list(self.model.bare.buffers()),
-            "train": self.train_tally.state_dict(),
-            "val": self.val_tally.state_dict(),  # empty, but for what wrappers remember of earlier epochs
+            buffers = [f"model/{name}" for name, _ in self.model.bare.named_buffers(remove_duplicate=False)]
+            ended = self.place.epoch - 1 if self.place.step_in_epoch == 0 else None
+            moment = Moment(self.place.step, ended)
+            jobs.append(self.checkpoints.snapshot(moment, self.best.epoch, self.shared_state(), own, buffers))
+        self.background.start(jobs)
+
+    def settle(self) -> None:
+        """Wait until all is written. All ranks take part; raises UserError where results can't be written."""
+        self.background.wait()
+        if self.world.is_main:
+            self.results.finish()
+
+    def stop_here(self, signal_number: int) -> NoReturn:
+        """Save a checkpoint of this very step, and end. All ranks take part.
+
+        Raises:
+            Stopped: it is saved.
+            UserError: it could not be.
+        """
+        self.save(results=True)
+        self.background.wait()
+        if self.world.from_main(self.checkpoints.failed):  # rank 0 has said why, before another rank ends
+            raise UserError(
+                f"stopped at step {self.place.step}, but the checkpoint could not be written; {self.disk.last_good()}"
+            )
+        raise Stopped(signal_number)
+
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on all ranks, but for the model's buffers, of which rank 0's count."""
+        return {
+            "kinds": self.kinds(),
+            "place": asdict(self.place),
+            "rows": self.rows,
+            "lr": float(self.lr),
+            "model": self.model.bare.state_dict(),
+            "optimizer": named_state(self.optimizer, self.model.bare),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "best": self.best.state_dict(),
         }
-        checkpoint.save(self.run_dir, self.place.step, self.world, shared, own, self.schedule.keep)
+
+    def kinds(self) -> dict[str, str | None]:
+        """The classes whose states mean nothing to others."""
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {name: None if part is None else type(part).__name__ for name, part in parts.items()}
+
+    def misfit(self, shared: dict[str, Any]) -> str | None:
+        """Why a shared state is not one of this run, if it is not."""
+        if problems := mismatches(shared["model"], self.model.bare.state_dict()):
+            return f"a checkpoint of another model: {'; '.join(problems)}"
+        for part, kind in self.kinds().items():
+            if shared["kinds"][part] != kind:
+                return f"a checkpoint with {part} {shared['kinds'][part]}, this run has {kind}"
+        groups = [group["params"] for group in shared["optimizer"]["param_groups"]]
+        if groups != parameter_groups(self.optimizer, self.model.bare):
+            return "a checkpoint whose optimizer has other parameters, or other groups of them"
+        return None
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint; begin where there is none. All ranks take part (in a wait)."""
+        """Continue from the newest checkpoint that is whole; begin where there is none. All ranks take part.
+
+        Raises:
+            ResumeError: there are checkpoints, and none that can be used.
+        """
         seed_everything(derive_seed("rank", self.seed, self.world.rank))
-        paths = checkpoint.saved(self.run_dir)
-        if paths:
-            self.load_checkpoint(paths[-1])
+        snapshot = self.checkpoints.load(self.misfit)
+        if snapshot is not None:
+            self.restore(snapshot)
         if self.world.is_main:
-            rows = self.run_dir.rows()
-            self.run_dir.write_rows([row for row in rows if row["epoch"] < self.place.epoch])
+            with self.disk.tolerated("write metrics.jsonl"):
+                self.run_dir.write_rows(self.rows)
         self.world.barrier()  # no rank saves before all have read
         self.beat()
 
-    def load_checkpoint(self, path: Path) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Become what was saved: to the bit on as many ranks, to the same curve on another number."""
-        snapshot = checkpoint.load(path)
         shared = snapshot.shared
         self.place = Place(**shared["place"])
+        self.rows = shared["rows"]
+        self.lr = shared["lr"]
         self.model.bare.load_state_dict(shared["model"])
-        self.optimizer.load_state_dict(shared["optimizer"])
+        load_named_state(self.optimizer, self.model.bare, shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         self.best.load_state_dict(shared["best"])
-        self.lr = shared["lr"]
         if snapshot.world_size == self.world.world_size:
             own = snapshot.ranks[self.world.rank]
             set_rng_state(own["rng"], self.world.device)
@@ -321,10 +389,11 @@ class Loop:
         else:
             seed_everything(derive_seed("rank", self.seed, self.world.rank, self.place.step))
             if self.world.is_main:
-                self.train_tally.load_merged([own["train"] for own in snapshot.ranks])
-                self.val_tally.load_merged([own["val"] for own in snapshot.ranks])
+                self.train_tally.load_merged([own["train"] for own in snapshot.ranks.values()])
+                self.val_tally.load_merged([own["val"] for own in snapshot.ranks.values()])
         if self.world.is_main:
-            checkpoint.restore_best(path, self.run_dir)
+            with self.disk.tolerated("write weights/best.pt"):
+                restore_best(snapshot.path, self.run_dir)
 
     # -- seeing ----------------------------------------------------------------------------------
 

@@ -134,12 +134,12 @@ class Trainer:
             patience: epochs in a row without a better `monitor` after which training ends.
             monitor: by default val_loss, else train_loss.
         """
-        run = self.train(train_data, val_data, epochs, patience, monitor, mode)
+        loop = self.train(train_data, val_data, epochs, patience, monitor, mode)
         if ckpt_path is not None and self.world.is_main:
-            shutil.copyfile(run.best_weights, ckpt_path)
+            shutil.copyfile(loop.run_dir.best_weights, ckpt_path)
         import pandas
 
-        return pandas.DataFrame(run.rows())
+        return pandas.DataFrame(loop.rows)
 
     def train(
         self,
@@ -149,8 +149,8 @@ class Trainer:
         patience: int | None,
         monitor: str | None,
         mode: Literal["min", "max"],
-    ) -> RunDir:
-        """`fit` for a job, whose history is read from the run folder. All ranks take part."""
+    ) -> Loop:
+        """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part."""
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
         schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval)
@@ -173,7 +173,7 @@ class Trainer:
                 self.seed,
             )
             loop.run()
-        return run
+        return loop
 
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""

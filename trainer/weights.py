@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compil
 
 
 def bare_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The module's weights and buffers on the CPU, without the names that torch.compile puts into them."""
-    return {_uncompiled(name): value.detach().cpu() for name, value in net.state_dict().items()}
+    """The module's weights and buffers, not copied, without the names that torch.compile puts into them."""
+    return {_uncompiled(name): value.detach() for name, value in net.state_dict().items()}
 
 
 def bare_name(name: str) -> str:
@@ -32,10 +33,21 @@ def _uncompiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def save_weights(net: nn.Module, path: Path) -> None:
-    """Write the bare state_dict, atomically."""
-    weights = bare_state_dict(net)
-    write_atomic(path, lambda temporary: torch.save(weights, temporary))
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state_dict, atomically. A disk that refuses raises an OSError."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            try:
+                torch.save(dict(weights), file)
+            except RuntimeError as error:
+                # torch closes the archive after a failed write, and raises for that in turn.
+                hidden = error.__context__
+                while hidden is not None and not isinstance(hidden, OSError):
+                    hidden = hidden.__context__
+                raise hidden or error from None
+
+    write_atomic(path, write)
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -59,13 +71,14 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     bare = _uncompiled if {_uncompiled(name) for name in weights} == {_uncompiled(name) for name in own} else bare_name
     stripped = {bare(name): value for name, value in weights.items()}
     names = {bare(name): name for name in own}
-    problems = _mismatches(stripped, {short: own[name] for short, name in names.items()})
+    problems = mismatches(stripped, {short: own[name] for short, name in names.items()})
     if problems:
         raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
     net.load_state_dict({names[short]: value for short, value in stripped.items()})
 
 
-def _mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """How the tensors in a file differ from those of a model, by name and shape; a phrase for each difference."""
     problems = []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"{_some(missing)} not in the file")

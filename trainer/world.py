@@ -41,6 +41,13 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Each rank's value in the order of the ranks, on all ranks. All ranks take part."""
+        values = [value] * self.world_size
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, on all of them. All ranks take part."""
         if self.world_size > 1:

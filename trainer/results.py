@@ -1,0 +1,62 @@
+"""What a run is for: metrics.jsonl, weights/last.pt and weights/best.pt, written by rank 0 behind the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dtrain.errors import UserError
+from dtrain.run import Row, RunDir
+
+from .background import Copies, Disk
+from .weights import bare_state_dict, save_weights
+
+
+class Results:
+    """Rank 0's. What a disk refuses is reported and kept, and written with what follows."""
+
+    def __init__(self, run: RunDir, disk: Disk) -> None:
+        self._run = run
+        self._disk = disk
+        self._copies = Copies()
+        self._rows: list[Row] | None = None  # those still to be written, as the weights
+        self._weights: dict[Path, dict[str, Tensor]] = {}
+
+    def snapshot(self, net: nn.Module, rows: Sequence[Row], *, best: bool) -> Callable[[], None]:
+        """Copy the weights; what is returned writes them, and is to be called on another thread.
+
+        The ones before must have been written, or refused.
+
+        Args:
+            best: whether these are the best weights too, not only the last ones.
+        """
+        if self._run.best_weights in self._weights:
+            self._copies = Copies()  # the old ones are still to be written
+        weights = self._copies.of(bare_state_dict(net))
+        self._rows = list(rows)
+        self._weights |= dict.fromkeys([self._run.best_weights, self._run.last_weights][not best :], weights)
+        return self.write
+
+    def write(self) -> None:
+        """Write what is still to be written."""
+        if self._rows is not None:
+            with self._disk.tolerated("write metrics.jsonl"):
+                self._run.write_rows(self._rows)
+                self._rows = None
+        for path, weights in list(self._weights.items()):
+            with self._disk.tolerated(f"write weights/{path.name}"):
+                save_weights(weights, path)
+                del self._weights[path]
+
+    def finish(self) -> None:
+        """Try again at what is still to be written, at the end of the training.
+
+        Raises:
+            UserError: it can't be: the run is not what it claims to be.
+        """
+        self.write()
+        missing = [path.name for path in self._weights] + ["metrics.jsonl"] * (self._rows is not None)
+        if missing:
+            raise UserError(f"training is done, but the disk refused {', '.join(missing)} in {self._run}")
