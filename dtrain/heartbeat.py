@@ -25,7 +25,7 @@ class Beat:
     epochs: int = 0
     step: int = 0  # optimizer steps since the run began
     step_in_epoch: int = 0
-    steps_in_epoch: int = 0
+    steps_in_epoch: int = 0  # 0 where it is not known
     validating: int = 0  # 1 during validation, where step_in_epoch counts validation batches
     samples: float = 0.0  # samples trained on by all ranks since this process began
     loss: float = float("nan")  # this rank's mean loss of the epoch so far

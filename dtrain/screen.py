@@ -52,8 +52,9 @@ class Screen:
         elif time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
             phase = "validation" if beat.validating else "step"
+            total = f"/{beat.steps_in_epoch}" if beat.steps_in_epoch else ""
             self.print(
-                f"epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}/{beat.steps_in_epoch}"
+                f"epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}{total}"
                 f"  loss {beat.loss:.4g}  {self._rate.samples_per_s:,.0f} samples/s"
             )
 
@@ -73,10 +74,10 @@ class Screen:
             self._task,
             description=f"epoch {beat.epoch}/{beat.epochs}{' validation' if beat.validating else ''}",
             completed=beat.step_in_epoch,
-            total=beat.steps_in_epoch,
+            total=beat.steps_in_epoch or None,
             loss="" if math.isnan(beat.loss) else f"loss {beat.loss:.4g}",
             rate=f"{self._rate.samples_per_s:,.0f} samples/s",
-            left=f"{duration(self._rate.seconds_left(beat))} left",
+            left=f"{duration(self._rate.seconds_left(beat))} left" if beat.steps_in_epoch else "",
         )
 
 
@@ -108,7 +109,7 @@ class Rate:
     def seconds_left(self, beat: Beat) -> float | None:
         """Until the last epoch's end at this speed, validation not counted; None while it is unknown."""
         steps_per_s = self._per_second("step")
-        if not steps_per_s or beat.validating:
+        if not steps_per_s or not beat.steps_in_epoch or beat.validating:
             return None
         return (beat.steps_in_epoch * (beat.epochs - beat.epoch + 1) - beat.step_in_epoch) / steps_per_s
 

@@ -124,9 +124,9 @@ from torch.utils.data import IterableDataset
 from data import points
 
 
-class Endless(IterableDataset):
+class Silent(IterableDataset):
     def __iter__(self):
-        yield from points(8)
+        yield from ()
 
 
 def triples():
@@ -140,7 +140,8 @@ ACCURACY_OF_3 = {"_target_": "torchmetrics.Accuracy", "task": "binary"}
 # By name: the dataset, the metrics, and what must be said.
 TRAINING = {
     "empty": ({"_target_": "more.empty"}, {}, ["is empty: len() is 0"]),
-    "endless": ({"_target_": "more.Endless"}, {}, ["Endless has no length", "__len__ and __getitem__"]),
+    "silent": ({"_target_": "more.Silent"}, {}, ["Silent gives no sample in epoch 1"]),
+    "no-dataset": ({"_target_": "builtins.int"}, {}, ["int has no length", "__len__ and __getitem__", "__iter__"]),
     "triples": ({"_target_": "more.triples"}, {}, ["a sample must be (features, target)", "_target_: module.function"]),
     "metric": (JOB["data"]["train"], {"acc": {**ACCURACY_OF_3, "activation": "none"}}, ["acc"]),
 }

@@ -52,13 +52,15 @@ class Samples(Dataset):
 def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args: Any) -> Any:
     """Train what `make(*args)` describes, as this rank; the history and the weights, or None where it was stopped.
 
-    A job is `trainer` (a Trainer's arguments), `train` and `val` (datasets), `batch_size`, `workers`, and `fit`
-    (arguments of Trainer.fit).
+    A job is `trainer` (a Trainer's arguments), `train` and `val` (datasets; without `batch_size` a loader), `workers`,
+    and `fit` (arguments of Trainer.fit).
     """
     os.environ[RUN_DIR_VARIABLE] = folder
     job = make(*args)
     trainer = Trainer(**job["trainer"], device="cpu")
-    train = Source(job["train"], job["batch_size"], shuffle=True, workers=job.get("workers", 0))
+    train = job["train"]  # a loader as it is, else a dataset
+    if "batch_size" in job:
+        train = Source(train, job["batch_size"], shuffle=True, workers=job.get("workers", 0))
     val = Source(job["val"], job["batch_size"], shuffle=False, workers=job.get("workers", 0)) if "val" in job else None
     try:
         history = trainer.fit(train, val, **job["fit"])

@@ -34,16 +34,20 @@ class Source:
 
     dataset: Dataset[Any]
     batch_size: int  # samples per optimizer step, over all ranks
-    shuffle: bool
+    shuffle: bool  # without meaning for a stream
     workers: int = 0  # loading processes per rank
     collate: Callable[[list[Any]], Any] | None = None
     sampler: Sampler[int] | None = None  # draws the order, instead of `shuffle`
 
     def __post_init__(self) -> None:
-        if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__len__"):
+        if self.is_stream:
+            if self.sampler is not None:
+                raise UserError(f"{type(self.dataset).__name__} is a stream, whose samples no sampler can choose")
+            return
+        if not hasattr(self.dataset, "__len__"):
             raise UserError(
-                f"{type(self.dataset).__name__} has no length: this version trains on map-style datasets, "
-                "those with __len__ and __getitem__"
+                f"{type(self.dataset).__name__} has no length: a dataset has __len__ and __getitem__, or is a stream "
+                "with __iter__"
             )
         if isinstance(self.sampler, DistributedSampler):
             raise UserError("DistributedSampler gives each rank its part, which dtrain does itself; use shuffle=True")
@@ -53,8 +57,16 @@ class Source:
             raise UserError(f"{type(self._sized).__name__} is empty: its len() is 0")
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the samples can only be iterated over; see `StreamBatches`."""
+        dataset = self.dataset
+        return isinstance(dataset, IterableDataset) or (
+            hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
+        )
+
+    @property
     def num_samples(self) -> int:
-        """Samples in an epoch."""
+        """Samples in an epoch; not of a stream."""
         return len(self._sized)
 
     @property
@@ -64,10 +76,10 @@ class Source:
     @classmethod
     def of(cls, data: DataLoader[Any]) -> Source:
         """What a DataLoader reads, with its batch_size as the whole batch over all ranks."""
-        if not isinstance(data, DataLoader):
-            raise UserError(f"expected a torch DataLoader, got {type(data).__name__}: its batch_size is needed")
         if data.batch_size is None:
             raise UserError("the DataLoader has no batch_size (a batch_sampler of its own, or none): give it one")
+        if isinstance(data.dataset, IterableDataset):
+            return cls(data.dataset, data.batch_size, False, data.num_workers, data.collate_fn)
         sampler: Any = data.sampler
         if isinstance(sampler, RandomSampler) and not (sampler.replacement or sampler._num_samples):
             sampler, shuffle = None, True

@@ -293,6 +293,7 @@ class Loop:
                 "rng": rng_state(self.world.device),
                 "buffers": list(self.model.bare.buffers()),
                 "train": self.train_tally.state_dict(),
+                "data": self.train_batches.state_dict(),
                 "val": self.val_tally.state_dict(),  # empty, but for what wrappers remember of earlier epochs
             }
             buffers = [f"model/{name}" for name, _ in self.model.bare.named_buffers(remove_duplicate=False)]
@@ -379,6 +380,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         self.best.load_state_dict(shared["best"])
+        self.train_batches.load_state_dict(snapshot.ranks[self.world.rank % snapshot.world_size]["data"])
         if snapshot.world_size == self.world.world_size:
             own = snapshot.ranks[self.world.rank]
             set_rng_state(own["rng"], self.world.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,16 +56,25 @@ class Shard:
         """Samples of the step's batch, over all ranks."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
-    def micro_batches(self, step: int) -> list[range]:
-        """This rank's micro-batches of the step (from 0), as positions in the epoch's order."""
-        samples = self.samples(step)
-        size, left_over = divmod(samples, self.world_size)
+    def share(self, step: int) -> range:
+        """This rank's samples of the step (from 0), as positions in the epoch's order."""
+        size, left_over = divmod(self.samples(step), self.world_size)
         start = step * self.batch_size + self.rank * size + min(self.rank, left_over)
-        share = size + (self.rank < left_over)
-        largest_share = size + (left_over > 0)
-        count = -(-largest_share // self.micro_batch_size) if self.micro_batch_size else 1
-        cuts = [start + share * i // count for i in range(count + 1)]
-        return [range(begin, end) for begin, end in pairwise(cuts)]
+        return range(start, start + size + (self.rank < left_over))
+
+    def num_micro_batches(self, step: int) -> int:
+        """Parts of each rank's share of the step."""
+        largest_share = -(-self.samples(step) // self.world_size)
+        return -(-largest_share // self.micro_batch_size) if self.micro_batch_size else 1
+
+    def micro_batches(self, step: int) -> list[range]:
+        """This rank's micro-batches of the step, as positions in the epoch's order."""
+        return cut(self.share(step), self.num_micro_batches(step))
+
+
+def cut(share: range, count: int) -> list[range]:
+    """Contiguous, nearly equal parts; some are empty where there are more parts than samples."""
+    return [share[len(share) * i // count : len(share) * (i + 1) // count] for i in range(count)]
 
 
 class Indices(list[int]):

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,6 +31,7 @@ from .ddp import DataParallel
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .step import UserStep, supervised_step, user_step
 from .stop import Stopped
+from .stream import LoaderShares, StreamBatches, StreamShares
 from .tally import Tally
 from .world import join_world
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import pandas
     from torchmetrics import Metric
 
-Data = DataLoader[Any] | Source
+Data = DataLoader[Any] | Source | Iterable[Any]
 _fitted: set[Path] = set()  # the run folders that a Trainer of this process has written
 
 
@@ -127,8 +128,9 @@ class Trainer:
     ) -> pandas.DataFrame:
         """Train, and return the history: one row an epoch, as in metrics.jsonl. All ranks take part.
 
-        A DataLoader's batch_size is the whole batch, over all ranks. Afterwards the model is as the last step
-        left it; the best epoch's weights are in the run folder, and in `ckpt_path` where one is given.
+        A DataLoader's batch_size is the whole batch, over all ranks. Anything else that can be iterated over is a
+        loader of your own: it yields this rank's batches, other samples on each rank. Afterwards the model is as the
+        last step left it; the best epoch's weights are in the run folder, and in `ckpt_path` where one is given.
 
         Args:
             patience: epochs in a row without a better `monitor` after which training ends.
@@ -199,8 +201,16 @@ class Trainer:
         return Tally(phase, self.world.device, MetricSet(metrics, activations, self.world.device))
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
+        if not isinstance(data, Source | DataLoader):
+            own = LoaderShares(data, self.world, self.seed)
+            if self.micro_batch_size is not None:
+                raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
+            return StreamBatches(own, self.world, fill_empty=training)
         source = data if isinstance(data, Source) else Source.of(data)
-        return IndexedBatches(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
+        if not source.is_stream:
+            return IndexedBatches(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
+        shares = StreamShares(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
+        return StreamBatches(shares, self.world, fill_empty=training)
 
     def _val_batches(self, data: Data | None) -> Batches | None:
         return None if data is None else self._batches(data, training=False)

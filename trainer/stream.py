@@ -1,0 +1,274 @@
+"""Batches of what has no length: streams of samples, and a user's own loaders of batches."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import count
+from types import GeneratorType
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
+
+from dtrain.errors import UserError
+
+from .data import Batch, MicroBatch, Source, to_device
+from .reading import Place, Progress, Reader, Share, Stream
+from .seeds import loading_apart
+from .world import World
+
+
+class Shares(Protocol):
+    """Where a rank's shares come from."""
+
+    name: str  # of what is read, for messages
+    workers: int  # loading processes of this rank; 1 where the rank itself loads
+    num_micro_batches: int  # parts of a share
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of an epoch, where that is known."""
+
+    def read(self, progress: Progress) -> Iterator[Share]:
+        """This rank's shares from there on, each loading process's in turn, without an end; empty ones after it."""
+
+
+class StreamBatches:
+    """The batches of shares that may end at any step, on one rank earlier than on another.
+
+    Each step the ranks tell each other how many samples they have, so that the loss is divided by the whole batch,
+    and the epoch ends for all when none has any. A rank without samples while others have some computes a filler.
+
+    Args:
+        fill_empty: whether an empty share is filled (training) or left out (evaluation, which needs no collective).
+    """
+
+    def __init__(self, shares: Shares, world: World, *, fill_empty: bool) -> None:
+        self._shares = shares
+        self._world = world
+        self._fill_empty = fill_empty
+        self._size = {"ranks": world.world_size, "workers": shares.workers}
+        self._saved_size = self._size
+        self._progress = Progress()
+        self._filler: Any = None  # the last micro-batch that this rank had
+        self._mark: int | None = None
+
+    @property
+    def num_steps(self) -> int | None:
+        return self._shares.num_steps
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of the epoch, see `Batches`. All ranks take part, in an exchange of a few numbers each step.
+
+        Raises:
+            UserError: there is no sample; the ranks were given different samples of a plain stream; one that splits
+                itself is to go on in mid-epoch with another number of ranks or loading processes.
+        """
+        self._begin(epoch, first_step)
+        if self._progress.ended:
+            return
+        shares = self._own_shares()
+        for step in count(first_step):
+            share = next(shares)
+            samples = self._agree(share, epoch)
+            if not samples:
+                self._progress.ended = True
+                if step == 0:
+                    again = ": it must start anew each time that it is iterated over" if epoch > 1 else ""
+                    raise UserError(f"{self._shares.name} gives no sample in epoch {epoch}{again}")
+                return
+            yield Batch(samples, self._micro_batches(share, samples))
+
+    def state_dict(self) -> dict[str, Any]:
+        progress = self._progress
+        places = [
+            {**place._asdict(), "state": None if place.state is None else pickle.loads(place.state)}
+            for place in progress.places
+        ]
+        return {
+            "size": self._saved_size,
+            "epoch": progress.epoch,
+            "splits": progress.splits,
+            "turn": progress.turn,
+            "ended": progress.ended,
+            "places": places,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved_size = state["size"]
+        places = [
+            Place(each["position"], each["ended"], None if each["state"] is None else pickle.dumps(each["state"]))
+            for each in state["places"]
+        ]
+        self._progress = Progress(state["epoch"], state["splits"], places, state["turn"], state["ended"])
+
+    def _begin(self, epoch: int, first_step: int) -> None:
+        if not first_step:
+            self._progress = Progress(epoch)
+        elif self._progress.epoch != epoch:
+            raise ValueError(f"epoch {epoch} can't go on at step {first_step} without its state")
+        elif self._progress.splits and not self._progress.ended and self._saved_size != self._size:
+            before = "{ranks} ranks and {workers} loading processes each".format(**self._saved_size)
+            raise UserError(
+                f"{self._shares.name} gives each process other samples, and the run was stopped within an epoch with "
+                f"{before} (the rank itself counts as one): continue it with as many, here it would have "
+                "{ranks} and {workers}".format(**self._size)
+            )
+        self._saved_size = self._size
+        self._mark = None
+
+    def _own_shares(self) -> Iterator[Share]:
+        """This rank's shares, its progress kept. Loading processes without samples are passed over, until all are."""
+        # The reader gets a copy: with no loading processes it is in this very process.
+        progress = self._progress
+        for share in self._shares.read(replace(progress, places=list(progress.places))):
+            if share.splits and not progress.splits:
+                progress.splits, progress.places = True, [Place()] * self._shares.workers
+            progress.places[share.worker if share.splits else 0] = share.place
+            progress.turn = (share.worker + 1) % self._shares.workers if share.splits else 0
+            if share.samples or not share.splits or all(place.ended for place in progress.places):
+                yield share
+
+    def _agree(self, share: Share, epoch: int) -> int:
+        """The batch's samples over all ranks. All ranks take part; in a broadcast too where one needs a filler."""
+        needs_filler = self._fill_empty and share.splits and not share.samples and self._filler is None
+        found = self._gather([share.samples, share.batch_samples, share.mark, needs_filler])
+        of_ranks, whole, marks, needs = found.T
+        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, share.mark)
+        if not alike:
+            raise UserError(
+                f"{self._shares.name} does not give all processes the same samples in epoch {epoch}, and does not say "
+                "that it splits itself. Either all get the same ones in the same order (random draws of torch, numpy "
+                "and random are seeded alike), or it splits itself by get_worker_info().num_workers and .id"
+            )
+        self._mark = share.mark
+        samples = int(of_ranks.sum())
+        if samples and needs.any():
+            self._share_filler(share, int(np.flatnonzero(of_ranks)[0]))
+        return samples
+
+    def _gather(self, numbers: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The numbers of all ranks, one row for each. All ranks take part."""
+        own = torch.tensor(numbers)
+        rows = [torch.empty_like(own) for _ in range(self._world.world_size)]
+        if self._world.control is None:
+            rows = [own]
+        else:
+            dist.all_gather(rows, own, group=self._world.control)
+        return torch.stack(rows).numpy()
+
+    def _share_filler(self, share: Share, source: int) -> None:
+        """Give ranks that have had no sample yet the source rank's first micro-batch. All ranks take part."""
+        box = [share.micro_batches[0][0] if self._world.rank == source else None]
+        dist.broadcast_object_list(box, src=source, group=self._world.control)
+        if self._filler is None:
+            self._filler = box[0]
+
+    def _micro_batches(self, share: Share, samples: int) -> Iterator[MicroBatch]:
+        parts = share.micro_batches
+        if parts and share.splits and self._fill_empty:
+            self._filler = parts[-1][0]
+        elif not parts and self._fill_empty:
+            parts = [(self._filler, 0)] * self._shares.num_micro_batches
+        for i, (data, size) in enumerate(parts):
+            yield MicroBatch(to_device(data, self._world.device), size, samples, i == len(parts) - 1, size == samples)
+
+
+class StreamShares:
+    """Shares of a stream of samples, read in loading processes or in the rank itself."""
+
+    def __init__(
+        self, source: Source, world: World, seed: int, micro_batch_size: int | None, *, fill_empty: bool
+    ) -> None:
+        self.name = type(source.dataset).__name__
+        self.workers = max(1, source.workers)
+        self._source = source
+        self._stream = Stream(
+            cast(Iterable[Any], source.dataset),
+            source.batch_size,
+            source.workers,
+            source.collate,
+            world,
+            seed,
+            micro_batch_size,
+            fill_empty=fill_empty,
+        )
+        self.num_micro_batches = self._stream.num_micro_batches
+        self._loader: DataLoader[Any] = DataLoader(
+            self._stream,
+            batch_size=None,
+            num_workers=source.workers,
+            collate_fn=_as_it_is,
+            pin_memory=world.device.type == "cuda",
+            generator=torch.Generator(),  # see IndexedBatches
+        )
+
+    @property
+    def num_steps(self) -> int | None:
+        dataset: Any = self._source.dataset
+        return -(-len(dataset) // self._source.batch_size) if hasattr(dataset, "__len__") else None
+
+    def read(self, progress: Progress) -> Iterator[Share]:
+        self._stream.progress = progress
+        loaded = iter(self._loader)
+        while True:
+            with _apart(self._source.workers):
+                share = next(loaded)
+            if isinstance(share, UserError):
+                raise share
+            yield Share(*share)  # pinned memory comes as a copy
+
+
+class LoaderShares:
+    """Shares that a user's own loader makes, each one of its batches: it gives each rank other samples.
+
+    A batch's samples are the first dimension of its first tensor.
+    """
+
+    workers = 1
+    num_micro_batches = 1
+
+    def __init__(self, loader: Iterable[Any], world: World, seed: int) -> None:
+        self.name = type(loader).__name__
+        self._loader = loader
+        self._rank = world.rank
+        self._seed = seed
+        if isinstance(loader, Dataset) or not hasattr(loader, "__iter__"):
+            raise UserError(f"expected a torch DataLoader, got {self.name}: its batch_size is needed")
+        if isinstance(loader, GeneratorType):
+            raise UserError("a generator can be read only once: hand over an object whose __iter__ gives the batches")
+
+    @property
+    def num_steps(self) -> int | None:
+        return len(self._loader) if isinstance(self._loader, Sized) else None
+
+    def read(self, progress: Progress) -> Iterator[Share]:
+        with loading_apart():
+            reader = Reader(self._loader, self._seed, progress.epoch, progress.places[0], self._rank, splits=True)
+        while True:
+            with loading_apart():
+                batches = reader.take(1)
+                samples = sum(map(_num_samples, batches))
+            if samples or not batches:
+                yield Share(samples, [(each, samples) for each in batches], 0, reader.place, True, 0, 0)
+
+
+def _num_samples(batch: Any) -> int:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return len(leaf)
+    raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a dimension of samples")
+
+
+def _apart(workers: int) -> AbstractContextManager[None]:
+    return nullcontext() if workers else loading_apart()
+
+
+def _as_it_is(share: Any) -> Any:
+    return share
