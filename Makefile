@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+# For faults: how many runs to strike, and how many at a time.
+N ?= 100
+JOBS ?= 1
+
+.PHONY: demo test check faults bench clean
 
 demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
@@ -18,6 +22,9 @@ check: $(VENV)/installed  ## Lint and type-check
 	@rm -rf build
 	$(BIN)/pip install -q --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
+
+faults: $(VENV)/installed  ## Kill and stop N runs at random moments; each must go on to the same bits
+	$(BIN)/python tests/faults/campaign.py --trials $(N) --jobs $(JOBS)
 
 bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/first_step.py

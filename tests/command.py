@@ -74,6 +74,19 @@ def points(size):
     return TensorDataset(x, (x[:, 0] > 0).long())
 """
 
+MAKE_STORE = """
+import sys
+from mlflow import MlflowClient
+MlflowClient(sys.argv[1]).create_experiment("tiny", artifact_location=sys.argv[2])
+"""
+
+
+def make_store(folder: Path) -> str:
+    """The uri of a new MLflow store in that folder."""
+    uri = f"sqlite:///{folder}/mlflow.db"
+    subprocess.run([sys.executable, "-c", MAKE_STORE, uri, (folder / "artifacts").as_uri()], check=True)
+    return uri
+
 
 @dataclass(frozen=True)
 class Done:

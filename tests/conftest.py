@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import Project
-
-MAKE_STORE = """
-import sys
-from mlflow import MlflowClient
-MlflowClient(sys.argv[1]).create_experiment("tiny", artifact_location=sys.argv[2])
-"""
+from command import Project, make_store
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The uri of an MLflow store. Making one takes seconds, so that all commands share it."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    subprocess.run([sys.executable, "-c", MAKE_STORE, uri, (folder / "artifacts").as_uri()], check=True)
-    return uri
+    return make_store(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture(scope="session")
