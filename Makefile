@@ -29,6 +29,8 @@ faults: $(VENV)/installed  ## Kill and stop N runs at random moments; each must 
 bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/first_step.py
 	$(BIN)/python bench/order.py
+	$(BIN)/python bench/loading.py
+	$(BIN)/python bench/checkpoint.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("dtrain needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'

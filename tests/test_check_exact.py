@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from command import JOB, Project
 
@@ -23,6 +24,22 @@ class Points(Dataset):
 
     def __getitem__(self, index):
         return self.x[index] + os.urandom(1)[0], int(self.x[index, 0] > 0)
+"""
+
+STREAM = """
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+class Points(IterableDataset):
+    def __init__(self, splits):
+        self.splits = splits
+
+    def __iter__(self):
+        info = get_worker_info() if self.splits else None
+        start, step = (info.id, info.num_workers) if self.splits else (0, 1)
+        x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+        for i in range(start, 1000, step):
+            yield x[i] + torch.rand(()), int(x[i, 0] > 0)
 """
 
 
@@ -57,6 +74,18 @@ def test_what_cannot_be_repeated_is_seen(project: Project):
     assert done.code == 1
     assert re.search(r"stopped after 3 steps and continued: largest difference \d\.\de[+-]\d+ \(\w", done.out)
     assert "each process has its own Dropout" in done.out
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_streams_are_cut_too(splits, project: Project):
+    project.write("stream.py", STREAM)
+    project.job(data={"train": {"_target_": "stream.Points", "splits": splits}, "batch_size": 8})
+    done = project.run("check", "--exact", "job.yaml")
+    assert done.code == 0, done.err
+    assert "2 processes, stopped after 3 steps and continued: not a bit differs" in done.out
+    assert ("each process has its own part of the stream" in done.out) == splits
+    largest = re.findall(r"largest difference in weights (\S+)", done.out)
+    assert all((each != "none" and float(each) > 1e-3) == splits for each in largest)
 
 
 def test_a_job_that_fails_leaves_its_log(project: Project):

@@ -2,8 +2,8 @@
 
 `dtrain check --exact` compares rehearsals at several numbers of ranks, and one that is stopped and continued. Run as
 `python -m dtrain.trainer.rehearsal CODE STOP`: as dtrain.trainer.worker, but that a process stops after STOP steps
-(0: never), as on a signal. Beside metrics.jsonl and weights/ it leaves rehearsal.json: the layers that each rank has
-to itself.
+(0: never), as on a signal. Beside metrics.jsonl and weights/ it leaves rehearsal.json: what each rank has to itself,
+layers or data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import IterableDataset, Sampler, Subset
 
 from dtrain.files import write_json
 from dtrain.heartbeat import Heartbeat
@@ -60,7 +60,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
             Heartbeat(run.heartbeat(rank)).stop = signal.SIGTERM
 
     trainer.optimizer.register_step_post_hook(stop)
-    trainer.train(
+    loop = trainer.train(
         beginning(build_source(job, job.data.train, training=True)),
         None if job.data.val is None else beginning(build_source(job, job.data.val, training=False)),
         epochs=EPOCHS,
@@ -69,12 +69,17 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
         mode=job.monitor_mode,
     )
     if trainer.world.is_main:
-        write_json(run.path / "rehearsal.json", {"apart": layers_apart(trainer.net)})
+        splits = loop.train_batches.state_dict().get("splits")
+        apart = [*layers_apart(trainer.net), *["part of the stream"] * bool(splits)]
+        write_json(run.path / "rehearsal.json", {"apart": apart})
 
 
 def beginning(source: Source) -> Source:
     """The source's first samples, an odd number of them: some batches, and an uneven one."""
-    samples = min(source.num_samples, BATCHES * source.batch_size + source.batch_size // 2 + 1)
+    samples = BATCHES * source.batch_size + source.batch_size // 2 + 1
+    if source.is_stream:
+        return replace(source, dataset=FirstOfStream(source.dataset, samples))
+    samples = min(source.num_samples, samples)
     if source.sampler is not None:
         return replace(source, sampler=First(source.sampler, samples))
     return replace(source, dataset=Subset(source.dataset, range(samples)))
@@ -97,6 +102,21 @@ class First(Sampler[int]):
 
     def __len__(self) -> int:
         return self._samples
+
+
+class FirstOfStream(IterableDataset[Any]):
+    """The first samples of a stream, or of each part of one that splits itself. Without its state: it is read again."""
+
+    def __init__(self, stream: Any, samples: int) -> None:
+        self._stream = stream
+        self._samples = samples
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._stream, "set_epoch"):
+            self._stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._stream, self._samples)
 
 
 def layers_apart(net: nn.Module) -> list[str]:
