@@ -50,6 +50,12 @@ class Training:
         self.optimizer.step()
 
 
+def together(world: World, function: Callable[[], object]) -> float:
+    """Seconds that the function takes on this rank, begun by all ranks at once."""
+    world.barrier()
+    return seconds(function)
+
+
 def seconds(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
@@ -65,7 +71,7 @@ def plain(training: Training, world: World, folder: Path) -> float:
             torch.save(state, folder / "plain.pt")
         world.barrier()
 
-    return seconds(save)
+    return together(world, save)
 
 
 class Ours:
@@ -90,7 +96,7 @@ class Ours:
             write = self._checkpoints.snapshot(Moment(number), 0, shared, {})
             self._background.start([write, written.set])
 
-        held_up = seconds(save)
+        held_up = together(self._world, save)
         began, steps = time.perf_counter(), 0
         while not written.is_set():
             self._training.step()
