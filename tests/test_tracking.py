@@ -293,7 +293,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def wait_until(condition, timeout_s=40):
+def wait_until(condition, timeout_s=300):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
