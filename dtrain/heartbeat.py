@@ -1,4 +1,4 @@
-"""A few bytes of shared memory for each rank, in the run folder: how far the rank is, and whether it shall stop.
+"""A few bytes of shared memory for each rank, in the run folder: how far the rank is, whether it shall stop, and did.
 
 A rank writes its place at each step (about a microsecond); its node's agent reads it, and writes the request to
 stop. A file that both map, and not a message, so that neither ever waits for the other.
@@ -9,12 +9,33 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from dataclasses import astuple, dataclass
+import time
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 
-_BEAT = struct.Struct("<6q2d")
-_STOP = struct.Struct("<q")
-_SIZE = _BEAT.size + _STOP.size
+HANG_TIMEOUT_VARIABLE = "DTRAIN_HANG_TIMEOUT_S"  # tells a rank after how long a stand it will be taken for hung
+HANG_TIMEOUT_S = 1800.0
+
+_BEAT = struct.Struct("<5q2d")
+_MOVED = struct.Struct("<2qd")  # after the beat: phase, when it began, stop_s
+_STOP = struct.Struct("<q")  # the request, and behind it the answer
+_MOVED_AT, _STOP_AT = _BEAT.size, _BEAT.size + _MOVED.size
+_STOPPED_AT = _STOP_AT + _STOP.size
+_SIZE = _STOPPED_AT + _STOP.size
+
+
+class Phase(IntEnum):
+    """What a rank does, in the order in which it does so while its epoch and step are the same."""
+
+    STARTING = 0
+    SAVING = 1
+    LOADING = 2
+    FORWARD = 3
+    BACKWARD = 4  # with the exchange of gradients, and the optimizer's step
+    VALIDATING = 5
+    REPORTING = 6
+    DONE = 7  # with the training; what follows is the script's own affair
 
 
 @dataclass(frozen=True)
@@ -24,11 +45,17 @@ class Beat:
     epoch: int = 0
     epochs: int = 0
     step: int = 0  # optimizer steps since the run began
-    step_in_epoch: int = 0
+    step_in_epoch: int = 0  # of validation: batches
     steps_in_epoch: int = 0  # 0 where it is not known
-    validating: int = 0  # 1 during validation, where step_in_epoch counts validation batches
     samples: float = 0.0  # samples trained on by all ranks since this process began
     loss: float = float("nan")  # this rank's mean loss of the epoch so far
+    phase: Phase = Phase.STARTING
+    moved_ns: int = 0  # when it last moved, by time.monotonic_ns
+    stop_s: float = 0.0  # how long a stop takes from here, as far as is known: a step and a checkpoint
+
+    @property
+    def validating(self) -> bool:
+        return self.phase == Phase.VALIDATING
 
 
 class Heartbeat:
@@ -38,7 +65,7 @@ class Heartbeat:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # cutting a file short under somebody's map would kill them
-            path.write_bytes(_BEAT.pack(*astuple(Beat())) + _STOP.pack(0))
+            path.write_bytes(bytes(_SIZE))
         descriptor = os.open(path, os.O_RDWR)
         try:
             self._bytes = mmap.mmap(descriptor, _SIZE)
@@ -46,16 +73,35 @@ class Heartbeat:
             os.close(descriptor)
 
     def beat(self, beat: Beat) -> None:
-        _BEAT.pack_into(self._bytes, 0, *astuple(beat))
+        """This rank is there now."""
+        numbers = (beat.epoch, beat.epochs, beat.step, beat.step_in_epoch, beat.steps_in_epoch)
+        _BEAT.pack_into(self._bytes, 0, *numbers, beat.samples, beat.loss)
+        _MOVED.pack_into(self._bytes, _MOVED_AT, beat.phase, time.monotonic_ns(), beat.stop_s)
+
+    def enter(self, phase: Phase) -> None:
+        """This rank begins with something else at the same place."""
+        struct.pack_into("<2q", self._bytes, _MOVED_AT, phase, time.monotonic_ns())
 
     def read(self) -> Beat:
-        return Beat(*_BEAT.unpack_from(self._bytes, 0))
+        """The last beat."""
+        phase, moved_ns, stop_s = _MOVED.unpack_from(self._bytes, _MOVED_AT)
+        *counts, samples, loss = _BEAT.unpack_from(self._bytes, 0)
+        return replace(Beat(*counts), samples=samples, loss=loss, phase=Phase(phase), moved_ns=moved_ns, stop_s=stop_s)
 
     @property
     def stop(self) -> int:
         """The number of the signal that asked this rank to stop; 0 when none did."""
-        return int(_STOP.unpack_from(self._bytes, _BEAT.size)[0])
+        return int(_STOP.unpack_from(self._bytes, _STOP_AT)[0])
 
     @stop.setter
     def stop(self, signal_number: int) -> None:
-        _STOP.pack_into(self._bytes, _BEAT.size, signal_number)
+        _STOP.pack_into(self._bytes, _STOP_AT, signal_number)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether this rank has ended before its time, on request and with all that it needs to continue."""
+        return bool(_STOP.unpack_from(self._bytes, _STOPPED_AT)[0])
+
+    @stopped.setter
+    def stopped(self, value: bool) -> None:
+        _STOP.pack_into(self._bytes, _STOPPED_AT, value)

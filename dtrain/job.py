@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, WithJsonSchema
 
 from dtrain.errors import Problem, did_you_mean
+from dtrain.heartbeat import HANG_TIMEOUT_S
 
 
 def _check_metric_name(name: str) -> str:
@@ -25,10 +26,21 @@ def _check_every(value: object) -> object:
     raise ValueError("expected epoch or a number of optimizer steps above 0")
 
 
+def _read_script(value: object) -> list[str]:
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(word, str | int | float) for word in words) or words in ([""], ["-m"]):
+        raise ValueError("expected a script such as train.py, or a list: it, or -m and a module, and the arguments")
+    return [str(word).lower() if isinstance(word, bool) else str(word) for word in words]
+
+
 # Names end up in paths, in Slurm's job names and as keys in MLflow: no separators, no leading dot or dash.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
 MetricName = Annotated[Name, AfterValidator(_check_metric_name)]
 Every = Annotated[Literal["epoch"] | PositiveInt, BeforeValidator(_check_every)]
+_WORDS = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "minItems": 1}
+Script = Annotated[
+    list[str], BeforeValidator(_read_script), WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, _WORDS]})
+]
 
 
 class Section(BaseModel):
@@ -106,6 +118,9 @@ class Fit(Section):
     )
     early_stopping: EarlyStopping | None = Field(default=None, description="Best weights and early stop.")
     deterministic: bool = Field(default=False, description="Bit-identical repetition on CUDA, slower.")
+    restarts: int = Field(
+        default=0, ge=0, description="How often a failed run is started again, from its last checkpoint."
+    )
     sync_batchnorm: bool = Field(default=False, description="Batch norm over all ranks, on CUDA.")
 
 
@@ -128,6 +143,9 @@ class Launch(Section):
     """What the processes run on."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where present.")
+    hang_timeout_s: float = Field(
+        default=HANG_TIMEOUT_S, gt=0, description="So long may a rank stand still before the job is ended."
+    )
 
 
 class Job(Section):
@@ -173,11 +191,35 @@ class Job(Section):
         return ["train_loss", *train, *val]
 
 
-@dataclass(frozen=True)
-class LoadedJob:
-    """A job and where each of its values was written."""
+class ScriptJob(Section):
+    """A job that runs a script of the user's own, as torchrun would: what the script does is its own affair."""
 
-    job: Job
+    name: Name = Field(description="Names the run folder and the Slurm job.")
+    script: Script = Field(description="In place of a model: a script, or -m and a module, with its arguments.")
+    mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
+    launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
+    slurm: dict[str, Any] = Field(default_factory=dict, description="Options of sbatch, by long name.")
+
+    @property
+    def is_module(self) -> bool:
+        """Whether `program` is a module's name rather than a script's path."""
+        return self.script[0] == "-m"
+
+    @property
+    def program(self) -> str:
+        """The script, relative to the job file's folder, or the module."""
+        return self.script[1 if self.is_module else 0]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The program's own."""
+        return self.script[2 if self.is_module else 1 :]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A job file, and where each of its values was written."""
+
     path: Path
     places: Mapping[str, tuple[str, int | None]]
 
@@ -191,6 +233,20 @@ class LoadedJob:
         """The problem with the place of its path."""
         file, line = self.locate(problem.path or "")
         return Problem(problem.message, problem.path, file, line, problem.hint)
+
+
+@dataclass(frozen=True)
+class LoadedJob(Loaded):
+    """A job with a model."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class LoadedScript(Loaded):
+    """A job with a script."""
+
+    job: ScriptJob
 
 
 def contradictions(job: Job) -> list[Problem]:
@@ -217,4 +273,14 @@ def contradictions(job: Job) -> list[Problem]:
 
 def job_json_schema() -> dict[str, Any]:
     """JSON Schema of job.yaml, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}
+    job, script = Job.model_json_schema(), ScriptJob.model_json_schema()
+    without_effect = dict.fromkeys(sorted(job["properties"].keys() - script["properties"].keys()), False)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **job,
+        "properties": {**job["properties"], "script": script["properties"]["script"]},
+        "required": ["name"],
+        "if": {"required": ["script"]},
+        "then": {"properties": without_effect},
+        "else": {"required": job["required"]},
+    }

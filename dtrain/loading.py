@@ -14,10 +14,10 @@ from pydantic_core import ErrorDetails
 
 from dtrain import yamltext
 from dtrain.errors import Problem, UserError, did_you_mean
-from dtrain.job import Job, LoadedJob, contradictions
+from dtrain.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob, Section, contradictions
 from dtrain.yamltext import Place, Reader
 
-__all__ = ["LoadedJob", "differences", "dump_job", "load_job"]
+__all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
 
 _MAX_BYTES = 1 << 20
 
@@ -57,10 +57,10 @@ _DRAWN_FROM = {
     "fit.early_stopping.monitor": ("metrics", "data.val", "fit.early_stopping"),
 }
 
-_MAY_DIFFER = re.compile(r"(fit\.epochs|data\.workers|(checkpoint|mlflow|launch|slurm)(\..*)?)", re.DOTALL)
+_MAY_DIFFER = re.compile(r"(fit\.(epochs|restarts)|data\.workers|(checkpoint|mlflow|launch|slurm)(\..*)?)", re.DOTALL)
 
 
-def load_job(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob:
+def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedScript:
     """The job in a file, with `key=value` overrides; raises UserError with all that is wrong.
 
     Only where something is wrong are the job's targets imported and checked too, for the user to see all
@@ -74,22 +74,51 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob:
     problems = reader.problems
     for override in overrides:
         problems += _apply(override, document, reader.places)
+    if "script" in document:
+        return _load_script(document, Path(path), reader.places, problems)
     loaded, wrong = _validate(document, Path(path), reader.places)
     problems += wrong
     if problems:
         from dtrain.target import check_job  # imports the user's code
 
         problems += check_job(loaded, loaded.path.absolute().parent)
-        raise UserError(sorted(problems, key=lambda problem: problem.line or float("inf")))
+        raise _all(problems)
     return loaded
 
 
-def dump_job(job: Job) -> str:
+def load_job(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob:
+    """`load` of a job with a model, as a run's own job.yaml is; raises UserError for one with a script."""
+    loaded = load(path, overrides)
+    if isinstance(loaded, LoadedScript):
+        raise UserError(loaded.at(Problem("expected a job with a model", "script")))
+    return loaded
+
+
+def _load_script(
+    document: dict[Any, Any], path: Path, places: dict[str, Place], problems: list[Problem]
+) -> LoadedScript:
+    errors: list[ErrorDetails] = []
+    try:
+        loaded = LoadedScript(path, places, ScriptJob.model_validate(document))
+    except ValidationError as error:
+        errors = error.errors()
+    if problems or errors:
+        where = Loaded(path, places)
+        raise _all([*problems, *(where.at(_translate(error, ScriptJob)) for error in errors)])
+    return loaded
+
+
+def _all(problems: Iterable[Problem]) -> UserError:
+    """In the order of the file, and what the command line says last."""
+    return UserError(sorted(problems, key=lambda problem: problem.line or float("inf")))
+
+
+def dump_job(job: Job | ScriptJob) -> str:
     """The job as YAML, defaults and overrides included; loads back to an equal job."""
     return yamltext.dump(job.model_dump(by_alias=True))
 
 
-def differences(old: Job, new: Job) -> list[str]:
+def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:
     """What keeps `new` from continuing a run of `old`, one line a value."""
     before, now = dict(_leaves(old.model_dump(by_alias=True))), dict(_leaves(new.model_dump(by_alias=True)))
     return [
@@ -177,7 +206,7 @@ def _validate(document: dict[Any, Any], path: Path, places: dict[str, Place]) ->
         roots = _DRAWN_FROM.get(problem.path or "", ())
         if not any(_is_within(each, root) or _is_within(root, each) for each in wrong for root in roots):
             problems.append(problem)
-    loaded = LoadedJob(job, path, places)
+    loaded = LoadedJob(path, places, job)
     return loaded, [loaded.at(problem) for problem in problems]
 
 
@@ -196,13 +225,15 @@ def _salvage(document: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
     return Job.model_validate(rest)
 
 
-def _translate(error: ErrorDetails) -> Problem:
+def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     path, kind, context = _dotted(error), error["type"], error.get("ctx", {})
     if kind == "missing":
         return Problem("missing", path)
     if kind == "extra_forbidden":
         *parents, key = map(str, error["loc"])
-        known = _fields(parents)
+        if job is ScriptJob and path in Job.model_fields:
+            return Problem("has no effect beside script, which sees to that itself; leave it out", path)
+        known = _fields(job, parents)
         hint = did_you_mean(key, known) or f"known here: {', '.join(known)}"
         return Problem("unknown key", path, hint=hint)
     found = f"found {_show(error['input'])}"
@@ -217,14 +248,14 @@ def _translate(error: ErrorDetails) -> Problem:
     return Problem(f"{error['msg']}, {found}", path)
 
 
-def _fields(path: Sequence[str]) -> list[str]:
+def _fields(job: type[Section], path: Sequence[str]) -> list[str]:
     """The keys that the section at this path may have."""
-    section: type[BaseModel] = Job
+    section: type[BaseModel] = job
     for part in path:
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))
-    return list(section.model_fields)
+    return [*section.model_fields, *(["script"] if section is Job else [])]
 
 
 def _dotted(error: ErrorDetails) -> str:

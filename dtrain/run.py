@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import secrets
+import select
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,24 @@ from dtrain.errors import UserError
 from dtrain.files import read_json, write_text
 
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
-END_OF_OUTPUT = "dtrain: this rank failed"  # in a rank's log; what follows is for its reader, not for the screen
+# In a rank's log: what follows is for its reader, not for the screen.
+END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
 STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
 
 Row = dict[str, Any]  # one epoch: epoch, step, lr, samples_per_s, train_loss, train_*, val_loss, val_*
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The process that keeps a run: an agent, or else a script that was started without one."""
+
+    host: str
+    pid: int
+    is_agent: bool
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
 
 
 class RunDir:
@@ -61,6 +77,11 @@ class RunDir:
     def heartbeat(self, rank: int) -> Path:
         return self.path / "heartbeat" / f"rank-{rank}"
 
+    def ranks(self) -> list[int]:
+        """The ranks that this run has had, in order."""
+        names = (path.name.removeprefix("rank-") for path in self.heartbeat(0).parent.glob("rank-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
     def exists(self) -> bool:
         """Whether something is there that a new run must not overwrite."""
         return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
@@ -90,7 +111,7 @@ class RunDir:
         Empty where there is no run.
         """
         status = read_json(self.status_file) or {}
-        if status.get("state") == "running" and not self._has_writer():
+        if status.get("state") == "running" and self.writer() is None:
             # The writer may have finished between the two looks.
             status = read_json(self.status_file) or {}
             if status.get("state") == "running":
@@ -98,7 +119,7 @@ class RunDir:
         return status
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, is_agent: bool = False) -> Iterator[None]:
         """Be this run's only writer, until the block ends or the process does.
 
         Raises:
@@ -110,20 +131,57 @@ class RunDir:
                 holder = read_json(self.lock_file) or {}
                 raise UserError(
                     f"{self} is being written by process {holder.get('pid')} on {holder.get('host')}; "
-                    "wait for it, or stop it first"
+                    f"wait for it, or stop it: dtrain cancel {self}"
                 )
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+            os.pwrite(descriptor, json.dumps({**_me(), "is_agent": is_agent}).encode(), 0)
             yield
         finally:
             os.close(descriptor)
 
-    def _has_writer(self) -> bool:
-        holder = read_json(self.lock_file)
-        if holder is None:
-            return False
-        if holder.get("host") != socket.gethostname():
-            return self._has_remote_writer()
+    def last_writer(self) -> Writer | None:
+        """The process that writes this run, or was the last to; None where there was none."""
+        holder = read_json(self.lock_file) or {}
+        host, pid = holder.get("host"), holder.get("pid")
+        if not isinstance(host, str) or not isinstance(pid, int):
+            return None
+        return Writer(host, pid, holder.get("is_agent") is True)
+
+    def writer(self) -> Writer | None:
+        """The live process that writes this run, by what the lock says of it; None where there is none."""
+        writer = self.last_writer()
+        if writer is None:
+            return None
+        is_alive = self._is_locked() if writer.is_here else self._has_remote_writer()
+        return writer if is_alive else None
+
+    @contextlib.contextmanager
+    def process_of(self, writer: Writer) -> Iterator[int]:
+        """A pidfd of this run's writer: whatever becomes of its number, no other process is meant.
+
+        Raises:
+            ProcessLookupError: no process of this number holds this run's lock.
+            OSError: it can't be known: PermissionError, if it is another user's.
+        """
+        descriptor = os.pidfd_open(writer.pid)
+        try:
+            # The number alone proves nothing: it may be used again, or be that of another container.
+            if not self._is_open_in(writer.pid) or has_ended(descriptor):
+                raise ProcessLookupError
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _is_open_in(self, pid: int) -> bool:
+        lock = self.lock_file.stat()
+        with contextlib.suppress(FileNotFoundError):  # the process has ended
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # that one is closed
+                    if os.path.samestat(entry.stat(), lock):
+                        return True
+        return False
+
+    def _is_locked(self) -> bool:
         descriptor = os.open(self.lock_file, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -142,6 +200,11 @@ class RunDir:
         if status.get("state") != "running":
             return False
         return time.time() - self.status_file.stat().st_mtime < STALE_AFTER_S
+
+
+def has_ended(process: int, timeout_s: float = 0.0) -> bool:
+    """Whether the process behind a pidfd has ended, or does within the time."""
+    return bool(select.select([process], [], [], timeout_s)[0])
 
 
 def _me() -> dict[str, Any]:

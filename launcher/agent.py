@@ -1,112 +1,154 @@
-"""The node agent: starts this node's ranks on torch's elastic agent, passes on requests to stop, reports the end."""
+"""The node agent: starts this node's ranks, passes on requests to stop, reports the end."""
 
 from __future__ import annotations
 
+import gc
 import logging
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dtrain.heartbeat import Heartbeat
-from dtrain.keeper import Keeper
+from dtrain.keeper import Keeper, State
 from dtrain.run import RunDir
+from dtrain.screen import tolerated
 
-from . import causes, entry
+from . import causes, forks
+from .entry import EXIT_STOPPED, Task
 
-EXIT_STOPPED = 75
+if TYPE_CHECKING:
+    from .nodes import Nodes
+    from .supervisor import Supervisor
+
 EXIT_INTERRUPTED = 130
+GRACE_S = 30.0  # for ranks that were asked to stop, beside the time of three checkpoints
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 
 
-def start_fork_server(preload: Sequence[str]) -> None:
-    """Start the process that all ranks are forked from, so that it imports while this one goes on.
+def run_ranks(
+    task: Task,
+    num_ranks: int,
+    run: RunDir,
+    show_ranks: Iterable[int] = (0,),
+    nodes: Nodes | None = None,
+    *,
+    restarts: int = 0,
+    quiet: bool = False,
+) -> int:
+    """Run the task on this node's ranks to the end; the exit code. On node 0 the run must be locked by the caller.
 
-    From the main thread, and before this process imports torch. Only modules that leave CUDA alone may be
-    preloaded: once CUDA is initialised, no forked process can use it.
+    Args:
+        show_ranks: whose output is shown, on node 0's screen.
+        nodes: this node among several.
+        restarts: how often the ranks are started again after a failure, from the last checkpoint.
+        quiet: nothing but a failure is shown, and MLflow gets nothing.
     """
-    multiprocessing.set_forkserver_preload(["dtrain.launcher.preload", *preload])
-    multiprocessing.forkserver.ensure_running()
+    node_rank = 0 if nodes is None else nodes.node_rank
+    ranks = range(node_rank * num_ranks, (node_rank + 1) * num_ranks)
+    heartbeats = {rank: Heartbeat(run.heartbeat(rank), create=True) for rank in ranks}
+    echo = sys.stderr if task.is_job else sys.stdout
+    # Node 0 has rank 0, and keeps the run's status for all nodes.
+    keeping = Keeper(run, None if quiet else echo, show_ranks, quiet=quiet) if node_rank == 0 else nullcontext()
+    requests = StopRequests(heartbeats, is_job=task.is_job)
+    with keeping as keeper, tempfile.TemporaryDirectory(prefix="dtrain-") as scratch:
+        with requests.handled():  # from here on: importing torch can take seconds
+            try:
+                with agent_log(run, node_rank):
+                    agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)
+                    requests.agent = agent
+                    gc.enable()
+                    agent.run()
+            except KeyboardInterrupt:
+                end = End("killed", EXIT_INTERRUPTED, "interrupted; nothing was saved after the last checkpoint")
+            else:
+                end = how_it_ended(agent.cause, requests, run)
+        if nodes is not None:
+            nodes.close()
+        return end.report(keeper)
 
 
-def run_ranks(task: entry.Task, num_ranks: int, run: RunDir, *, quiet: bool = False) -> int:
-    """Run the task on this node's ranks to the end; the exit code. The run must be locked by the caller.
+def _supervisor(
+    task: Task,
+    run: RunDir,
+    nodes: Nodes | None,
+    heartbeats: Mapping[int, Heartbeat],
+    scratch: str,
+    restarts: int,
+    requests: StopRequests,
+    keeper: Keeper | None,
+) -> Supervisor:
+    from .nodes import Endpoint, Nodes
+    from .supervisor import Supervisor
 
-    With `quiet` nothing but a failure is shown, and MLflow gets nothing.
-    """
-    heartbeats = [Heartbeat(run.heartbeat(rank), create=True) for rank in range(num_ranks)]
-    for rank in range(num_ranks):
-        run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
-    echo = sys.stdout if task.script else sys.stderr
-    with Keeper(run, None if quiet else echo, quiet=quiet) as keeper:
-        requests = StopRequests(heartbeats, lambda: task.script is None or keeper.has_begun)
-        return _run_ranks(task, num_ranks, run, requests, keeper)
+    def on_restart(error: causes.Error) -> None:
+        _say(f"{causes.headline(error, run)}\nstarting the ranks again, from the last checkpoint")
+        if keeper is not None:
+            keeper.restarted()
 
-
-def _run_ranks(task: entry.Task, num_ranks: int, run: RunDir, requests: StopRequests, keeper: Keeper) -> int:
-    with tempfile.TemporaryDirectory(prefix="dtrain-") as scratch, agent_log(run):
-        try:
-            with requests.handled():  # from here on: importing torch's agent can take seconds
-                requests.agent = agent = _elastic_agent(task, num_ranks, scratch)
-                result = agent.run()
-        except KeyboardInterrupt:
-            keeper.finish("killed", EXIT_INTERRUPTED)
-            keeper.screen.print("interrupted; nothing was saved after the last checkpoint")
-            return EXIT_INTERRUPTED
-        return _finish(agent, result, requests, run, keeper)
-
-
-def _elastic_agent(task: entry.Task, num_ranks: int, scratch: str) -> Any:
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
-
-    # Port 0: the kernel picks a free one, and the ranks use the agent's own store, so that no port can be lost.
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint="localhost:0",
-        run_id=os.path.basename(scratch),
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="localhost",
-        is_host=True,
-    )
-    spec = WorkerSpec(
-        role="rank",
-        local_world_size=num_ranks,
-        entrypoint=entry.run,
-        args=(task,),
-        rdzv_handler=registry.get_rendezvous_handler(parameters),
-        max_restarts=0,
-        monitor_interval=0.1,
-        local_addr="localhost",
-    )
     # Its own handlers would kill at once, where ours ask for a checkpoint first. It wants at least one signal: one
     # that nobody sends.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGURG"
-    return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=scratch), start_method="forkserver", shutdown_timeout=10)
+    if task.forked:
+        forks.fork_ranks()
+    return Supervisor(
+        task.command(),
+        run,
+        nodes or Nodes(Endpoint(), {}),
+        heartbeats,
+        scratch,
+        hang_timeout_s=task.hang_timeout_s,
+        restarts=restarts,
+        give_up=requests.is_overdue,
+        on_restart=on_restart,
+    )
 
 
 class StopRequests:
-    """What signals to the agent mean: the first asks the ranks to stop at a step boundary, Ctrl-C again ends all."""
+    """What signals to the agent mean: the first asks the ranks to stop at a step boundary, Ctrl-C again ends all.
 
-    def __init__(self, heartbeats: Sequence[Heartbeat], listens: Callable[[], bool]) -> None:
+    SIGQUIT ends all at once too (`dtrain cancel --now`).
+
+    A script without a Trainer has nobody who listens to that: it gets the signal itself, as from torchrun.
+    """
+
+    def __init__(self, heartbeats: Mapping[int, Heartbeat], *, is_job: bool) -> None:
         self.first: int | None = None
-        self.agent: Any = None  # torch's, once it is made
+        self.agent: Supervisor | None = None  # once it is made
         self._heartbeats = heartbeats
-        # Whether the ranks look at the request: a job's do from the start, a script's once its Trainer runs.
-        self._listens = listens
+        self._is_job = is_job
+        self._deadline = float("inf")
+        self._unsent: int | None = None  # for ranks that are still to be started
+
+    @property
+    def are_met(self) -> bool:
+        """Whether ranks have stopped on request, with a checkpoint."""
+        return any(heartbeat.stopped for heartbeat in self._heartbeats.values())
+
+    @property
+    def are_heard(self) -> bool:
+        """Whether the ranks look at a request: a job's do from the start, a script's once its Trainer runs."""
+        return self._is_job or any(heartbeat.read().epochs for heartbeat in self._heartbeats.values())
+
+    def is_overdue(self) -> bool:
+        """Whether the ranks should long have stopped. Asked again and again while they run."""
+        if self._unsent is not None:
+            number, self._unsent = self._unsent, None
+            self._signal_ranks(number)
+        return time.monotonic() > self._deadline
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-        previous = {number: signal.signal(number, self._handle) for number in signals}
+        """Listen to signals, but not to a closed terminal under `nohup`."""
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+        previous = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield
         finally:
@@ -114,61 +156,96 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.first is None:
-            self.first = number
-            for heartbeat in self._heartbeats:
-                heartbeat.stop = number
-            again = "; again to end at once" if number == signal.SIGINT else ""
-            if self._listens():
-                _say(f"{name}: stopping at the next step, with a checkpoint{again}")
-                return
-        elif number != signal.SIGINT:
+        if number == signal.SIGQUIT or (number == signal.SIGINT and self.first is not None):
+            self._signal_ranks(signal.SIGKILL)
+            raise KeyboardInterrupt
+        if self.first is not None:
             return
-        self._kill_ranks()
-        raise KeyboardInterrupt
+        self.first = number
+        name, again = signal.Signals(number).name, "; again to end at once" if number == signal.SIGINT else ""
+        for heartbeat in self._heartbeats.values():
+            heartbeat.stop = number
+        if self.are_heard:
+            _say(f"{name}: stopping at the next step, with a checkpoint{again}")
+        else:
+            _say(f"{name}: passed on to the ranks{again}")
+            if self.agent is not None and self.agent.pids:
+                self._signal_ranks(number)
+            else:
+                self._unsent = number
+        if self.are_heard or number != signal.SIGUSR2:
+            longest = max(heartbeat.read().stop_s for heartbeat in self._heartbeats.values())
+            self._deadline = time.monotonic() + GRACE_S + 3 * longest
 
-    def _kill_ranks(self) -> None:
-        context = None if self.agent is None else self.agent._pcontext
-        for pid in context.pids().values() if context is not None else ():
+    def _signal_ranks(self, number: int) -> None:
+        for pid in self.agent.pids.values() if self.agent is not None else ():
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
 
 def _say(line: str) -> None:
     # Straight to the descriptor: a handler may have interrupted a print to the same stream.
-    os.write(2, f"{line}\n".encode())
+    with tolerated(sys.stderr):  # the terminal's end may be what the signal is about
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
-def _finish(agent: Any, result: Any, requests: StopRequests, run: RunDir, keeper: Keeper) -> int:
-    if not result.is_failed():
-        if EXIT_STOPPED in result.return_values.values():
-            code = EXIT_INTERRUPTED if requests.first == signal.SIGINT else EXIT_STOPPED
-            keeper.finish("stopped", code)
-            return code
-        keeper.finish("finished", 0)
+@dataclass(frozen=True)
+class End:
+    """How a run ended, for status.json, the screen and the shell."""
+
+    state: State
+    exit_code: int
+    line: str = ""
+    error: causes.Error | None = None
+
+    def report(self, keeper: Keeper | None) -> int:
+        """Say it; the exit code."""
+        if keeper is not None:
+            keeper.finish(self.state, self.exit_code, None if self.error is None else causes.public(self.error))
+            if self.state in ("finished", "killed") and self.line:
+                keeper.screen.print(self.line)
+        if self.state == "failed" or (keeper is None and self.line):
+            print(self.line, file=sys.stderr)
+        return self.exit_code
+
+
+def how_it_ended(cause: causes.Error | None, requests: StopRequests, run: RunDir) -> End:
+    """What the end of this node's ranks means for the run."""
+    asked = requests.first
+    if cause is None and requests.are_met:
+        return End("stopped", EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_STOPPED)
+    if asked not in (None, signal.SIGUSR2) and not requests.are_heard:
+        return End("killed", 128 + asked, "ended on request")
+    if cause is None:
         found = "weights/best.pt and all else" if run.best_weights.exists() else "logs"  # a script may train by itself
-        keeper.screen.print(f"finished; {found} in {run}; to compare runs: dtrain ui")
-        return 0
-    processes = agent._pcontext._pc.processes
-    noticed = min(result.failures, default=None)
-    ends = causes.read_ends(run, {rank: process.exitcode for rank, process in enumerate(processes)})
-    cause = causes.first_cause(ends, noticed)
-    error, code = causes.describe(cause), causes.exit_code(cause)
-    keeper.finish("failed", code, error)
-    print(causes.headline(error, run), file=sys.stderr)
-    return code
+        return End("finished", 0, f"finished; {found} in {run}; to compare runs: dtrain ui")
+    if cause["type"] == "Timeout":
+        code = 1 if asked is None else 128 + asked  # None: another node was asked
+        return End("killed", code, "the ranks did not stop when they were asked to, and were killed", cause)
+    return End("failed", causes.exit_code(cause), causes.headline(cause, run), cause)
+
+
+class _AgentLog(logging.FileHandler):
+    """A disk that takes no more must not end the run, nor fill the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
-def agent_log(run: RunDir) -> Iterator[None]:
-    """What torch's elastic agent has to say goes to the agent's log: the screen is for the cause."""
+def agent_log(run: RunDir, node_rank: int) -> Iterator[None]:
+    """What the supervisor and torch's elastic agent say goes to the agent's log: the screen is for the cause."""
     import torch  # noqa: F401  # gives its loggers handlers of their own, those replaced here
 
-    handler = logging.FileHandler(run.agent_log(0))
+    handler = _AgentLog(run.agent_log(node_rank))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.distributed")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.distributed", "dtrain")]
     kept = [(logger.handlers, logger.propagate) for logger in loggers]
+    logging.getLogger("dtrain").setLevel(logging.INFO)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,16 @@ from typing import Any
 from dtrain.files import read_json
 from dtrain.run import RunDir
 
+from .processes import oom_kills
+
 # The cause must fit into the last 15 lines, however long it is itself.
 MAX_MESSAGE_LINES = 7
 MAX_TRACEBACK_LINES = 6
+
+# What starting the ranks again does not mend.
+FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost")
+
+Error = dict[str, Any]  # status.json's `error`: rank, host, type, message, traceback; and time, and place of a hang
 
 
 @dataclass(frozen=True)
@@ -23,55 +32,109 @@ class RankEnd:
     exit_code: int | None
     record: dict[str, Any] | None = None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended otherwise than it should, or is about to."""
+        if self.record is not None and not self.record["victim"]:
+            return True
+        return self.exit_code not in (None, 0)
+
+    @property
+    def suspicion(self) -> int:
+        """How likely it is the cause; 0: it is. Among equals the earlier one counts.
+
+        A signal strikes from without, but for SIGABRT and SIGTERM, by which libraries and we end those that can't
+        go on; an exception speaks of itself, unless it says that another rank is gone; an exit code says little.
+        """
+        if self.record is not None and self.record["victim"]:
+            return 4
+        if self.record is not None and self.record["type"] != "SystemExit":
+            return 1
+        code = self.exit_code or 0
+        if code < 0:
+            return 3 if -code in (signal.SIGABRT, signal.SIGTERM) else 0
+        return 2
+
 
 def read_ends(run: RunDir, exit_codes: dict[int, int | None]) -> list[RankEnd]:
     """The ends of this node's ranks, by rank."""
     return [RankEnd(rank, code, read_json(run.rank_error(rank))) for rank, code in sorted(exit_codes.items())]
 
 
-def first_cause(ends: Sequence[RankEnd], noticed: int | None) -> RankEnd:
+def first_cause(noticed: Sequence[RankEnd], after: Sequence[RankEnd]) -> RankEnd:
     """The rank that failed by itself.
 
-    A rank that recorded an error of its own comes first, the earliest if several did. Then one that died without
-    a word: killed, or by an exit of its own. Not those that the agent ended by SIGTERM afterwards, unless nothing
-    else is left; and last the victims, whose collective failed since another rank was gone.
-
     Args:
-        noticed: the rank whose end the agent saw first.
+        noticed: those that had failed when the agent first looked.
+        after: those that have failed by themselves, now that all have ended. They count only where the others are
+            victims or look like it: a collective failed since another rank was gone, or something ended them.
     """
-    recorded = [end for end in ends if end.record is not None and not end.record["victim"]]
-    if recorded:
-        return min(recorded, key=lambda end: end.record["time"] if end.record else 0.0)
-    silent = [end for end in ends if end.record is None and end.exit_code not in (0, None, -signal.SIGTERM)]
-    if silent:
-        return next((end for end in silent if end.rank == noticed), silent[0])
-    return next((end for end in ends if end.rank == noticed), ends[0])
+    found = min(noticed, key=_order)
+    late = min(after, key=_order, default=found)
+    return late if found.suspicion >= 3 and late.suspicion < found.suspicion else found
 
 
-def describe(end: RankEnd) -> dict[str, Any]:
-    """status.json's `error`: rank, type, message, traceback."""
+def _order(end: RankEnd) -> tuple[int, float, int]:
+    return end.suspicion, end.record["time"] if end.record else 0.0, end.rank
+
+
+def describe(end: RankEnd, oom_kills_before: int) -> Error:
+    """A rank's end as status.json's `error`."""
     if end.record is not None:
-        return {key: end.record[key] for key in ("rank", "type", "message", "traceback")}
+        return {**end.record, "suspicion": end.suspicion}
     code = end.exit_code or 0
+    kind, message = "SystemExit", f"exit code {code}"
     if code < 0:
-        name = signal.Signals(-code).name
-        return {"rank": end.rank, "type": name, "message": f"killed by signal {name}", "traceback": ""}
-    return {"rank": end.rank, "type": "SystemExit", "message": f"exit code {code}", "traceback": ""}
+        kind = signal.Signals(-code).name
+        message = f"killed by signal {kind}"
+        if code == -signal.SIGKILL and oom_kills() > oom_kills_before:
+            message += " (out of memory: the kernel has just killed a process of this node)"
+    return _error(end.rank, kind, message, suspicion=end.suspicion)
 
 
-def exit_code(end: RankEnd) -> int:
+def gave_up(rank: int) -> Error:
+    """Ranks that were asked to stop, and did not."""
+    return _error(rank, "Timeout", "did not stop when it was asked to, and was killed", suspicion=1)
+
+
+def lost_node(node: int) -> Error:
+    """A node whose agent gives no sign of life."""
+    return {**_error(None, "NodeLost", f"node {node} is gone: its agent gives no sign of life"), "suspicion": 1}
+
+
+def _error(rank: int | None, kind: str, message: str, suspicion: int = 0) -> Error:
+    error = {"rank": rank, "host": socket.gethostname(), "type": kind, "message": message, "traceback": ""}
+    return {**error, "time": time.time(), "suspicion": suspicion}
+
+
+def first(errors: Sequence[Error]) -> Error | None:
+    """The cause among those of all nodes: the hung rank that is furthest behind, or the likeliest and earliest."""
+    hangs = [error for error in errors if error["type"] == "Hang"]
+    if hangs:
+        return min(hangs, key=lambda error: error["place"])
+    return min(errors, key=lambda error: (error["suspicion"], error["time"]), default=None)
+
+
+def exit_code(error: Error) -> int:
     """What the command exits with: 1, or 2 where there was nothing that the run could continue from."""
-    return 1 if end.record is None else int(end.record["exit_code"])
+    return int(error.get("exit_code", 1))
 
 
-def headline(error: dict[str, Any], run: RunDir) -> str:
+def public(error: Error) -> Error:
+    """What status.json says of it."""
+    return {key: error[key] for key in ("rank", "host", "type", "message", "traceback")}
+
+
+def headline(error: Error, run: RunDir) -> str:
     """The last lines on the screen: which rank, what, where in the user's code, and where to read on."""
-    if error["type"] in ("UserError", "ResumeError", "SystemExit") or error["type"].startswith("SIG"):
+    if error["type"] in (*FINAL, "SystemExit", "Hang") or error["type"].startswith("SIG"):
         what = error["message"]
     else:
         what = f"{error['type']}: {error['message']}".removesuffix(": ")
+    if error["rank"] is None:
+        return str(what)
     lines = f"rank {error['rank']} failed: {what}".splitlines()
     if len(lines) > MAX_MESSAGE_LINES:  # the beginning names the rank, the end often the cause
         lines = [*lines[:2], "...", *lines[3 - MAX_MESSAGE_LINES :]]
     lines += str(error["traceback"]).rstrip().splitlines()[-MAX_TRACEBACK_LINES:]
-    return "\n".join([*lines, f"log: {run.rank_log(error['rank'])}"])
+    return "\n".join([*lines, f"host: {error.get('host')}", f"log: {run.rank_log(error['rank'])}"])

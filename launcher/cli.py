@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import sys
 
 import click
@@ -20,20 +22,56 @@ def cli() -> None:
 @click.argument("job")
 @click.argument("arguments", nargs=-1)
 @click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="Machines; the command runs on each.")
+@click.option("--node-rank", type=int, default=0, metavar="K", help="Which of them this one is, from 0.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="Where node 0 is to be found.")
 @click.option("--run-dir", metavar="DIR", help="The run's folder; by default a new one under runs/.")
 @click.option("--resume", is_flag=True, help="Continue --run-dir, or the newest unfinished run of this name.")
 @click.option("--dry-run", is_flag=True, help="Print the job as resolved, and start nothing.")
-def launch(job: str, arguments: tuple[str, ...], gpus: str, run_dir: str | None, resume: bool, dry_run: bool) -> int:
+@click.option("--show-ranks", default="0", metavar="K,K,..", help="Whose output is shown: ranks, or all.")
+@click.option("-m", "--module", is_flag=True, help="JOB is a module, run as python -m does.")
+@click.option(
+    "--no-preload", is_flag=True, help="A fresh interpreter for each rank: none is forked with torch imported."
+)
+def launch(
+    job: str,
+    arguments: tuple[str, ...],
+    gpus: str,
+    nodes: int,
+    node_rank: int,
+    rendezvous: str | None,
+    run_dir: str | None,
+    resume: bool,
+    dry_run: bool,
+    show_ranks: str,
+    module: bool,
+    no_preload: bool,
+) -> int:
     """Train JOB, a job.yaml or a torchrun script, on this machine.
 
     ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1; for a script they are its own,
     after --.
     """
+    gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
     from .launch import Request, launch
 
     if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
         raise UserError(f"--gpus {gpus}: expected a number above 0, or auto")
-    return launch(Request(job, arguments, gpus, run_dir, resume, dry_run))
+    request = Request(
+        job,
+        arguments,
+        gpus,
+        run_dir,
+        resume,
+        dry_run,
+        show_ranks=show_ranks,
+        is_module=module,
+        preload=not no_preload,
+        nodes=nodes,
+        node_rank=node_rank,
+        rendezvous=rendezvous,
+    )
+    return launch(request)
 
 
 @cli.command()
@@ -68,6 +106,36 @@ def status(run: str) -> int:
 
 
 @cli.command()
+@click.argument("run")
+@click.option("--rank", default=0, metavar="K", help="By default 0.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+def logs(run: str, rank: int, follow: bool) -> int:
+    """Print what a rank of RUN, a run folder, has printed."""
+    from .logs import logs
+
+    return logs(run, rank, follow)
+
+
+@cli.command()
+@click.argument("folder", required=False, metavar="[DIR]")
+def runs(folder: str | None) -> int:
+    """List the runs in DIR (by default runs), the newest last."""
+    from .runs import runs
+
+    return runs(folder)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--now", is_flag=True, help="End it at once, without a checkpoint.")
+def cancel(run: str, now: bool) -> int:
+    """Stop RUN, a run folder, at its next step, with a checkpoint."""
+    from .cancel import cancel
+
+    return cancel(run, now)
+
+
+@cli.command()
 @click.option("--tracking-uri", metavar="URI", help="By default MLFLOW_TRACKING_URI, else mlflow.db here.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="By default 5000, or a free one.")
 def ui(tracking_uri: str | None, port: int | None) -> int:
@@ -90,6 +158,11 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         code = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{error.strerror}: {error.filename or 'a file could not be written'}; make room", file=sys.stderr)
+        code = 1
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         code = 1

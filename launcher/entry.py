@@ -1,14 +1,18 @@
-"""The first thing that a rank's process does: become what torchrun would have started, and say how it ends.
+"""A rank's first and last lines: it runs its program as python would under torchrun, and says how that ended.
 
-Runs in a process forked from the fork server, which has torch imported already.
+Either in a process forked from the fork server, which has torch imported (forks.py), or in an interpreter of its own
+(fresh.py).
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
+import faulthandler
+import gc
+import io
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -16,113 +20,176 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 from dtrain.errors import ResumeError, UserError
+from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 from dtrain.run import END_OF_OUTPUT, RUN_DIR_VARIABLE, RunDir
 
+from . import stacks
+from .streams import open_output
+
+EXIT_STOPPED = 75
 VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
 PR_SET_PDEATHSIG = 1
+TORCHRUN_HANDLES = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What each rank runs: a module (a job's worker) or a user's script, with its arguments."""
+    """What each rank runs: a script by its path, or a module by its name, as `python` and `python -m` do.
+
+    `folder` goes first on sys.path; a job's own worker has none, and looks for its modules itself. It also listens to
+    a request to stop from its start, where a script does so only once its Trainer runs. `forked`: from the fork
+    server, else in an interpreter of its own.
+    """
 
     run_dir: str
+    program: str
     arguments: tuple[str, ...]
     num_threads: int
-    module: str | None = None
-    script: str | None = None
+    hang_timeout_s: float = HANG_TIMEOUT_S
+    is_module: bool = False
+    is_job: bool = False
+    folder: str | None = None
+    forked: bool = True
+
+    def command(self) -> list[str]:
+        """What python is to be called with, for a rank of this process.
+
+        torch's agent replaces ${local_rank} and $$ in it. A script's arguments are left to that, as under torchrun.
+        """
+        text = json.dumps({**asdict(self), "arguments": ()}).replace("$", "$$")
+        arguments = [each.replace("$", "$$") for each in self.arguments] if self.is_job else self.arguments
+        return ["-u", str(Path(__file__).with_name("fresh.py")), str(os.getpid()), text, *arguments]
 
 
-def run(task: Task) -> int:
-    """Run the task as this rank; its exit code. Raises what the task raises, with a record of it in the run folder."""
-    die_with_parent()
-    # Who sends a request to stop to all processes at once, means the agent.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    # Processes that the user's code starts, loading ones among them, start as they would without us.
-    multiprocessing.set_start_method(None, force=True)
-    os.environ[RUN_DIR_VARIABLE] = task.run_dir
-    run_dir = RunDir(task.run_dir)
-    rank = int(os.environ["RANK"])
-    redirect_output(run_dir.rank_log(rank))
+def main(text: str, *arguments: str) -> NoReturn:
+    """Be this rank to the end of its process: run the task of `Task.command`."""
+    task = Task(**json.loads(text))
+    run_dir = RunDir(os.path.abspath(task.run_dir))  # the script may change the working directory
+    open_output(run_dir.rank_log(int(os.environ["RANK"])))
+    stacks.write_on_request()
+    if task.is_job:
+        # Who sends a request to stop to all processes at once, means the agent. (In a script, Trainer sees to that.)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        faulthandler.enable(all_threads=True)
+    os.environ[RUN_DIR_VARIABLE] = str(run_dir)
+    os.environ[HANG_TIMEOUT_VARIABLE] = str(task.hang_timeout_s)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = TORCHRUN_HANDLES  # what the agent was told is for it alone
     set_num_threads(task.num_threads)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[:1] = [] if task.folder is None else [task.folder]
+    code = run(task, arguments, run_dir)
+    if task.is_job and code:  # the others may be in a collective: to leave the group in good order would wait for them
+        if util := sys.modules.get("multiprocessing.util"):
+            util._exit_function()  # ends the loading processes
+        os._exit(code)
+    # As at any interpreter's end: threads awaited, atexit called, what is open flushed, modules cleared. A forked
+    # process that returned instead would leave by os._exit.
+    gc.unfreeze()  # what the fork server has imported is to be taken down as well
+    ctypes.pythonapi.Py_Exit(code)
+    raise AssertionError
+
+
+def run(task: Task, arguments: Sequence[str], run_dir: RunDir) -> int:
+    """Run the program, and leave word of how it ended; the exit code."""
+    process, rank = os.getpid(), int(os.environ["RANK"])
     try:
-        with flushed():
-            return _run(task)
+        execute(task, arguments)
     except BaseException as error:
-        record(error, run_dir.rank_error(rank), rank)
-        code = error.code if isinstance(error, SystemExit) else 1
-        raise SystemExit(code if isinstance(code, int) else 1) from None
-
-
-def _run(task: Task) -> int:
-    try:
-        if task.module is not None:
-            sys.argv = [task.module, *task.arguments]
-            runpy.run_module(task.module, run_name="__main__", alter_sys=True)
-        else:
-            assert task.script is not None
-            sys.argv = [task.script, *task.arguments]
-            sys.path.insert(0, os.path.dirname(os.path.abspath(task.script)))
-            runpy.run_path(task.script, run_name="__main__")
-    except SystemExit as end:
-        if end.code in (None, 0, 75):  # 75: stopped on request, with a checkpoint
-            return int(end.code or 0)
-        raise
+        while error.__traceback__ is not None and error.__traceback__.tb_frame.f_code.co_filename == __file__:
+            error.__traceback__ = error.__traceback__.tb_next  # it begins with the program's own lines
+        code = exit_status(error)
+        if os.getpid() != process:  # forked by the script, and its own affair
+            show(error)
+        elif code == EXIT_STOPPED and isinstance(error, SystemExit):
+            Heartbeat(run_dir.heartbeat(rank)).stopped = True
+            return 0
+        elif code:
+            record(error, run_dir.rank_error(rank), rank)
+        return code
     return 0
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends: the fork server, which dies with the agent."""
+def execute(task: Task, arguments: Sequence[str]) -> None:
+    """Run the program as __main__, in a module that stays: threads, atexit handlers and pickles go on using it."""
+    module = ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    if sys.version_info < (3, 14):
+        module.__annotations__ = {}
+    sys.modules["__main__"] = module
+    if "multiprocessing" in sys.modules:  # which makes this alias when it is imported
+        sys.modules["__mp_main__"] = module
+    sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.is_module else []), task.program, *arguments]
+    if task.is_module:
+        sys.argv[:] = ["-m", *arguments]
+        runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]  # what `python -m` calls
+        return
+    sys.argv[:] = [task.program, *arguments]
+    file = os.path.join(os.getcwd(), task.program)
+    module.__dict__.update(__file__=file, __cached__=None, __loader__=SourceFileLoader("__main__", file))
+    with io.open_code(file) as source:
+        code = compile(source.read(), file, "exec", dont_inherit=True)
+    exec(code, module.__dict__)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends; end now if it is not `parent` any more."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def redirect_output(path: Path) -> None:
-    """All that this process and its children print goes to the file, after what is there."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # typed as TextIO, which may lack it
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def set_num_threads(number: int) -> None:
-    """Share the node's cores among its ranks. In a forked process OMP_NUM_THREADS is read too late."""
-    import torch
-
+    """Share the node's cores among its ranks. In a forked process torch has read OMP_NUM_THREADS already."""
     os.environ.setdefault("OMP_NUM_THREADS", str(number))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@contextlib.contextmanager
-def flushed() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+# -- the end -------------------------------------------------------------------------------------
+
+
+def exit_status(error: BaseException) -> int:
+    """What python exits with when the main module raises this, as the kernel reports it."""
+    if not isinstance(error, SystemExit):
+        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
+
+
+def show(error: BaseException) -> None:
+    """Print it as python does."""
+    if isinstance(error, SystemExit):
+        if error.code is not None and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+        return
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+    if isinstance(error, UserError):
+        print(error, file=sys.stderr)
+    else:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except Exception:
+            traceback.print_exc()  # of both
 
 
 def record(error: BaseException, path: Path, rank: int) -> None:
     """Leave what happened in the log and in a file for the agent; late, where another rank is the cause."""
     raised_at = time.time()
     if isinstance(error, SystemExit):
-        message = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
+        message = f"exit code {exit_status(error)}" if isinstance(error.code, int) else str(error.code)
     else:
         message = str(error)
-    if not isinstance(error, SystemExit):
         print(END_OF_OUTPUT, file=sys.stderr)
-        if isinstance(error, UserError):
-            print(message, file=sys.stderr)
-        else:
-            traceback.print_exc()
     report: dict[str, Any] = {
         "rank": rank,
         "host": socket.gethostname(),
@@ -133,7 +200,9 @@ def record(error: BaseException, path: Path, rank: int) -> None:
         "exit_code": error.exit_code if isinstance(error, ResumeError) else 1,  # of the command
         "victim": is_failed_collective(error),
     }
-    path.write_text(json.dumps(report))
+    with contextlib.suppress(OSError):  # the disk may be full
+        path.write_text(json.dumps(report))
+        show(error)
     if report["victim"]:
         time.sleep(VICTIM_WAIT_S)
 
@@ -153,8 +222,9 @@ def _is_library(filename: str, package: str | None) -> bool:
 
 def is_failed_collective(error: BaseException) -> bool:
     """Whether the error says that another rank went away, rather than what went wrong here."""
-    import torch.distributed as dist
-
+    dist = sys.modules.get("torch.distributed")
+    if dist is None:
+        return False
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "gloo")

@@ -15,8 +15,9 @@ from dtrain.files import read_json, write_text
 from dtrain.job import Job, LoadedJob
 from dtrain.run import RunDir
 
-from .agent import EXIT_INTERRUPTED, EXIT_STOPPED, run_ranks, start_fork_server
-from .entry import Task
+from .agent import EXIT_INTERRUPTED, run_ranks
+from .entry import EXIT_STOPPED, Task
+from .forks import start_fork_server
 from .launch import choose_processes, preload_for, threads_per_rank
 
 SIZES = (1, 2, 3)
@@ -46,7 +47,7 @@ def check_exact(loaded: LoadedJob) -> int:
     from dtrain.loading import dump_job
 
     job = _on_enough_devices(loaded.job)
-    start_fork_server(preload_for(dump_job(job)))
+    start_fork_server(preload_for(dump_job(job)), threads_per_rank(max(SIZES)))
     scratch = Path(tempfile.mkdtemp(prefix="dtrain-exact-"))
     try:
         code = _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.path.absolute().parent)))
@@ -80,8 +81,6 @@ def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
 
 def _on_enough_devices(job: Job) -> Job:
     """The job on GPUs where there is one for each process, else on the CPU."""
-    from dtrain.job import Launch
-
     try:
         _, device = choose_processes(str(max(SIZES)), job.launch.device)
     except UserError as error:
@@ -89,7 +88,7 @@ def _on_enough_devices(job: Job) -> Job:
         device = "cpu"
     # torch has no SyncBatchNorm on the CPU.
     fit = job.fit if device == "cuda" else job.fit.model_copy(update={"sync_batchnorm": False})
-    return job.model_copy(update={"launch": Launch(device=device), "fit": fit})
+    return job.model_copy(update={"launch": job.launch.model_copy(update={"device": device}), "fit": fit})
 
 
 class _Rehearsals:
@@ -112,7 +111,8 @@ class _Rehearsals:
     def _start(self, run: RunDir, num_ranks: int, stop_after: int) -> int:
         arguments = (self._code, str(stop_after))
         # As many threads whatever the number of ranks: torch's sums depend on it.
-        task = Task(str(run), arguments, threads_per_rank(max(SIZES)), module="dtrain.trainer.rehearsal")
+        num_threads = threads_per_rank(max(SIZES))
+        task = Task(str(run), "dtrain.trainer.rehearsal", arguments, num_threads, is_module=True, is_job=True)
         with run.lock():
             code = run_ranks(task, num_ranks, run, quiet=True)
         if code == EXIT_INTERRUPTED or (code == EXIT_STOPPED and not stop_after):

@@ -5,27 +5,34 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dtrain import __version__
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
 from dtrain.provenance import environment, snapshot
 from dtrain.run import RunDir
 
-from .agent import EXIT_INTERRUPTED, EXIT_STOPPED, run_ranks, start_fork_server
-from .entry import Task
+from .agent import EXIT_INTERRUPTED, run_ranks
+from .cores import usable_cores
+from .entry import EXIT_STOPPED, Task
+from .forks import start_fork_server
+from .program import Program, find_module, find_program, find_script
 
 if TYPE_CHECKING:
-    from dtrain.job import Job
+    from dtrain.job import Job, LoadedJob, LoadedScript, ScriptJob
+
+    from .nodes import Endpoint
 
 # What the fork server imports, for all ranks at once: always, and where the job or the script speaks of it. None of
 # it touches CUDA. The user's own modules never belong here: they may.
-PRELOAD = ("torch.distributed.elastic.multiprocessing.api", "torch._dynamo")  # optimizers import the latter
+PRELOAD = ("torch", "torch._dynamo")  # optimizers import the latter
 PRELOAD_FOR = {
     "_target_": ("dtrain.trainer.trainer", "dtrain.loading", "dtrain.target"),
     "dtrain": ("dtrain.trainer.trainer",),
@@ -38,12 +45,22 @@ PRELOAD_FOR = {
 class Request:
     """The command line of `dtrain launch`."""
 
-    target: str  # a job file, or a script that ends in .py
+    target: str  # a job file, a script that ends in .py, or a module
     arguments: tuple[str, ...] = ()  # key=value overrides, or the script's arguments
     gpus: str = "auto"
     run_dir: str | None = None
     resume: bool = False
     dry_run: bool = False
+    show_ranks: str = "0"  # "all", or some with commas between
+    is_module: bool = False
+    preload: bool = True  # ranks forked from one server; else a fresh interpreter for each
+    nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str | None = None  # host:port of node 0
+
+    @property
+    def is_script(self) -> bool:
+        return self.is_module or self.target.endswith(".py")
 
 
 def launch(request: Request) -> int:
@@ -52,20 +69,23 @@ def launch(request: Request) -> int:
     Raises:
         UserError: the request is wrong; nothing was started or written.
     """
-    if request.target.endswith(".py"):
+    check_nodes(request)
+    if request.is_script:
         return _launch_script(request)
-    return _launch_job(request)
+    from dtrain.job import LoadedScript
+    from dtrain.loading import load
+
+    loaded = load(request.target, request.arguments)
+    return _launch_script_job(request, loaded) if isinstance(loaded, LoadedScript) else _launch_job(request, loaded)
 
 
 # -- a job ---------------------------------------------------------------------------------------
 
 
-def _launch_job(request: Request) -> int:
-    from dtrain.job import Launch
-    from dtrain.loading import dump_job, load_job
+def _launch_job(request: Request, loaded: LoadedJob) -> int:
+    from dtrain.loading import dump_job
     from dtrain.target import check_job
 
-    loaded = load_job(request.target, request.arguments)
     job = loaded.job
     run = _run_dir(request, job.name)
     continues = request.resume and run.job.exists()
@@ -73,8 +93,8 @@ def _launch_job(request: Request) -> int:
         print(f"{run} is finished; nothing to resume", file=sys.stderr)
         return 0
     code = run.code if continues else loaded.path.absolute().parent
-    if not request.dry_run:
-        start_fork_server(preload_for(dump_job(job)))
+    if request.preload and not request.dry_run:
+        start_fork_server(preload_for(dump_job(job)), threads_per_rank(expected_ranks(request.gpus)))
     with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
         problems = check_job(loaded, code)
     if problems:
@@ -83,43 +103,90 @@ def _launch_job(request: Request) -> int:
     if job.fit.sync_batchnorm and device == "cpu" and num_ranks > 1:
         problem = Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
         raise UserError(loaded.at(problem))
-    text = dump_job(job.model_copy(update={"launch": Launch(device=device)}))
+    text = _resolved(job, device)
     if request.dry_run:
         print(text, end="")
         print(f"would train on {num_ranks} {device} processes, in {run}", file=sys.stderr)
         return 0
-    task = Task(str(run), (str(code),), threads_per_rank(num_ranks), module="dtrain.trainer.worker")
-    return _start(request, run, task, num_ranks, text, None if continues else code)
+    task = Task(
+        str(run),
+        "dtrain.trainer.worker",
+        (str(code),),
+        threads_per_rank(num_ranks),
+        job.launch.hang_timeout_s,
+        is_module=True,
+        is_job=True,
+        forked=request.preload,
+    )
+    return _start(request, run, task, num_ranks, text, None if continues else code, job.fit.restarts)
 
 
-def _is_done(run: RunDir, job: Job) -> bool:
+def _is_done(run: RunDir, job: Job | ScriptJob) -> bool:
     """Whether a run has nothing left to do; raises UserError where `job` is not the job that it began with."""
-    from dtrain.loading import differences, load_job
+    from dtrain.job import ScriptJob
+    from dtrain.loading import differences, load
 
-    before = load_job(run.job).job
+    before = load(run.job).job
     if changed := differences(before, job):
         problems = [Problem(change, file=str(run.job)) for change in changed]
         raise UserError([Problem(f"{run} was begun with another job; what differs may not:"), *problems])
-    return run.status().get("state") == "finished" and job.fit.epochs <= before.fit.epochs
+    if run.status().get("state") != "finished":
+        return False
+    return isinstance(before, ScriptJob) or isinstance(job, ScriptJob) or job.fit.epochs <= before.fit.epochs
 
 
 # -- a script ------------------------------------------------------------------------------------
 
 
 def _launch_script(request: Request) -> int:
-    script = Path(request.target)
-    if not script.is_file():
-        raise UserError(f"no such file: {script}")
-    run = _run_dir(request, script.stem)
-    if not request.dry_run:
-        start_fork_server(preload_for(script.read_text(errors="replace")))
-    num_ranks, device = choose_processes(request.gpus, "auto")
-    if request.dry_run:
-        print(f"would run {script} on {num_ranks} {device} processes, in {run}", file=sys.stderr)
+    program = find_module(request.target, os.getcwd()) if request.is_module else find_script(request.target)
+    run = _run_dir(request, program.name if program.is_module else program.file.stem)
+    return _launch_program(request, run, program, request.arguments)
+
+
+def _launch_script_job(request: Request, loaded: LoadedScript) -> int:
+    job = loaded.job
+    program = find_program(loaded)
+    run = _run_dir(request, job.name)
+    if request.resume and run.job.exists() and _is_done(run, job):
+        print(f"{run} is finished; nothing to resume", file=sys.stderr)
         return 0
-    task = Task(str(run), request.arguments, threads_per_rank(num_ranks), script=str(script))
-    origin = None if request.resume else script.absolute().parent
-    return _start(request, run, task, num_ranks, None, origin)
+    return _launch_program(request, run, program, job.arguments, loaded)
+
+
+def _launch_program(
+    request: Request, run: RunDir, program: Program, arguments: Sequence[str], loaded: LoadedScript | None = None
+) -> int:
+    device_asked = loaded.job.launch.device if loaded else "auto"
+    if device_asked == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program goes by what it finds
+    preload = request.preload and not _sets_on_import(program)
+    if preload and not request.dry_run:
+        start_fork_server(preload_for(program.source), threads_per_rank(expected_ranks(request.gpus)))
+    num_ranks, device = choose_processes(request.gpus, device_asked)
+    text = _resolved(loaded.job, device) if loaded else None
+    if request.dry_run:
+        print(text or "", end="")
+        print(f"would run {program.name} on {num_ranks} {device} processes, in {run}", file=sys.stderr)
+        return 0
+    task = Task(
+        str(run),
+        program.name,
+        tuple(arguments),
+        threads_per_rank(num_ranks),
+        is_module=program.is_module,
+        folder=program.folder,
+        forked=preload,
+    )
+    origin = (loaded.path if loaded else program.file).absolute().parent
+    return _start(request, run, task, num_ranks, text, None if request.resume else origin)
+
+
+def _sets_on_import(program: Program) -> bool:
+    if variable := program.sets_on_import:
+        reason = f"{program.name} sets {variable}, which libraries read when they are imported"
+        print(f"{reason}: each rank gets a fresh interpreter, as with --no-preload", file=sys.stderr)
+    return variable is not None
 
 
 # -- both ----------------------------------------------------------------------------------------
@@ -130,18 +197,50 @@ def preload_for(text: str) -> list[str]:
     return [*PRELOAD, *(module for word, modules in PRELOAD_FOR.items() if word in text for module in modules)]
 
 
-def _start(request: Request, run: RunDir, task: Task, num_ranks: int, job: str | None, origin: Path | None) -> int:
+def _resolved(job: Job | ScriptJob, device: Literal["cpu", "cuda"]) -> str:
+    """What the run folder's job.yaml holds: defaults and overrides included."""
+    from dtrain.loading import dump_job
+
+    return dump_job(job.model_copy(update={"launch": job.launch.model_copy(update={"device": device})}))
+
+
+def _start(
+    request: Request,
+    run: RunDir,
+    task: Task,
+    num_ranks: int,
+    job: str | None,
+    origin: Path | None,
+    restarts: int = 0,
+) -> int:
     """Fill the run folder and run the ranks. Nothing was written before; `origin` is None for a run that goes on."""
-    with _usable(run):
-        run.create()
-    with run.lock():
-        if origin is not None:
-            left_out = snapshot(origin, run.code)
-            write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
-        if job is not None:
-            write_text(run.job, job)  # last: with it, the run is one that --resume can continue
+    show_ranks = choose_ranks(request.show_ranks, request.nodes * num_ranks)
+    nodes = None
+    if request.nodes > 1:
+        from .nodes import Nodes
+
+        common = {"the job": job or request.target, "--gpus": num_ranks, "dtrain's version": __version__}
+        nodes = Nodes(_endpoint(request), common)
+    if nodes is not None and nodes.node_rank > 0:
+        run = RunDir(nodes.from_first("run"))
+        if not run.lock_file.exists():
+            raise UserError(f"node 0 has made {run}, which this node can't see: put --run-dir where all nodes look")
+        return run_ranks(replace(task, run_dir=str(run)), num_ranks, run, nodes=nodes, restarts=restarts)
+    with ExitStack() as held:
+        with _usable(run):
+            is_new = not run.exists()
+            run.create()
+            with _whole_or_gone(run) if is_new else nullcontext():
+                held.enter_context(run.lock(is_agent=True))
+                if origin is not None:
+                    left_out = snapshot(origin, run.code)
+                    write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
+                if job is not None:
+                    write_text(run.job, job)  # last: with it, the run is one that --resume can continue
         print(f"run {run}", file=sys.stderr)
-        exit_code = run_ranks(task, num_ranks, run)
+        if nodes is not None:
+            nodes.from_first("run", str(run.path.absolute()))
+        exit_code = run_ranks(task, num_ranks, run, show_ranks, nodes, restarts=restarts)
     if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
         print(f"continue with: {_continuation(request, run)}", file=sys.stderr)
     return exit_code
@@ -152,8 +251,38 @@ def _continuation(request: Request, run: RunDir) -> str:
     words = ["dtrain", "launch", "--resume", "--run-dir", str(run)]
     if request.gpus != "auto":
         words += ["--gpus", request.gpus]
-    dashes = ["--"] if request.target.endswith(".py") and request.arguments else []
+    words += ["--no-preload"] * (not request.preload) + ["-m"] * request.is_module
+    if request.nodes > 1:
+        words += ["--nodes", str(request.nodes), "--node-rank", "0", "--rendezvous", str(request.rendezvous)]
+    if request.show_ranks != "0":
+        words += ["--show-ranks", request.show_ranks]
+    dashes = ["--"] if request.is_script and request.arguments else []
     return shlex.join([*words, request.target, *dashes, *request.arguments])
+
+
+def check_nodes(request: Request) -> None:
+    """Raise UserError where the nodes can't find each other by what was said of them."""
+    if request.nodes == 1:
+        if request.node_rank or request.rendezvous:
+            raise UserError("--node-rank and --rendezvous are for runs on several nodes: say how many with --nodes")
+        return
+    if not 0 <= request.node_rank < request.nodes:
+        raise UserError(f"--node-rank {request.node_rank}: with --nodes {request.nodes} it is 0 to {request.nodes - 1}")
+    if request.rendezvous is None:
+        raise UserError(
+            f"--nodes {request.nodes} needs --rendezvous HOST:PORT, a port of the node that is started with "
+            "--node-rank 0; the same command runs on each node, with a --node-rank of its own"
+        )
+    host, _, port = request.rendezvous.rpartition(":")
+    if not host or not (port.isdecimal() and 0 < int(port) < 65536):
+        raise UserError(f"--rendezvous {request.rendezvous}: expected HOST:PORT, such as node1:29500")
+
+
+def _endpoint(request: Request) -> Endpoint:
+    from .nodes import Endpoint
+
+    host, _, port = str(request.rendezvous).rpartition(":")
+    return Endpoint(request.nodes, request.node_rank, host.strip("[]"), int(port))
 
 
 @contextmanager
@@ -161,13 +290,24 @@ def _usable(run: RunDir) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{run} cannot be used: {error.strerror} ({error.filename}); choose another --run-dir"
-        ) from None
+        file = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{run} cannot be used: {error.strerror}{file}; choose another --run-dir") from None
+
+
+@contextmanager
+def _whole_or_gone(run: RunDir) -> Iterator[None]:
+    """Where the disk refuses what a new run begins with, nothing of it stays."""
+    try:
+        yield
+    except OSError:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _run_dir(request: Request, name: str) -> RunDir:
     """The run's folder, not made yet. A folder that holds anything is only for --resume."""
+    if request.node_rank > 0:
+        return RunDir.new(name)  # node 0 says which it is
     if request.run_dir is None:
         return newest_unfinished(name) if request.resume else RunDir.new(name)
     run = RunDir(request.run_dir)
@@ -211,6 +351,19 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
     return asked or found, "cuda"
 
 
+def choose_ranks(asked: str, num_ranks: int) -> list[int]:
+    """The ranks whose output is shown; raises UserError where there is no such rank."""
+    if asked == "all":
+        return list(range(num_ranks))
+    words = [word.strip() for word in asked.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--show-ranks {asked}: expected ranks, such as 0,2, or all")
+    ranks = sorted({int(word) for word in words})
+    if ranks[-1] >= num_ranks:
+        raise UserError(f"--show-ranks {asked}: there is no rank {ranks[-1]}; the last is {num_ranks - 1}")
+    return ranks
+
+
 def _why_no_gpu() -> str:
     import torch
 
@@ -223,6 +376,16 @@ def _why_no_gpu() -> str:
     return "no CUDA device found"
 
 
+def expected_ranks(gpus: str) -> int:
+    """`choose_processes`, as far as it can be told without the seconds that torch takes to import."""
+    if gpus != "auto":
+        return int(gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len(visible.split(","))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
 def threads_per_rank(num_ranks: int) -> int:
     """The cores that this process may use, shared among the ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return max(1, usable_cores() // num_ranks)

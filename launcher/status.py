@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dtrain.errors import UserError
 from dtrain.run import RunDir
 from dtrain.screen import row_line
@@ -16,9 +18,7 @@ def status(path: str) -> int:
         UserError: there is no run in that folder.
     """
     run = RunDir(path)
-    found = run.status()
-    if not found:
-        raise UserError(f"{path} holds no run (there is no status.json)")
+    found = read_status(run)
     print(f"run       {run}")
     print(f"state     {found['state']}" + _exit_code(found.get("exit_code")))
     print(f"epoch     {found['epoch']}, step {found['step']}")
@@ -29,6 +29,18 @@ def status(path: str) -> int:
     if found.get("error"):
         print(headline(found["error"], run))
     return 0
+
+
+def read_status(run: RunDir) -> dict[str, Any]:
+    """How the run stands now.
+
+    Raises:
+        UserError: there is no run in that folder.
+    """
+    status = run.status()
+    if not status:
+        raise UserError(f"{run} holds no run (there is no status.json)")
+    return status
 
 
 def _exit_code(code: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -119,8 +120,13 @@ class Command:
         self.pid = self._process.pid
 
     @property
+    def out(self) -> str:
+        """What it has printed to stdout so far."""
+        return os.pread(self._files[0].fileno(), 1 << 20, 0).decode()
+
+    @property
     def err(self) -> str:
-        """What it has printed so far."""
+        """What it has printed to stderr so far."""
         return os.pread(self._files[1].fileno(), 1 << 20, 0).decode()
 
     def until(self, condition: Callable[[], object]) -> None:
@@ -142,7 +148,7 @@ class Command:
             while left := processes(self._mark):
                 assert time.monotonic() < deadline, f"still running: {left}\n{self.err}"
                 time.sleep(0.02)
-            return Done(code, os.pread(self._files[0].fileno(), 1 << 20, 0).decode(), self.err)
+            return Done(code, self.out, self.err)
         finally:
             self.kill()
 
@@ -152,6 +158,14 @@ class Command:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
+
+
+@contextlib.contextmanager
+def _no_longer_than(command: Command) -> Iterator[Command]:
+    try:
+        yield command
+    finally:
+        command.kill()
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -190,14 +204,25 @@ class Project:
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[Command]:
         """`start`, and nothing of it stays if the test fails."""
-        command = self.start(*arguments)
-        try:
+        with _no_longer_than(self.start(*arguments)) as command:
             yield command
-        finally:
-            command.kill()
+
+    @contextlib.contextmanager
+    def shell_running(self, line: str) -> Iterator[Command]:
+        """`shell`, while it runs."""
+        with _no_longer_than(self._start_shell(line)) as command:
+            yield command
 
     def run(self, *arguments: str, **environment: str) -> Done:
         return self.start(*arguments, **environment).wait()
+
+    def shell(self, line: str) -> Done:
+        """The end of what a user typed into a shell: pipes, and files that output goes to."""
+        return self._start_shell(line).wait()
+
+    def _start_shell(self, line: str) -> Command:
+        folder = shlex.quote(str(Path(DTRAIN).parent))
+        return Command(["bash", "-c", f"PATH={folder}:$PATH; {line}"], self.folder, self.environment)
 
     def runs(self) -> list[Path]:
         """The run folders under runs/."""

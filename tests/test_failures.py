@@ -114,6 +114,8 @@ CASES = {
     "SIGSEGV": (2, model("segfault", 0), "SIGSEGV", "SIGSEGV"),
 }
 
+FRESH = {"forward-first-step", "loading-process", "sys.exit-of-3", "SIGKILL-first-step"}  # an interpreter for each rank
+
 
 @pytest.fixture(scope="module")
 def outcomes(new_project):
@@ -125,9 +127,8 @@ def outcomes(new_project):
         project.write("faults.py", FAULTS)
         project.job(**changed)
         # A checkpoint in the middle of the epoch: what fails later must not take it along.
-        return project, project.run(
-            *("launch", "--gpus", str(num_ranks), "--run-dir", "run", "job.yaml", "checkpoint.every=3")
-        )
+        arguments = ["launch", "--gpus", str(num_ranks), "--run-dir", "run", "job.yaml", "checkpoint.every=3"]
+        return project, project.run(*arguments, *["--no-preload"] * (name in FRESH))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(CASES, pool.map(run, CASES), strict=True))
@@ -146,7 +147,7 @@ def test_the_cause_is_named(name, outcomes):
 
     status = project.status()
     assert (status["state"], status["exit_code"]) == ("failed", 1)
-    assert set(status["error"]) == {"rank", "type", "message", "traceback"}
+    assert set(status["error"]) == {"rank", "host", "type", "message", "traceback"}
     assert (status["error"]["rank"], status["error"]["type"]) == (1, kind)
     assert says.removeprefix("failed: ").removeprefix(f"{kind}: ") in f"{kind} {status['error']['message']}"
 

@@ -28,7 +28,7 @@ slurm: {time: 01:00:00}
 """
 SECTIONS = (
     "known here: name, seed, model, data, loss, step, optimizer, scheduler, metrics, fit, checkpoint, "
-    "mlflow, launch, slurm, fsdp, deepspeed"
+    "mlflow, launch, slurm, fsdp, deepspeed, script"
 )
 
 

@@ -77,10 +77,14 @@ def check_finished(project, done, uninterrupted):
     assert history(project) == uninterrupted  # to the bit
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-def test_a_stop_and_its_continuation(number, code, project, uninterrupted):
+@pytest.mark.parametrize(
+    ("number", "code", "options"),
+    [(signal.SIGTERM, 75, []), (signal.SIGINT, 130, ["--no-preload"])],
+    ids=["SIGTERM", "SIGINT-no-preload"],
+)
+def test_a_stop_and_its_continuation(number, code, options, project, uninterrupted):
     """To the whole group, as a terminal's Ctrl-C and `timeout` send it."""
-    done = stop(project, number, to_group=True)
+    done = stop(project, number, to_group=True, arguments=(*SIZE, *JOB, *options))
     check_stopped(project, done, code)
     assert "Traceback" not in done.err
     check_finished(project, continue_as_told(project, done), uninterrupted)
@@ -101,6 +105,28 @@ def test_ctrl_c_twice_ends_at_once(project):
     assert [path.name for path in saved(project.run_dir())] == ["step-000000005-epoch-0001"]
 
 
+def test_a_closed_terminal_stops_the_run(project, uninterrupted):
+    """The terminal is one that `script` makes, and that is gone when `script` is."""
+    line = shlex.join(["dtrain", *SIZE, *JOB])
+    with project.shell_running(f"exec script -qec {shlex.quote(line)} /dev/null") as terminal:
+        until_waiting(project, terminal)
+        terminal.signal(signal.SIGKILL)
+        go_on(project)
+        terminal.wait()  # for the run too
+    assert (project.status()["state"], project.status()["exit_code"]) == ("stopped", 75)
+    check_finished(project, project.run(*SIZE, "--resume", *JOB), uninterrupted)
+
+
+def test_nohup_keeps_a_run_from_a_hangup(project):
+    with project.shell_running(f"exec nohup {shlex.join(['dtrain', *SIZE, *JOB])}") as command:
+        until_waiting(project, command)
+        command.signal(signal.SIGHUP, to_group=True)
+        go_on(project)
+        done = command.wait()
+    assert done.code == 0, done.err
+    assert project.status()["step"] == TOTAL
+
+
 def test_a_stop_before_the_first_step(project):
     """A signal that comes while the processes are still being started is not lost."""
     with project.running(*SIZE, *JOB) as command:
@@ -111,6 +137,16 @@ def test_a_stop_before_the_first_step(project):
     assert done.code == 75, done.err
     assert project.status()["state"] == "stopped"
     assert project.status()["step"] < GATE
+
+
+def test_a_script_that_is_still_being_started_is_ended(project):
+    project.write("train.py", "import time\ntime.sleep(1000)")
+    with project.running("launch", "--gpus", "2", "--run-dir", "run", "train.py") as command:
+        command.until(lambda: signal.SIGTERM in caught_signals(command.pid))
+        command.signal(signal.SIGTERM)
+        done = command.wait()
+    assert done.code == 128 + signal.SIGTERM, done.err
+    assert project.status()["state"] == "killed"
 
 
 def caught_signals(pid):
@@ -141,8 +177,9 @@ def test_a_running_run_has_one_writer(project):
     assert read_json(folder / "status.json")["state"] == "finished"
 
 
-def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(project, store, uninterrupted):
-    with project.running(*SIZE, *JOB) as command:
+@pytest.mark.parametrize("options", [[], ["--no-preload"]], ids=["preload", "no-preload"])
+def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, project, store, uninterrupted):
+    with project.running(*SIZE, *JOB, *options) as command:
         until_waiting(project, command)
         # MLflow's side is to be seen as well: the tracker starts after the first step.
         command.until(lambda: (read_json(project.run_dir().mlflow) or {}).get("run_id"))
@@ -197,5 +234,22 @@ def test_an_uninterested_script_is_ended_by_a_signal(project):
         until_waiting(project, command)
         command.signal(signal.SIGTERM)
         done = command.wait()
+    assert done.code == 128 + signal.SIGTERM
+    assert project.status()["state"] == "killed"
+
+
+def test_ctrl_c_twice_ends_a_script_that_does_not_listen(project):
+    """The first is passed on to the ranks; the second ends what they make of it."""
+    text = "import os, signal, time\n"
+    text += "signal.signal(signal.SIGINT, lambda *_: open(f'asked-{os.environ[\"RANK\"]}', 'w').close())\n"
+    text += "open(f'waiting-{os.environ[\"RANK\"]}', 'w').close()\nwhile True:\n    time.sleep(1)\n"
+    project.write("train.py", text)
+    with project.running("launch", "--gpus", "2", "--run-dir", "run", "train.py") as command:
+        for word in ("waiting", "asked"):
+            command.until(lambda word=word: all((project.folder / f"{word}-{rank}").exists() for rank in (0, 1)))
+            command.signal(signal.SIGINT)
+        done = command.wait()
     assert done.code == 130
+    assert "SIGINT: passed on to the ranks; again to end at once" in done.err
+    assert "Traceback" not in done.err
     assert project.status()["state"] == "killed"

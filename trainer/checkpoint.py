@@ -33,7 +33,7 @@ from dtrain.run import RunDir
 from .background import Copies, Disk, say
 from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
 from .tree import flatten, unflatten
-from .world import World
+from .world import World, collective_timeout
 
 T = TypeVar("T")
 
@@ -76,7 +76,9 @@ class Checkpoints:
         self._disk = disk
         # Of its own, since its messages are on their way while the training sends others.
         alone = world.world_size == 1
-        self._group = None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._group = (
+            None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=collective_timeout()))
+        )
         self._copies = Copies()
         self._foreign: set[str] = set()  # names under which something stands that is not this run's
         self.failed = False

@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dtrain.errors import UserError
-from dtrain.heartbeat import Beat, Heartbeat
+from dtrain.heartbeat import Beat, Heartbeat, Phase
 from dtrain.run import Row, RunDir
 
 from .background import Background, Disk
@@ -98,6 +98,7 @@ class Loop:
         self.lr: float | Tensor = float("nan")  # of the last step done
         self.samples_per_s: float | None = None  # of this epoch's training in this process
         self.samples_done = 0  # over all ranks, since this process began
+        self.step_s = self.checkpoint_s = 0.0  # how long the last ones took
         self._looked_at = 0.0
         self._shown_loss = float("nan")
 
@@ -107,26 +108,29 @@ class Loop:
         Raises:
             Stopped: all ranks agreed to stop; a checkpoint of this very step is saved.
         """
-        with self.background:
-            self.resume()
-            while not self.is_over:
-                # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
-                self.train_epoch()
-                # All ranks: evaluate rank 0's model, each rank on its own share of the validation set.
-                self.model.share_buffers()
-                self.validate()
-                # All ranks: what each has added up meets on rank 0, which reports it back to all.
-                row = self.report()
-                # All ranks: the decision what is best is the same everywhere, made from the same row.
-                improved = self.finish_epoch(row)
-                # All ranks copy, and go on while the copies are written; rank 0 writes the results.
-                self.save(
-                    results=True,
-                    improved=improved,
-                    checkpoint=self.schedule.checkpoint_every == "epoch" or self.is_over,
-                )
-            self.settle()
-            self.beat()
+        try:
+            with self.background:
+                self.resume()
+                while not self.is_over:
+                    # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
+                    self.train_epoch()
+                    # All ranks: evaluate rank 0's model, each rank on its own share of the validation set.
+                    self.model.share_buffers()
+                    self.validate()
+                    # All ranks: what each has added up meets on rank 0, which reports it back to all.
+                    row = self.report()
+                    # All ranks: the decision what is best is the same everywhere, made from the same row.
+                    improved = self.finish_epoch(row)
+                    # All ranks copy, and go on while the copies are written; rank 0 writes the results.
+                    self.save(
+                        results=True,
+                        improved=improved,
+                        checkpoint=self.schedule.checkpoint_every == "epoch" or self.is_over,
+                    )
+                self.settle()
+                self.beat()
+        finally:
+            self.heartbeat.enter(Phase.DONE)
 
     @property
     def is_over(self) -> bool:
@@ -140,11 +144,13 @@ class Loop:
         self.model.bare.train()
         began, samples_before = time.perf_counter(), self.samples_done
         for batch in self.train_batches.epoch(self.place.epoch, self.place.step_in_epoch):
+            step_began = time.perf_counter()
             self.stop.ask()
             self.train_step(batch.micro_batches)
             self.samples_done += batch.samples
             self.place.step += 1
             self.place.step_in_epoch += 1
+            self.step_s = time.perf_counter() - step_began
             self.beat()
             self.stop_or_save()
         samples = self.samples_done - samples_before  # none when only the validation was left to do
@@ -178,9 +184,11 @@ class Loop:
             scale = self.world.world_size / micro_batch.batch_samples
             undone = contextlib.nullcontext() if micro_batch.samples else self.model.without_trace()
             with self.model.accumulating(last=micro_batch.is_last), undone:
+                self.heartbeat.enter(Phase.FORWARD)
                 outcome = self.step(self.model.module, micro_batch)
                 if not self.samples_done:  # in this process's first step
                     self.model.require_all_used(outcome.total)
+                self.heartbeat.enter(Phase.BACKWARD)
                 if outcome.weight is None:
                     (outcome.total * scale).backward()
                 else:
@@ -235,13 +243,14 @@ class Loop:
         """Every validation sample once. All ranks take part, in nothing but the agreement on a stop."""
         if self.val_batches is None:
             return
+        self.heartbeat.enter(Phase.VALIDATING)
         before = rng_state(self.world.device)
         self.model.bare.eval()
         self.val_tally.reset()
         for i, batch in enumerate(self.val_batches.epoch(self.place.epoch)):
             self.stop.ask()
             evaluate_batch(self.model.bare, self.step, batch, self.val_tally)
-            self.beat(validating=i + 1)
+            self.beat(Phase.VALIDATING, i + 1)
             if signal_number := self.stop.agreed():
                 # The run will continue with the whole validation: with the random numbers that it began with.
                 set_rng_state(before, self.world.device)
@@ -250,6 +259,7 @@ class Loop:
 
     def report(self) -> Row:
         """The epoch's row, the same on all ranks. All ranks take part: one synchronisation for all of it."""
+        self.heartbeat.enter(Phase.REPORTING)
         tallies = [self.train_tally] if self.val_batches is None else [self.train_tally, self.val_tally]
         values = gather_values(self.world, tallies)
         row: Row = {
@@ -284,7 +294,9 @@ class Loop:
             results: whether the history and the last weights are to be written, and with `improved` the best ones.
             checkpoint: whether the run is to be able to continue from here.
         """
+        self.beat(Phase.SAVING)
         self.background.wait()  # for the copies before to be written
+        began = time.monotonic()
         jobs = []
         if results and self.world.is_main:  # first, since the checkpoint has a link to the best weights
             jobs.append(self.results.snapshot(self.model.bare, self.rows, best=improved))
@@ -300,10 +312,13 @@ class Loop:
             ended = self.place.epoch - 1 if self.place.step_in_epoch == 0 else None
             moment = Moment(self.place.step, ended)
             jobs.append(self.checkpoints.snapshot(moment, self.best.epoch, self.shared_state(), own, buffers))
+            jobs.append(lambda: setattr(self, "checkpoint_s", time.monotonic() - began))
         self.background.start(jobs)
+        self.heartbeat.enter(Phase.LOADING)
 
     def settle(self) -> None:
         """Wait until all is written. All ranks take part; raises UserError where results can't be written."""
+        self.heartbeat.enter(Phase.SAVING)
         self.background.wait()
         if self.world.is_main:
             self.results.finish()
@@ -399,23 +414,28 @@ class Loop:
 
     # -- seeing ----------------------------------------------------------------------------------
 
-    def beat(self, validating: int = 0) -> None:
-        """Say where this rank is. Waits for the device only now and then, and only on rank 0."""
+    def beat(self, phase: Phase = Phase.LOADING, validated: int = 0) -> None:
+        """Say where this rank is. Waits for the device only now and then, and only on rank 0.
+
+        Args:
+            validated: batches, while it validates.
+        """
         now = time.monotonic()
         if self.world.is_main and self.train_tally.samples and now - self._looked_at > LOOK_EVERY_S:
             self._looked_at = now
             self._shown_loss = self.train_tally.mean_loss()
-        batches = self.val_batches if validating and self.val_batches else self.train_batches
+        batches = self.val_batches if validated and self.val_batches else self.train_batches
         self.heartbeat.beat(
             Beat(
                 epoch=min(self.place.epoch, self.schedule.epochs),
                 epochs=self.schedule.epochs,
                 step=self.place.step,
-                step_in_epoch=validating or self.place.step_in_epoch,
+                step_in_epoch=validated or self.place.step_in_epoch,
                 steps_in_epoch=batches.num_steps or 0,
-                validating=int(validating > 0),
                 samples=float(self.samples_done),
                 loss=self._shown_loss,
+                phase=phase,
+                stop_s=self.step_s + self.checkpoint_s,
             )
         )
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
@@ -16,6 +21,27 @@ class Stopped(SystemExit):
     def __init__(self, signal_number: int) -> None:
         super().__init__(75)
         self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def signals_left_to_agent() -> Iterator[None]:
+    """Ignore the requests to stop that a cluster sends to all processes: the agent passes them on by the heartbeat.
+
+    Loading processes begun meanwhile ignore them too. A handler of the script's own stays.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where handlers can't be set
+        yield
+        return
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)}
+    ours = {number: handler for number, handler in before.items() if handler in defaults}
+    for number in ours:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 class StopAgreement:

@@ -30,7 +30,7 @@ from .data import Batches, IndexedBatches, Source
 from .ddp import DataParallel
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .step import UserStep, supervised_step, user_step
-from .stop import Stopped
+from .stop import Stopped, signals_left_to_agent
 from .stream import LoaderShares, StreamBatches, StreamShares
 from .tally import Tally
 from .world import join_world
@@ -224,7 +224,8 @@ class Trainer:
             _refuse_second_fit(run)
             if self.world.is_main and not run.job.exists():
                 write_text(run.job, self._description(_script_name()))
-            yield run
+            with signals_left_to_agent():
+                yield run
             return
         with contextlib.ExitStack() as stack:
             run = RunDir(self.world.from_main(self._prepare(stack) if self.world.is_main else ""))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dtrain.errors import UserError
+from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE
 
 T = TypeVar("T")
 
@@ -75,11 +78,13 @@ def join_world(device: str = "auto") -> World:
             return World(0, 1, chosen)
         on_gpu = chosen.type == "cuda"
         # With a device, NCCL connects at once instead of at the first collective.
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, timeout=collective_timeout()
+        )
         atexit.register(_leave)
     if dist.get_world_size() == 1:
         return World(0, 1, chosen)
-    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=collective_timeout()))
     return World(dist.get_rank(), dist.get_world_size(), chosen, control)
 
 
@@ -94,6 +99,12 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def collective_timeout() -> timedelta:
+    """Long enough for the agent's watchdog to see a hang first: it names the rank that causes it."""
+    return timedelta(seconds=2 * float(os.environ.get(HANG_TIMEOUT_VARIABLE, HANG_TIMEOUT_S)))
+
+
 def _leave() -> None:
-    if dist.is_initialized():
+    # After an uncaught exception the other ranks may be in a collective: to leave the group would wait for them.
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()

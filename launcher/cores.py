@@ -1,0 +1,55 @@
+"""How many cores this process may use: in a container or a batch job, fewer than the machine has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_UNLIMITED = ("max", "-1")
+
+
+def usable_cores(proc: Path = Path("/proc/self")) -> int:
+    """What affinity and the CPU quotas of this process's control groups allow, in whole cores; at least 1.
+
+    Args:
+        proc: this process's folder in /proc.
+    """
+    return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(proc)])))
+
+
+def _quotas(proc: Path) -> Iterator[float]:
+    """Of each group with a quota that this process is in, in cores: man 7 cgroups, of version 1 and 2."""
+    for folder, mount in _groups(proc):
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError):
+                if (group / "cpu.max").exists():
+                    quota, period = (group / "cpu.max").read_text().split()
+                else:
+                    quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+                if quota not in _UNLIMITED:
+                    yield int(quota) / int(period)
+            if group == mount:
+                break
+
+
+def _groups(proc: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder of each group that may limit this process's CPU time, and where its hierarchy is mounted."""
+    try:
+        lines = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = (proc / "mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    paths = {controller: path for _, controllers, path in lines for controller in controllers.split(",")}
+    for mount in mounts:
+        before, _, after = mount.partition(" - ")
+        root, mounted_at = before.split()[3:5]
+        kind, _, options = after.split()
+        controller = "" if kind == "cgroup2" else "cpu"
+        if controller not in paths or not (kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(","))):
+            continue
+        path = paths[controller]
+        # In a container the mount may begin at the container's own group.
+        inside = path[len(root.rstrip("/")) :] if path.startswith(root) else ""
+        yield Path(mounted_at) / inside.lstrip("/"), Path(mounted_at)

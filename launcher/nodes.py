@@ -1,0 +1,248 @@
+"""The nodes of a run: how their agents find each other, and what they tell each other while it runs.
+
+Node 0 keeps torch's TCPStore, which the ranks of all nodes use for their own rendezvous too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in their __all__
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from dtrain.errors import UserError
+
+CONNECT_S = 30.0  # how long a node looks for node 0
+ANSWER_S = 10.0  # how long a connection to node 0 may take
+GATHER_S = 600.0  # how long node 0 waits for the others
+LEAVE_S = 5.0  # how long node 0 waits for the others in the end
+LOST_S = 15.0  # an agent that has said nothing for so long is gone
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Which node this is, and where node 0 is to be found."""
+
+    num_nodes: int = 1
+    node_rank: int = 0
+    host: str = "localhost"
+    port: int = 0  # 0: any that is free
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class Nodes:
+    """This node among all; what is said here reaches the agents of the others.
+
+    Args:
+        hello: what all nodes must have in common.
+
+    Raises:
+        UserError: they don't find each other, or don't have it in common.
+    """
+
+    def __init__(self, endpoint: Endpoint, hello: Mapping[str, Any]) -> None:
+        self.num_nodes, self.node_rank = endpoint.num_nodes, endpoint.node_rank
+        self.is_alone = self.num_nodes == 1
+        self.host = endpoint.host
+        self.store = _host_store(endpoint) if self.node_rank == 0 else _find_store(endpoint)
+        self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
+        self._spoke = 0.0
+        if not self.is_alone:
+            self._greet(endpoint, dict(hello))
+
+    def _greet(self, endpoint: Endpoint, hello: dict[str, Any]) -> None:
+        if self.store.add(f"taken/{self.node_rank}", 1) > 1:
+            raise UserError(f"--node-rank {self.node_rank}: another node of {endpoint} has that number already")
+        self.store.set(f"hello/{self.node_rank}", json.dumps(hello))
+        print(f"node {self.node_rank} of {self.num_nodes} at {endpoint}: waiting for the others", file=sys.stderr)
+        deadline = time.monotonic() + GATHER_S
+        missing = [f"hello/{node}" for node in range(self.num_nodes)]
+        while missing := [key for key in missing if not self.store.check([key])]:
+            if time.monotonic() > deadline:
+                nodes = ", ".join(key.removeprefix("hello/") for key in missing)
+                raise UserError(
+                    f"no sign of node {nodes} at {endpoint} in {GATHER_S:.0f} s; start the same command there"
+                )
+            time.sleep(_POLL_S)
+        hellos = [json.loads(self.store.get(f"hello/{node}")) for node in range(self.num_nodes)]
+        for node, other in enumerate(hellos):
+            for key, value in hellos[0].items():
+                if other.get(key) != value:
+                    self.close()
+                    raise UserError(f"{key} differs between node 0 and node {node}: {value} and {other.get(key)}")
+
+    def from_first(self, key: str, value: str = "") -> str:
+        """What node 0 gives under that key, on all nodes."""
+        if self.node_rank == 0:
+            self.store.set(f"first/{key}", value)
+            return value
+        deadline = time.monotonic() + CONNECT_S
+        while not self.store.check([f"first/{key}"]):
+            if time.monotonic() > deadline:
+                raise UserError(f"node 0 did not start the run in {CONNECT_S:.0f} s: look at its screen")
+            time.sleep(_POLL_S)
+        return str(self.store.get(f"first/{key}"), "utf-8")
+
+    # -- while it runs ---------------------------------------------------------------------------
+
+    def report(self, attempt: int, end: Mapping[str, Any]) -> None:
+        """How this node's ranks ended."""
+        if not self.is_alone:
+            self.store.set(f"{attempt}/end/{self.node_rank}", json.dumps(end))
+
+    def reports(self, attempt: int) -> dict[int, dict[str, Any]]:
+        """What the other nodes have reported so far."""
+        return dict(self._reports(attempt))
+
+    def _reports(self, attempt: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for node in self._others():
+            key = f"{attempt}/end/{node}"
+            if self.store.check([key]):
+                yield node, json.loads(self.store.get(key))
+
+    def lost(self) -> int | None:
+        """Another node whose agent gives no sign of life; to be called all the time, since it gives this one's."""
+        if self.is_alone:
+            return None
+        now = time.monotonic()
+        if now - self._spoke > 1.0:
+            self._spoke = now
+            self.store.add(f"alive/{self.node_rank}", 1)
+            for node in self._others():
+                count = self.store.add(f"alive/{node}", 0)
+                if node not in self._seen or count != self._seen[node][0]:
+                    self._seen[node] = (count, now)
+        return next((node for node, (_, when) in self._seen.items() if now - when > LOST_S), None)
+
+    def close(self) -> None:
+        """Leave; node 0 waits for the others, who may still have to hear how it ended."""
+        if self.is_alone:
+            return
+        with suppress(DistNetworkError, DistStoreError):
+            self.store.set(f"left/{self.node_rank}", "")
+            deadline = time.monotonic() + LEAVE_S
+            others = [f"left/{node}" for node in self._others()]
+            while self.node_rank == 0 and not self.store.check(others) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+
+    def _others(self) -> list[int]:
+        return [node for node in range(self.num_nodes) if node != self.node_rank]
+
+
+class Rendezvous(RendezvousHandler):
+    """torch's elastic agent meets here again at each attempt: the nodes are known, and keep their numbers."""
+
+    def __init__(self, nodes: Nodes, run_id: str) -> None:
+        self._nodes = nodes
+        self._run_id = run_id
+        self._attempts = 0
+        self._ranks_store: Any = None  # of the attempt, kept as long as it lasts
+
+    def get_backend(self) -> str:
+        return "static"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True  # so that the ranks need no port of their own, which another process could take
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._attempts += 1
+        nodes = self._nodes
+        port = nodes.store.port
+        if self._attempts > 1:  # the ranks would find each other's addresses of the attempt before
+            if nodes.node_rank == 0:
+                self._ranks_store = TCPStore(nodes.host, 0, is_master=True, wait_for_workers=False)
+                port = self._ranks_store.port
+            port = int(nodes.from_first(f"port of attempt {self._attempts}", str(port)))
+        store = PrefixStore(f"attempt-{self._attempts}", nodes.store)
+        return RendezvousInfo(store, nodes.node_rank, nodes.num_nodes, RendezvousStoreInfo(nodes.host, port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """There is no later one to keep anybody from."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def _host_store(endpoint: Endpoint) -> TCPStore:
+    try:
+        with socket.socket(socket.getaddrinfo(endpoint.host, None)[0][0]) as probe:
+            probe.bind((endpoint.host, 0))
+    except OSError as error:
+        raise UserError(
+            f"--rendezvous {endpoint}: node 0 must run on that host, and it is not this one ({error.strerror})"
+        ) from None
+    try:
+        return TCPStore(endpoint.host, endpoint.port, is_master=True, wait_for_workers=False)
+    except (DistNetworkError, DistStoreError) as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(f"--rendezvous {endpoint}: the port is in use on this machine; choose another") from None
+        raise UserError(f"--rendezvous {endpoint}: node 0 can't listen there: {str(error).splitlines()[0]}") from None
+
+
+def _find_store(endpoint: Endpoint) -> TCPStore:
+    print(f"node {endpoint.node_rank} of {endpoint.num_nodes}: looking for node 0 at {endpoint}", file=sys.stderr)
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            socket.create_connection((endpoint.host, endpoint.port), timeout=5.0).close()
+            break
+        except socket.gaierror:
+            raise UserError(f"--rendezvous {endpoint}: no host of that name is known here") from None
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--rendezvous {endpoint}: nobody answers ({error.strerror or error}), for {CONNECT_S:.0f} s: is "
+                    "dtrain running on node 0, with --node-rank 0, and may this node reach that port?"
+                ) from None
+            time.sleep(_POLL_S)
+    found: list[TCPStore] = []
+
+    def connect() -> None:
+        with suppress(DistNetworkError, DistStoreError):
+            timeout = timedelta(seconds=ANSWER_S)
+            found.append(TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=timeout))
+
+    # A thread, since torch waits for ever where somebody listens and says nothing.
+    connecting = threading.Thread(target=connect, daemon=True)
+    with _silenced():  # torch logs each try with its native stack
+        connecting.start()
+        connecting.join(ANSWER_S)
+    if not found:
+        raise UserError(f"--rendezvous {endpoint}: something else than dtrain's node 0 answers there")
+    found[0].set_timeout(timedelta(minutes=5))
+    return found[0]
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,53 @@
+"""A rank's standard streams: what it prints goes to its log, at once, and costs it nothing if the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def open_output(path: Path) -> None:
+    """All that this process and its children print goes to the file, after what is there.
+
+    stdout and stderr have no buffer, as of `python -u`.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        _replace(name, "w", _Log(number, "wb", closefd=False))
+
+
+def reopen_input() -> None:
+    """stdin as the agent has it, in a process forked from the fork server, which has closed it."""
+    if sys.stdin is not None:
+        os.close(sys.stdin.fileno())  # /dev/null
+    _replace("stdin", "r", open(0, "rb", closefd=False))  # noqa: SIM115
+
+
+class _Log(io.FileIO):
+    """What a training prints is worth less than the training: without room for it, it is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return memoryview(data).nbytes
+
+
+def _replace(name: str, mode: str, binary: Any) -> None:
+    before = getattr(sys, f"__{name}__")
+    if before is None:  # closed since the command began
+        return
+    getattr(binary, "raw", binary).name = f"<{name}>"
+    stream: Any = io.TextIOWrapper(binary, before.encoding, before.errors, "\n", write_through=True)
+    stream.mode = mode
+    setattr(sys, name, stream)
+    setattr(sys, f"__{name}__", stream)

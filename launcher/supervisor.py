@@ -1,0 +1,229 @@
+"""torch's elastic agent, made quick and truthful: what it does when a rank, a node or the user ends the run.
+
+It decides once for a whole attempt who is to blame, on all nodes alike, and takes all ranks down within about a
+second. Imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
+from dtrain.files import read_json
+from dtrain.heartbeat import Beat, Heartbeat
+from dtrain.run import RunDir
+
+from . import causes
+from .nodes import Nodes, Rendezvous
+from .processes import kill_sessions, oom_kills
+from .watchdog import Watchdog
+
+logger = logging.getLogger("dtrain.launcher")  # in the agent's log
+
+_TERM_S = 1.0  # between SIGTERM and SIGKILL, for ranks of a job that is lost
+_KILL_S = 5.0  # for the kernel to end them
+_HEAR_S = 2.0  # for the other nodes to say how their ranks ended
+_MONITOR_S = 0.1
+
+
+class Supervisor(LocalElasticAgent):
+    """Starts this node's ranks, watches them, starts them again where that was asked for.
+
+    Args:
+        command: what python is called with for each rank.
+        heartbeats: of this node's ranks, by rank.
+        give_up: whether the ranks were asked to stop, and should long be gone.
+        on_restart: told of the cause of each failure after which the ranks are started again.
+
+    Attributes:
+        cause: of the last attempt's failure, as status.json's `error`; None where it did not fail.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run: RunDir,
+        nodes: Nodes,
+        heartbeats: Mapping[int, Heartbeat],
+        scratch: str,
+        *,
+        hang_timeout_s: float,
+        restarts: int,
+        give_up: Callable[[], bool],
+        on_restart: Callable[[dict[str, Any]], None],
+    ) -> None:
+        spec = WorkerSpec(
+            role="default",
+            local_world_size=len(heartbeats),
+            entrypoint=sys.executable,
+            args=tuple(command),
+            rdzv_handler=Rendezvous(nodes, os.path.basename(scratch)),
+            max_restarts=restarts,
+            monitor_interval=_MONITOR_S,
+            local_addr=nodes.host,
+        )
+        super().__init__(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=2)
+        self.cause: dict[str, Any] | None = None
+        self._run = run
+        self._nodes = nodes
+        self._heartbeats = heartbeats
+        self._watchdog = Watchdog(heartbeats, hang_timeout_s)
+        self._give_up = give_up
+        self._on_restart = on_restart
+        self._attempt = 0
+        self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
+        self._oom_kills = 0
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """This node's ranks' processes; empty before they are started."""
+        started = {} if self._pcontext is None else self._pcontext.pids()
+        return {
+            worker.global_rank: started[worker.local_rank] for worker in self._workers if worker.local_rank in started
+        }
+
+    @property
+    def _workers(self) -> list[Worker]:
+        return self._worker_group.workers
+
+    # -- called by torch's agent -----------------------------------------------------------------
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._attempt += 1
+        self._oom_kills = oom_kills()
+        self.cause = None
+        self._sent.clear()
+        for rank, heartbeat in self._heartbeats.items():
+            self._run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
+            heartbeat.beat(Beat())
+        workers: dict[int, Any] = super()._start_workers(worker_group)
+        return workers
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self.cause is None:
+            self._look()
+        if self.cause is not None:
+            return RunResult(state=WorkerState.FAILED)
+        codes = self._exit_codes()  # torch's own look would end the others at once where one has failed
+        return RunResult(WorkerState.HEALTHY if None in codes.values() else WorkerState.SUCCEEDED, return_values=codes)
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        assert self.cause is not None
+        self._on_restart(self.cause)
+        super()._restart_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """This node is done; whether the run is, the others say."""
+        self._nodes.report(self._attempt, {})
+        while len(reports := self._reports()) < self._nodes.num_nodes - 1:
+            if (lost := self._lost_node()) is not None:
+                self.cause = lost
+                return
+            time.sleep(_MONITOR_S)
+        self.cause = causes.first([report for report in reports.values() if report])
+
+    # -- a failure -------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """See whether the attempt is lost, and if so, end it."""
+        failed = [end for end in self._ends() if end.has_failed]
+        gone, elsewhere = self._lost_node(), self._reports()
+        if failed:
+            self._take_down()
+            after = [end for end in self._ends() if end.has_failed and not self._ended_as_told(end)]
+            for end in [*failed, *after]:
+                logger.info("%s", end)
+            self._conclude(causes.describe(causes.first_cause(failed, after), self._oom_kills))
+        elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
+            logs = {rank: self._run.rank_log(rank) for rank in self._heartbeats}
+            error = {**self._watchdog.explain(self.pids, logs), "host": socket.gethostname()}
+            self._take_down(at_once=True)
+            self._conclude(error)
+        elif any(elsewhere.values()):
+            self._take_down()
+            self._conclude({})
+        elif gone is not None:
+            self._take_down()
+            self.cause = gone
+        elif self._give_up():
+            self._take_down(at_once=True)
+            self._conclude(causes.gave_up(min(self._heartbeats)))
+        if self.cause is not None and self.cause["type"] in causes.FINAL:
+            self._remaining_restarts = 0
+
+    def _conclude(self, own: dict[str, Any]) -> None:
+        """Tell the other nodes how the ranks here ended, hear how theirs did, and choose the first cause."""
+        with suppress(DistNetworkError, DistStoreError):
+            self._nodes.report(self._attempt, own)
+        deadline = time.monotonic() + _HEAR_S
+        while len(reports := self._reports()) < self._nodes.num_nodes - 1 and time.monotonic() < deadline:
+            time.sleep(_MONITOR_S)
+        self.cause = causes.first([report for report in (own, *reports.values()) if report])
+
+    def _reports(self) -> dict[int, dict[str, Any]]:
+        try:
+            return self._nodes.reports(self._attempt)
+        except (DistNetworkError, DistStoreError):
+            return {}  # node 0 is gone, see `_lost_node`
+
+    def _lost_node(self) -> dict[str, Any] | None:
+        try:
+            node = self._nodes.lost()
+        except (DistNetworkError, DistStoreError):
+            node = 0  # which keeps the store
+        return None if node is None else causes.lost_node(node)
+
+    def _take_down(self, *, at_once: bool = False) -> None:
+        """End this node's ranks and all that they have started."""
+        if not at_once:
+            self._signal(signal.SIGTERM)
+            self._await_end(_TERM_S)
+        self._signal(signal.SIGKILL)
+        self._await_end(_KILL_S)
+        kill_sessions(set(self.pids.values()))  # each rank has one of its own, with what it has started
+        logger.info("this node's ranks are down")
+
+    def _signal(self, number: int) -> None:
+        for rank, code in self._exit_codes().items():
+            # A rank that has just said what went wrong is ending; its own exit code is worth a moment.
+            if code is not None or (number == signal.SIGTERM and self._is_ending(rank)):
+                continue
+            if not self._is_ending(rank):
+                self._sent[rank] = number
+            with suppress(ProcessLookupError):
+                os.kill(self.pids[rank], number)
+
+    def _ended_as_told(self, end: causes.RankEnd) -> bool:
+        """Whether the rank has ended since we told it to, and not for a reason of its own."""
+        number = self._sent.get(end.rank)
+        return number is not None and (end.exit_code == -number or end.suspicion > 1)
+
+    def _is_ending(self, rank: int) -> bool:
+        record = read_json(self._run.rank_error(rank))
+        return record is not None and not record["victim"]
+
+    def _await_end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while None in self._exit_codes().values() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _ends(self) -> list[causes.RankEnd]:
+        return causes.read_ends(self._run, self._exit_codes())
+
+    def _exit_codes(self) -> dict[int, int | None]:
+        """By rank; None for those that run."""
+        context: Any = self._pcontext
+        codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
+        return {worker.global_rank: codes[worker.local_rank] for worker in self._workers}

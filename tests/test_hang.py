@@ -1,0 +1,91 @@
+"""A rank that no longer moves: which one and where it stands is said, and the job ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+from command import Project
+
+HANGS = """
+import os
+import signal
+import time
+
+import data, net
+
+
+def stand():
+    while True:
+        time.sleep(0.01)
+
+
+class Net(net.Net):
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x):
+        if self.calls == 3 and os.environ["RANK"] == "1":
+            if self.fault == "forward":
+                stand()
+            if self.fault == "suspended":
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return super().forward(x)
+
+
+class Points:
+    def __init__(self, hangs):
+        self.points, self.hangs = data.points(40), hangs
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if self.hangs and os.environ["RANK"] == "1" and index == 17:
+            stand()
+        return self.points[index]
+"""
+
+# By name: what differs in the job, what the screen must say.
+CASES = {
+    "forward": ({}, "in its forward pass, epoch 1, after step 3"),
+    "suspended": ({}, "in its forward pass, epoch 1, after step 3; the process is suspended"),
+    "loading": ({"workers": 0}, "loading data, epoch 1, after step "),
+    "loading process": ({"workers": 1}, "loading data, epoch 1, after step "),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rank_that_stands_is_named(name, project: Project):
+    loading, says = CASES[name]
+    project.write("hangs.py", HANGS)
+    project.job(
+        model={"_target_": "hangs.Net", "fault": name},
+        data={"train": {"_target_": "hangs.Points", "hangs": bool(loading)}, "batch_size": 8, **loading},
+        launch={"hang_timeout_s": 3},
+    )
+    done = project.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
+    assert done.code == 1, done.err
+    assert re.search(rf"rank 1 failed: has not moved for \d+ s: {says}", done.last_lines), done.err
+    assert "most recent call first" not in done.err
+    if name != "suspended":
+        assert re.search(r'hangs.py", line \d+ in stand', done.last_lines), done.err
+        assert "in stand" in project.run_dir().rank_log(1).read_text()
+    # The other rank's stack is in its log as well.
+    assert "most recent call first" in project.run_dir().rank_log(0).read_text()
+    assert project.status()["error"]["type"] == "Hang"
+
+
+def test_ranks_that_do_not_stop_when_asked_are_ended(project: Project, monkeypatch):
+    project.write("train.py", "import time\nopen('waiting', 'w').close()\nwhile True:\n    time.sleep(0.1)\n")
+    ignoring = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    project.write("stubborn.py", ignoring + (project.folder / "train.py").read_text())
+    with project.running("launch", "--gpus", "2", "--run-dir", "run", "stubborn.py") as command:
+        command.until((project.folder / "waiting").exists)
+        command.signal(signal.SIGTERM)
+        done = command.wait()
+    assert done.code == 128 + signal.SIGTERM
+    assert "Traceback" not in done.err
+    assert project.status()["state"] == "killed"
