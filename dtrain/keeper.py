@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterable
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import Any, Literal, TextIO
 
 from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Beat, Heartbeat
-from dtrain.run import END_OF_OUTPUT, RunDir
+from dtrain.output import RankOutput
+from dtrain.run import RunDir
 from dtrain.screen import Screen
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
@@ -31,14 +32,18 @@ TRACKER_GRACE_S = 60.0  # MLflow gets this long after the end of the run
 class Keeper:
     """Keeps a run from its start to its end. A context manager; `finish` says how it ended.
 
-    The run must be locked by the caller, and have its ranks' heartbeats.
+    The run must be locked by the caller, and have its ranks' heartbeats. A thread keeps the status and another one
+    the screen: a terminal that takes nothing more must not make the status untrue.
 
     Args:
-        echo: where lines that rank 0 prints into its log are shown; None where it has no log of its own.
+        echo: where the lines that ranks print into their logs are shown; None where they have no logs.
+        show_ranks: whose lines.
         quiet: neither to a screen nor to MLflow.
     """
 
-    def __init__(self, run: RunDir, echo: IO[str] | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, run: RunDir, echo: TextIO | None = None, show_ranks: Iterable[int] = (0,), *, quiet: bool = False
+    ) -> None:
         self.run = run
         self.screen = Screen(quiet)
         self._quiet = quiet
@@ -56,18 +61,22 @@ class Keeper:
         }
         if previous is not None:
             self._status |= {key: previous.get(key) for key in ("epoch", "step")}
-        self._echoed = Follower(run.rank_log(0)) if echo is not None else None
+        self._outputs = [RankOutput(rank, run.rank_log(rank)) for rank in show_ranks] if echo is not None else []
         self._echo = echo
         self._rows_changed = 0
+        self._trouble: str | None = None  # still to be shown
+        self._was_in_trouble = False
         # Epochs done again after a stop are not shown again.
         self._shown_epoch = max((row["epoch"] for row in run.rows()), default=0)
         self._tracker: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="dtrain-keeper", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="dtrain-keeper", daemon=True)
+        self._showing = threading.Thread(target=self._show, name="dtrain-screen", daemon=True)
 
     def __enter__(self) -> Keeper:
         self._write()
-        self._thread.start()
+        self._watching.start()
+        self._showing.start()
         return self
 
     def __exit__(
@@ -77,19 +86,22 @@ class Keeper:
             interrupted = isinstance(error, KeyboardInterrupt)
             self.finish("killed" if interrupted else "failed", 130 if interrupted else 1)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether rank 0 has a loop of ours running, which listens to a request to stop."""
-        return self._heartbeat.read().epochs > 0
+    def restarted(self) -> None:
+        """The ranks have failed, and are being started again."""
+        self._status["restarts"] += 1
+        # What their logs hold by now is the end of those that failed.
+        self._outputs = [RankOutput(output.rank, self.run.rank_log(output.rank)) for output in self._outputs]
 
     def finish(self, state: State, exit_code: int, error: dict[str, Any] | None = None) -> None:
-        """The ranks have ended: show and write what is left, and wait for MLflow to have it."""
+        """The ranks have ended: write and show what is left, and wait for MLflow to have it."""
         self._over.set()
-        self._thread.join()
-        self._look()
-        self.screen.close()
+        self._watching.join()
+        self._take_beat()
         self._status |= {"state": state, "exit_code": exit_code, "error": error}
         self._write()
+        self._showing.join()
+        self._show_trouble()
+        self.screen.close()
         if self._tracker is None and self.run.job.exists():
             self._start_tracker()
         if self._tracker is not None:
@@ -102,27 +114,62 @@ class Keeper:
         last_write = time.monotonic()
         while not self._over.wait(LOOK_EVERY_S):
             with contextlib.suppress(OSError):  # a hiccup of the file system must not blind the rest of the run
-                beat = self._look()
-                if beat.step > 0 and self._tracker is None:
+                if self._take_beat().step > 0 and self._tracker is None:
                     self._start_tracker()
             if time.monotonic() - last_write >= WRITE_EVERY_S:
                 last_write = time.monotonic()
                 self._write()
 
-    def _look(self) -> Beat:
-        """Take in and show what is new."""
-        if self._echoed is not None and self._echo is not None:
-            for line in self._echoed.new_lines():
-                if line == END_OF_OUTPUT:  # a victim's traceback would hide the cause
-                    self._echoed = None
-                    break
-                self.screen.print(line, self._echo)
-        self._show_new_rows()
+    def _take_beat(self) -> Beat:
         beat = self._heartbeat.read()
         if beat.epochs:
             self._status |= {"epoch": beat.epoch, "step": beat.step}
-            self.screen.show_beat(beat)
         return beat
+
+    def _write(self) -> None:
+        mirrored = read_json(self.run.mlflow) or {}
+        self._status["mlflow_run_id"] = mirrored.get("run_id")
+        try:
+            write_json(self.run.status_file, self._status, durable=self._status["state"] != "running")
+        except OSError as error:  # a full disk must not end the training, and leaves no room in logs to say so
+            if not self._was_in_trouble:
+                self._trouble = f"{self.run}: can't write status.json: {error.strerror}; the run goes on"
+            self._was_in_trouble = True
+
+    # -- on the screen ---------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        more = False
+        while not self._over.wait(0 if more else LOOK_EVERY_S):
+            more = self._show_new()
+        while self._show_new():  # to the last byte: it may be why a rank died
+            pass
+        for output in self._outputs:
+            self._show_lines(output.rank, output.unfinished())
+
+    def _show_new(self) -> bool:
+        """Show what is new; whether there may be more at once."""
+        more = False
+        self._show_trouble()
+        with contextlib.suppress(OSError):
+            for output in self._outputs:
+                lines = output.new_lines()
+                self._show_lines(output.rank, lines or [])
+                more |= lines is not None
+            self._show_new_rows()
+            beat = self._heartbeat.read()
+            if beat.epochs:
+                self.screen.show_beat(beat)
+        return more
+
+    def _show_trouble(self) -> None:
+        if self._trouble is not None:
+            self.screen.print(self._trouble)
+            self._trouble = None
+
+    def _show_lines(self, rank: int, lines: list[bytes]) -> None:
+        if lines and self._echo is not None:
+            self.screen.show_output(rank, lines, self._echo)
 
     def _show_new_rows(self) -> None:
         changed = self.run.metrics.stat().st_mtime_ns if self.run.metrics.exists() else 0
@@ -134,13 +181,6 @@ class Keeper:
             if row["epoch"] > self._shown_epoch:
                 self._shown_epoch = row["epoch"]
                 self.screen.show_row(row)
-
-    def _write(self) -> None:
-        mirrored = read_json(self.run.mlflow) or {}
-        self._status["mlflow_run_id"] = mirrored.get("run_id")
-        # A full disk must not end the training.
-        with contextlib.suppress(OSError):
-            write_json(self.run.status_file, self._status, durable=self._status["state"] != "running")
 
     # -- MLflow ----------------------------------------------------------------------------------
 
@@ -169,22 +209,3 @@ class Keeper:
         if code != 0:
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
             self.screen.print(f"MLflow does not have all of this run: {lines[-1]}")
-
-
-class Follower:
-    """New lines of a growing file, which may not be there yet. What is there at first is not new."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = path.stat().st_size if path.exists() else 0
-
-    def new_lines(self) -> list[str]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._position)
-                text = file.read()
-        except OSError:
-            return []
-        whole = text.rfind(b"\n") + 1  # the rest of a line may still be on its way
-        self._position += whole
-        return text[:whole].decode(errors="replace").splitlines()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
+import os
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dtrain.heartbeat import Beat
 from dtrain.run import Row
@@ -27,15 +31,26 @@ class Screen:
         self._rate = Rate()
         self._last_line = time.monotonic()
 
-    def print(self, line: str, file: IO[str] | None = None) -> None:
-        """A line above the progress bar; to stderr unless told otherwise."""
+    def print(self, line: str) -> None:
+        """A line above the progress bar."""
         if self._quiet:
             return
-        target = file or sys.stderr
-        if self._progress is not None and target.isatty():
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=target, flush=True)
+        with tolerated(sys.stderr):
+            if self._progress is not None:
+                self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def show_output(self, rank: int, lines: list[bytes], file: TextIO) -> None:
+        """Lines that a rank printed, its number before each, above the progress bar where the file is a terminal."""
+        text = b"".join(b"[rank %d] %b\n" % (rank, line) for line in lines)
+        if self._progress is not None and file.isatty():
+            self.print(text.decode(errors="replace").removesuffix("\n"))
+            return
+        with tolerated(file):
+            file.flush()
+            file.buffer.write(text)  # as it was printed, in whatever encoding
+            file.buffer.flush()
 
     def show_row(self, row: Row) -> None:
         """An epoch that is done."""
@@ -79,6 +94,19 @@ class Screen:
             rate=f"{self._rate.samples_per_s:,.0f} samples/s",
             left=f"{duration(self._rate.seconds_left(beat))} left" if beat.steps_in_epoch else "",
         )
+
+
+@contextlib.contextmanager
+def tolerated(file: TextIO) -> Iterator[None]:
+    """A run goes on although the file takes nothing; once its reader has gone (`| head`, a closed terminal), it leads
+    to nowhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):  # EIO: the terminal is closed
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, file.fileno())
+            os.close(nowhere)
 
 
 class Rate:

@@ -18,7 +18,7 @@ from dtrain.launcher.launch import choose_processes
 def test_help_names_the_commands(project):
     done = project.run("--help")
     assert (done.code, done.err) == (0, "")
-    for command in ("launch", "check", "status", "schema", "ui"):
+    for command in ("launch", "check", "status", "logs", "runs", "cancel", "schema", "ui"):
         assert f"\n  {command} " in done.out
 
 
@@ -37,7 +37,7 @@ def test_schema_is_json_schema_on_stdout(project):
     assert (done.code, done.err) == (0, "")
     schema = json.loads(done.out)
     assert schema["additionalProperties"] is False
-    assert {"name", "model", "data", "optimizer", "fit"} <= set(schema["required"])
+    assert {"name", "model", "data", "optimizer", "fit"} <= set(schema["else"]["required"])  # without a script
 
 
 def test_check_says_that_a_job_is_right(project):
