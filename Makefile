@@ -13,7 +13,7 @@ demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
 
 test: check  ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed  ## Lint and type-check
 	$(BIN)/ruff check .
@@ -23,11 +23,13 @@ check: $(VENV)/installed  ## Lint and type-check
 	$(BIN)/pip install -q --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
 
-faults: $(VENV)/installed  ## Kill and stop N runs at random moments; each must go on to the same bits
+faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; launch 50 at once
 	$(BIN)/python tests/faults/campaign.py --trials $(N) --jobs $(JOBS)
+	$(BIN)/python tests/faults/headlines.py --trials $(N) --jobs $(JOBS)
+	$(BIN)/python tests/faults/crowd.py
 
 bench: $(VENV)/installed-bench  ## Measure side by side with the peers
-	$(BIN)/python bench/first_step.py
+	$(BIN)/python bench/launch.py --plot docs/launch.png
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/checkpoint.py

@@ -48,6 +48,12 @@ REQUESTS = {
     "gpus-0": (["launch", "--gpus", "0", "job.yaml"], ["--gpus 0", "a number above 0, or auto"]),
     "gpus-negative": (["launch", "--gpus", "-1", "job.yaml"], ["--gpus -1", "a number above 0, or auto"]),
     "gpus-word": (["launch", "--gpus", "abc", "job.yaml"], ["--gpus abc", "a number above 0, or auto"]),
+    "show-ranks-word": (["launch", "--show-ranks", "0,x", "job.yaml"], ["--show-ranks 0,x", "such as 0,2, or all"]),
+    "show-ranks-none": (["launch", "--show-ranks", "", "job.yaml"], ["expected ranks, such as 0,2, or all"]),
+    "show-ranks-not-there": (
+        ["launch", "--gpus", "2", "--show-ranks", "0,2", "job.yaml", "launch.device=cpu"],
+        ["--show-ranks 0,2", "there is no rank 2; the last is 1"],
+    ),
     "unknown-command": (["lanch", "job.yaml"], ["No such command 'lanch'"]),
     "unknown-option": (["launch", "--gpu", "2", "job.yaml"], ["No such option", "--gpus"]),
     "no-job": (["launch"], ["Missing argument 'JOB'"]),

@@ -183,6 +183,54 @@ def resumed_job() -> Job:
     return job()
 
 
+FILLING = """
+import os
+from contextlib import suppress
+
+import net
+
+
+class Net(net.Net):
+    def forward(self, x):
+        if self.training and self.calls == 6 and os.environ["RANK"] == "0":
+            with open("run/filler", "wb", buffering=0) as filler, suppress(OSError):
+                while True:
+                    filler.write(bytes(4096))
+        print("forward")
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--no-preload"]], ids=["preload", "no-preload"])
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(options, folder, project):
+    needs_mount("full disk", folder)
+    project.write("filling.py", FILLING)
+    project.job(model={"_target_": "filling.Net", "gate": 9})
+    run = ["launch", *options, "--gpus", "2", "--run-dir", "run/new", "job.yaml", "launch.device=cpu"]
+    with project.running(*run, "fit.epochs=4") as command:
+        command.until(
+            lambda: "run/new: can't write status.json: No space left on device; the run goes on" in command.err
+        )
+        (folder / "filler").unlink()
+        project.write("go", "")
+        done = command.wait()
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err
+    assert project.status("run/new")["state"] == "finished"
+    assert [row["step"] for row in project.run_dir("run/new").rows()] == [5, 10, 15, 20]
+
+
+def test_no_run_begins_on_a_full_disk(folder, project):
+    needs_mount("full disk", folder)
+    with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    done = project.run("launch", "--run-dir", str(folder / "new"), "job.yaml", "launch.device=cpu")
+    assert done.code == 2
+    assert done.err == f"{folder}/new cannot be used: No space left on device; choose another --run-dir\n"
+    assert [path.name for path in folder.iterdir()] == ["filler"]
+
+
 def test_results_that_can_not_be_written_in_the_end_are_an_error(tmp_path):
     with pytest.raises(
         RuntimeError, match=r"training is done, but the disk refused (best|last)\.pt, (best|last)\.pt in"

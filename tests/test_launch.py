@@ -59,8 +59,8 @@ def test_stdout_is_for_results(done, run):
     assert done.out == ""
     lines = done.err.splitlines()
     assert f"run runs/{run.path.name}" in lines
-    assert "imported 0" in lines
-    assert "imported 1" not in lines
+    assert "[rank 0] imported 0" in lines
+    assert not [line for line in lines if "imported 1" in line]
     [first, second] = [line for line in lines if line.startswith("epoch ")]
     assert re.match(r"epoch 1  step 5  .*train_loss .*val_acc .* samples/s", first)
     assert second.startswith("epoch 2  step 10  ")
@@ -86,7 +86,7 @@ def test_job_yaml_is_resolved(run):
     assert job["metrics"]["acc"]["num_classes"] == 2
     assert job["data"] == {**JOB["data"], "workers": 0, "shuffle": True, "sampler": None, "collate": None}
     assert job["checkpoint"] == {"every": "epoch", "keep": 2}
-    assert job["launch"] == {"device": "cpu"}
+    assert job["launch"] == {"device": "cpu", "hang_timeout_s": 1800.0}
 
 
 def test_code_is_the_jobs_folder_as_it_was(run):

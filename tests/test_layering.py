@@ -124,6 +124,9 @@ def run_command(*arguments: str, cwd: Path) -> tuple[int, list[str]]:
         (["schema"], 0),
         (["status", "run"], 0),
         (["status", "none"], 2),
+        (["runs", "."], 0),
+        (["logs", "run"], 0),
+        (["cancel", "run"], 0),
         (["check", "broken.yaml"], 2),
         (["launch", "broken.yaml"], 2),
         (["launch", "missing.yaml"], 2),
@@ -133,7 +136,10 @@ def run_command(*arguments: str, cwd: Path) -> tuple[int, list[str]]:
     ids=str,
 )
 def test_loads_no_torch(arguments, code, tmp_path):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "heartbeat").mkdir(parents=True)
+    (tmp_path / "run" / "heartbeat" / "rank-0").touch()
+    (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "run" / "logs" / "rank-0.log").touch()
     (tmp_path / "run" / "status.json").write_text('{"state": "finished", "exit_code": 0, "epoch": 1, "step": 5}')
     (tmp_path / "broken.yaml").write_text("name: [")
     assert run_command(*arguments, cwd=tmp_path) == (code, [])
