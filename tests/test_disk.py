@@ -185,17 +185,27 @@ def resumed_job() -> Job:
 
 FILLING = """
 import os
+import threading
+import time
 from contextlib import suppress
 
 import net
 
 
+def fill():
+    # Again and again: whatever is deleted makes room.
+    with open("run/filler", "wb", buffering=0) as filler:
+        while not os.path.exists("go"):
+            with suppress(OSError):
+                filler.write(bytes(4096))
+                continue
+            time.sleep(0.001)
+
+
 class Net(net.Net):
     def forward(self, x):
         if self.training and self.calls == 6 and os.environ["RANK"] == "0":
-            with open("run/filler", "wb", buffering=0) as filler, suppress(OSError):
-                while True:
-                    filler.write(bytes(4096))
+            threading.Thread(target=fill).start()
         print("forward")
         return super().forward(x)
 """
@@ -211,8 +221,8 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(options, folder, proje
         command.until(
             lambda: "run/new: can't write status.json: No space left on device; the run goes on" in command.err
         )
-        (folder / "filler").unlink()
         project.write("go", "")
+        (folder / "filler").unlink()
         done = command.wait()
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
