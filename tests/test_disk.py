@@ -211,12 +211,11 @@ class Net(net.Net):
 """
 
 
-@pytest.mark.parametrize("options", [[], ["--no-preload"]], ids=["preload", "no-preload"])
-def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(options, folder, project):
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(folder, project):
     needs_mount("full disk", folder)
     project.write("filling.py", FILLING)
     project.job(model={"_target_": "filling.Net", "gate": 9})
-    run = ["launch", *options, "--gpus", "2", "--run-dir", "run/new", "job.yaml", "launch.device=cpu"]
+    run = ["launch", "--gpus", "2", "--run-dir", "run/new", "job.yaml", "launch.device=cpu"]
     with project.running(*run, "fit.epochs=4") as command:
         command.until(
             lambda: "run/new: can't write status.json: No space left on device; the run goes on" in command.err

@@ -9,11 +9,14 @@ import re
 import shlex
 import signal
 import socket
+import time
 
 import pytest
+from command import PATIENCE_S
 from mlflow import MlflowClient
 
 from dtrain.files import read_json
+from dtrain.heartbeat import Heartbeat
 from dtrain.trainer.checkpoint import saved
 
 GATE = 7  # the step that waits, the second one of epoch 2
@@ -111,6 +114,10 @@ def test_a_closed_terminal_stops_the_run(project, uninterrupted):
     with project.shell_running(f"exec script -qec {shlex.quote(line)} /dev/null") as terminal:
         until_waiting(project, terminal)
         terminal.signal(signal.SIGKILL)
+        heartbeat, deadline = Heartbeat(project.run_dir().heartbeat(0)), time.monotonic() + PATIENCE_S
+        while not heartbeat.stop:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         go_on(project)
         terminal.wait()  # for the run too
     assert (project.status()["state"], project.status()["exit_code"]) == ("stopped", 75)
