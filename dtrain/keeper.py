@@ -19,7 +19,7 @@ from typing import Any, Literal, TextIO
 from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.output import RankOutput
-from dtrain.run import RunDir
+from dtrain.run import EXIT_INTERRUPTED, RunDir
 from dtrain.screen import Screen
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
@@ -84,7 +84,7 @@ class Keeper:
     ) -> None:
         if self._status["state"] == "running":
             interrupted = isinstance(error, KeyboardInterrupt)
-            self.finish("killed" if interrupted else "failed", 130 if interrupted else 1)
+            self.finish("killed" if interrupted else "failed", EXIT_INTERRUPTED if interrupted else 1)
 
     def restarted(self) -> None:
         """The ranks have failed, and are being started again."""

@@ -21,6 +21,8 @@ from dtrain.files import read_json, write_text
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
 # In a rank's log: what follows is for its reader, not for the screen.
 END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
+EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
 
 Row = dict[str, Any]  # one epoch: epoch, step, lr, samples_per_s, train_loss, train_*, val_loss, val_*

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING
 
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import Keeper, State
-from dtrain.run import RunDir
+from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.screen import tolerated
 
 from . import causes, forks
-from .entry import EXIT_STOPPED, Task
+from .entry import Task
 
 if TYPE_CHECKING:
     from .nodes import Nodes
     from .supervisor import Supervisor
 
-EXIT_INTERRUPTED = 130
 GRACE_S = 30.0  # for ranks that were asked to stop, beside the time of three checkpoints
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 

@@ -10,6 +10,7 @@ import click
 
 from dtrain import __version__
 from dtrain.errors import UserError
+from dtrain.run import EXIT_INTERRUPTED
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -157,13 +158,10 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = EXIT_INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"{error.strerror}: {error.filename or 'a file could not be written'}; make room", file=sys.stderr)
-        code = 1
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
         code = 1
     sys.exit(code)

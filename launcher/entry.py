@@ -29,12 +29,11 @@ from typing import Any, NoReturn
 
 from dtrain.errors import ResumeError, UserError
 from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
-from dtrain.run import END_OF_OUTPUT, RUN_DIR_VARIABLE, RunDir
+from dtrain.run import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import stacks
 from .streams import open_output
 
-EXIT_STOPPED = 75
 VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
 PR_SET_PDEATHSIG = 1
 TORCHRUN_HANDLES = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
@@ -130,7 +129,8 @@ def execute(task: Task, arguments: Sequence[str]) -> None:
     sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.is_module else []), task.program, *arguments]
     if task.is_module:
         sys.argv[:] = ["-m", *arguments]
-        runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]  # what `python -m` calls
+        # What `python -m` calls; run_module, which is public, runs it in a module that is gone afterwards.
+        runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]
         return
     sys.argv[:] = [task.program, *arguments]
     file = os.path.join(os.getcwd(), task.program)
@@ -210,14 +210,8 @@ def record(error: BaseException, path: Path, rank: int) -> None:
 def users_traceback(error: BaseException) -> str:
     """The frames of the user's own code; the last ones where there are none."""
     frames = traceback.extract_tb(error.__traceback__)
-    packages = [frame.f_globals.get("__package__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    users = [frame for frame, package in zip(frames, packages, strict=True) if not _is_library(frame.filename, package)]
+    users = [frame for frame in frames if stacks.is_users(frame.filename)]
     return "".join(traceback.format_list(users or frames[-3:]))
-
-
-def _is_library(filename: str, package: str | None) -> bool:
-    is_ours = (package or "").partition(".")[0] == "dtrain"
-    return is_ours or "site-packages" in filename or filename.startswith((os.path.dirname(os.__file__), "<frozen"))
 
 
 def is_failed_collective(error: BaseException) -> bool:

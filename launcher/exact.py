@@ -13,10 +13,10 @@ from typing import Any
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_text
 from dtrain.job import Job, LoadedJob
-from dtrain.run import RunDir
+from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 
-from .agent import EXIT_INTERRUPTED, run_ranks
-from .entry import EXIT_STOPPED, Task
+from .agent import run_ranks
+from .entry import Task
 from .forks import start_fork_server
 from .launch import choose_processes, preload_for, threads_per_rank
 

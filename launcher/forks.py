@@ -62,6 +62,7 @@ def fork_ranks() -> None:
             with contextlib.suppress(ProcessLookupError):  # the server does not leave us a zombie to signal
                 super().close(death_sig)
 
+    # torch's agent looks its handlers up here, and has no parameter for them.
     api.get_subprocess_handler = ForkHandler  # type: ignore[attr-defined, assignment]
 
 
@@ -133,6 +134,7 @@ def forget_multiprocessing() -> None:
     os.close(tracker._fd)
     server.__init__()
     tracker.__init__()
+    # multiprocessing does so in each child it starts: debuggers and py-spy read it.
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
 
 

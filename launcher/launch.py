@@ -17,11 +17,11 @@ from dtrain import __version__
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
 from dtrain.provenance import environment, snapshot
-from dtrain.run import RunDir
+from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 
-from .agent import EXIT_INTERRUPTED, run_ranks
+from .agent import run_ranks
 from .cores import usable_cores
-from .entry import EXIT_STOPPED, Task
+from .entry import Task
 from .forks import start_fork_server
 from .program import Program, find_module, find_program, find_script
 

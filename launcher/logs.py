@@ -9,12 +9,11 @@ import sys
 
 from dtrain.errors import UserError
 from dtrain.output import Tail
-from dtrain.run import RunDir
+from dtrain.run import EXIT_INTERRUPTED, RunDir
 
 from .status import read_status
 
 LOOK_EVERY_S = 0.1
-EXIT_INTERRUPTED = 130
 
 
 def logs(path: str, rank: int, follow: bool) -> int:

@@ -10,7 +10,7 @@ Modules make no garbage to speak of, and looking for it takes a quarter of the t
 import gc
 import os
 
-import dtrain.launcher.forks  # noqa: F401  # what the ranks begin with
+import dtrain.launcher.forks  # noqa: F401 (what the ranks begin with)
 from dtrain.launcher.entry import die_with_parent
 
 gc.disable()

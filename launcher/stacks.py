@@ -31,16 +31,25 @@ class Frame:
 
     @property
     def is_ours(self) -> bool:
-        return any(self.file.startswith(f"{_HOME}/{name}/") for name in ("dtrain", "launcher", "trainer"))
+        return is_ours(self.file)
 
     @property
     def is_users(self) -> bool:
-        """Not Python's, an installed package's, or ours."""
-        installed = self.file.startswith((os.path.dirname(os.__file__), "<")) or "site-packages" in self.file
-        return not (installed or self.is_ours)
+        return is_users(self.file)
 
 
 Stack = list[Frame]  # of one thread, the innermost frame first
+
+
+def is_ours(file: str) -> bool:
+    """Whether this source file is dtrain's."""
+    return any(file.startswith(f"{_HOME}/{name}/") for name in ("dtrain", "launcher", "trainer"))
+
+
+def is_users(file: str) -> bool:
+    """Whether this source file is none of Python's, of an installed package's, or ours."""
+    installed = file.startswith((os.path.dirname(os.__file__), "<frozen")) or "site-packages" in file
+    return not (installed or is_ours(file))
 
 
 def write_on_request() -> None:

@@ -27,7 +27,7 @@ def reopen_input() -> None:
     """stdin as the agent has it, in a process forked from the fork server, which has closed it."""
     if sys.stdin is not None:
         os.close(sys.stdin.fileno())  # /dev/null
-    _replace("stdin", "r", open(0, "rb", closefd=False))  # noqa: SIM115
+    _replace("stdin", "r", open(0, "rb", closefd=False))  # noqa: SIM115 (open as long as the process is)
 
 
 class _Log(io.FileIO):

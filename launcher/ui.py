@@ -11,6 +11,7 @@ import sys
 import time
 
 from dtrain.errors import UserError
+from dtrain.run import EXIT_INTERRUPTED
 from dtrain.tracking_uri import hide_password, resolve_tracking_uri, sqlite_file
 
 HOST = "127.0.0.1"
@@ -67,7 +68,7 @@ def _serve(uri: str, port: int) -> int:
             print(f"http://{HOST}:{port}", flush=True)
         return 1 if server.wait() else 0
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     finally:
         _end(server)
 

@@ -48,6 +48,16 @@ class Points:
         return self.points[index]
 """
 
+STUBBORN = """
+import signal
+import time
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open("waiting", "w").close()
+while True:
+    time.sleep(0.1)
+"""
+
 # By name: what differs in the job, what the screen must say.
 CASES = {
     "forward": ({}, "in its forward pass, epoch 1, after step 3"),
@@ -78,10 +88,8 @@ def test_the_rank_that_stands_is_named(name, project: Project):
     assert project.status()["error"]["type"] == "Hang"
 
 
-def test_ranks_that_do_not_stop_when_asked_are_ended(project: Project, monkeypatch):
-    project.write("train.py", "import time\nopen('waiting', 'w').close()\nwhile True:\n    time.sleep(0.1)\n")
-    ignoring = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    project.write("stubborn.py", ignoring + (project.folder / "train.py").read_text())
+def test_ranks_that_do_not_stop_when_asked_are_ended(project: Project):
+    project.write("stubborn.py", STUBBORN)
     with project.running("launch", "--gpus", "2", "--run-dir", "run", "stubborn.py") as command:
         command.until((project.folder / "waiting").exists)
         command.signal(signal.SIGTERM)

@@ -26,7 +26,7 @@ from dtrain.files import write_json
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Job
 from dtrain.loading import load_job
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.target import job_path
 
 from .data import Source
@@ -45,7 +45,7 @@ def main() -> int:
     try:
         rehearse(job, run, stop_after=int(sys.argv[2]))
     except Stopped:
-        return 75
+        return EXIT_STOPPED
     return 0
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.heartbeat import Heartbeat
+from dtrain.run import EXIT_STOPPED
 
 from .world import World
 
@@ -19,7 +20,7 @@ class Stopped(SystemExit):
     """Training ended at a step boundary, on a signal, with a checkpoint saved. A script that lets it pass exits 75."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(75)
+        super().__init__(EXIT_STOPPED)
         self.signal_number = signal_number
 
 

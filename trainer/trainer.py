@@ -23,7 +23,7 @@ from dtrain.errors import UserError, nearest
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import Keeper
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from .best import Best
 from .data import Batches, IndexedBatches, Source
@@ -264,9 +264,9 @@ def _report_end(keeper: Keeper, failure: BaseException | None) -> None:
     if failure is None:
         keeper.finish("finished", 0)
     elif isinstance(failure, Stopped):
-        keeper.finish("stopped", 75)
+        keeper.finish("stopped", EXIT_STOPPED)
     elif isinstance(failure, KeyboardInterrupt):
-        keeper.finish("killed", 130)
+        keeper.finish("killed", EXIT_INTERRUPTED)
     else:
         frames = "".join(traceback.format_tb(failure.__traceback__))
         error = {"rank": 0, "type": type(failure).__name__, "message": str(failure), "traceback": frames}

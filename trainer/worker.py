@@ -15,7 +15,7 @@ from torch import nn
 
 from dtrain.job import Job, Target
 from dtrain.loading import load_job
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.target import bind_function, instantiate, job_path
 
 from .data import Source
@@ -32,7 +32,7 @@ def main() -> int:
     try:
         fit(job)
     except Stopped:
-        return 75
+        return EXIT_STOPPED
     return 0
 
 
