@@ -74,6 +74,10 @@ SIZES = {"bare python": range(1, 2), "accelerate": range(2, 1000)}  # for one pr
 BARE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
 
 
+class Crashed(Exception):
+    """A command that did not end well, which peers do now and then (gloo's threads at a process's end)."""
+
+
 def measure(name: str, ranks: int, folder: Path) -> tuple[float, float]:
     """Seconds to the first step, and of the whole command."""
     environment = {**os.environ, **(BARE if name == "bare python" else {})}
@@ -83,7 +87,7 @@ def measure(name: str, ranks: int, folder: Path) -> tuple[float, float]:
     ended = time.time()
     firsts = [line.split()[-1] for line in done.stdout.splitlines() if "FIRST" in line]
     if done.returncode or len(firsts) != 1:
-        sys.exit(f"{name} on {ranks} ranks: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        raise Crashed(f"{name} on {ranks} ranks: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     return float(firsts[0]) - began, ended - began
 
 
@@ -132,6 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = [(name, n) for n in options.ranks for name in options.launchers if n in SIZES.get(name, range(1, 1000))]
     seconds: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
+    crashes: dict[tuple[str, int], int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "step.py").write_text(SCRIPT)
@@ -140,12 +145,19 @@ def main() -> None:
             measure(name, min(n for each, n in cases if each == name), folder)  # fills the page cache
         for _ in range(options.repeats):
             for case in cases:
-                seconds[case].append(measure(*case, folder))
+                try:
+                    seconds[case].append(measure(*case, folder))
+                except Crashed as error:
+                    crashes[case] = crashes.get(case, 0) + 1
+                    print(error, file=sys.stderr)
     medians = {
         case: (statistics.median(first for first, _ in rows), statistics.median(whole for _, whole in rows))
         for case, rows in seconds.items()
+        if rows
     }
     print(f"{os.cpu_count()} cores, median of {options.repeats}, alternating\n\n{table(medians, options.ranks)}")
+    for (name, ranks), count in crashes.items():
+        print(f"\n{name} on {ranks} ranks crashed in {count} of {options.repeats}, which are not counted")
     if options.plot:
         plot(medians, options.ranks, options.plot)
 
