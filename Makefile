@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 N ?= 100
 JOBS ?= 1
 
-.PHONY: demo test check faults bench clean
+.PHONY: demo test check faults bench cluster-up cluster-down clean
 
 demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
@@ -22,17 +22,25 @@ check: $(VENV)/installed  ## Lint and type-check
 	@rm -rf build
 	$(BIN)/pip install -q --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
+	$(BIN)/mypy slurm/devcluster/cluster.py
 
-faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; launch 50 at once
+faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; launch 50 at once; interrupt a run on Slurm
 	$(BIN)/python tests/faults/campaign.py --trials $(N) --jobs $(JOBS)
 	$(BIN)/python tests/faults/headlines.py --trials $(N) --jobs $(JOBS)
 	$(BIN)/python tests/faults/crowd.py
+	$(BIN)/python tests/faults/slurm.py
 
 bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/launch.py --plot docs/launch.png
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/checkpoint.py
+
+cluster-up:  ## A Slurm cluster of two nodes on this machine (needs root), to try things out: source .devcluster/env.sh
+	$(PYTHON) slurm/devcluster/cluster.py up
+
+cluster-down:  ## End it, and all that runs on it
+	$(PYTHON) slurm/devcluster/cluster.py down
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("dtrain needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'

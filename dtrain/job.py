@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    WithJsonSchema,
+)
 
+from dtrain import sbatch
 from dtrain.errors import Problem, did_you_mean
 from dtrain.heartbeat import HANG_TIMEOUT_S
 
@@ -36,6 +45,8 @@ def _read_script(value: object) -> list[str]:
 # Names end up in paths, in Slurm's job names and as keys in MLflow: no separators, no leading dot or dash.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
 MetricName = Annotated[Name, AfterValidator(_check_metric_name)]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Lines = Annotated[list[str], BeforeValidator(lambda value: value.splitlines() if isinstance(value, str) else value)]
 Every = Annotated[Literal["epoch"] | PositiveInt, BeforeValidator(_check_every)]
 _WORDS = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "minItems": 1}
 Script = Annotated[
@@ -148,6 +159,38 @@ class Launch(Section):
     )
 
 
+class Slurm(Section):
+    """How Slurm runs the job: sbatch's long options by their own names, and four of ours."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "propertyNames": {"enum": [*sorted(sbatch.OPTIONS), "setup", "env", "container", "requeue_on_failure"]}
+        },
+    )
+
+    setup: Lines = Field(
+        default_factory=list, description="Shell lines before the run: modules, conda, a virtual environment."
+    )
+    env: dict[EnvironmentName, str] = Field(default_factory=dict, description="Environment variables.")
+    container: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Apptainer image to run in."
+    )
+    requeue_on_failure: bool = Field(default=False, description="Also start again after a failure.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is sbatch's."""
+        return dict(self.model_extra or {})
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Each text of ours by its path."""
+        yield from ((f"setup.{index}", line) for index, line in enumerate(self.setup))
+        yield from ((f"env.{name}", value) for name, value in self.env.items())
+        if self.container is not None:
+            yield "container", self.container
+
+
 class Job(Section):
     """One training job, as job.yaml describes it."""
 
@@ -168,7 +211,7 @@ class Job(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="When state is saved.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
     launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
-    slurm: dict[str, Any] = Field(default_factory=dict, description="Options of sbatch, by long name.")
+    slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")
     fsdp: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy fsdp.")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy deepspeed.")
 
@@ -198,7 +241,7 @@ class ScriptJob(Section):
     script: Script = Field(description="In place of a model: a script, or -m and a module, with its arguments.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
     launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
-    slurm: dict[str, Any] = Field(default_factory=dict, description="Options of sbatch, by long name.")
+    slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")
 
     @property
     def is_module(self) -> bool:
@@ -268,6 +311,14 @@ def contradictions(job: Job) -> list[Problem]:
         if job.monitor.startswith("val_") and not job.data.val:
             hint = "without data.val there is no validation"
         problems.append(Problem(f"nothing is reported as {job.monitor}", path, hint=hint))
+    return problems + wrong_slurm_options(job)
+
+
+def wrong_slurm_options(job: Job | ScriptJob) -> list[Problem]:
+    """What sbatch would not take, or dtrain sets itself."""
+    found = ((name, sbatch.problem(name, value, Slurm.model_fields)) for name, value in job.slurm.options.items())
+    problems = [Problem(message, f"slurm.{name}") for name, message in found if message]
+    problems += [Problem("holds a NUL character", f"slurm.{path}") for path, text in job.slurm.texts() if "\0" in text]
     return problems
 
 

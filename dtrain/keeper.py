@@ -21,6 +21,7 @@ from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.output import RankOutput
 from dtrain.run import EXIT_INTERRUPTED, RunDir
 from dtrain.screen import Screen
+from dtrain.signals import held_back
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
 
@@ -189,7 +190,7 @@ class Keeper:
             return
         # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
         # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.
-        with (self.run.logs / "mlflow.log").open("ab") as log:
+        with (self.run.logs / "mlflow.log").open("ab") as log, held_back():
             self._tracker = subprocess.Popen(
                 [sys.executable, "-m", "dtrain.trainer.tracking", str(self.run)],
                 stdin=subprocess.DEVNULL,

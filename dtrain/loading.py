@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from dtrain import yamltext
 from dtrain.errors import Problem, UserError, did_you_mean
-from dtrain.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob, Section, contradictions
+from dtrain.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob, Section, contradictions, wrong_slurm_options
 from dtrain.yamltext import Place, Reader
 
 __all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
@@ -31,6 +31,7 @@ _EXPECTED = {
     "int_type": "a whole number",
     "invalid_key": "a name as the key",
     "less_than": "a number below {lt}",
+    "list_type": "a list",
     "model_type": "a mapping",
     "string_pattern_mismatch": "letters, digits, '_', '-' and '.' (the last two not first)",
     "string_too_long": "at most {max_length} characters",
@@ -102,9 +103,12 @@ def _load_script(
         loaded = LoadedScript(path, places, ScriptJob.model_validate(document))
     except ValidationError as error:
         errors = error.errors()
-    if problems or errors:
-        where = Loaded(path, places)
-        raise _all([*problems, *(where.at(_translate(error, ScriptJob)) for error in errors)])
+    where = Loaded(path, places)
+    problems += [where.at(_translate(error, ScriptJob)) for error in errors]
+    if not errors:
+        problems += map(where.at, wrong_slurm_options(loaded.job))
+    if problems:
+        raise _all(problems)
     return loaded
 
 

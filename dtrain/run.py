@@ -56,6 +56,8 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.checkpoints / "latest"  # the name of the newest one
         self.env = self.path / "env.json"
+        self.sbatch = self.path / "job.sbatch"
+        self.slurm = self.path / "slurm.json"
         self.mlflow = self.path / "mlflow.json"
         self.lock_file = self.path / "lock"
 
@@ -198,6 +200,8 @@ class RunDir:
         holder = read_json(self.lock_file)
         if holder is None or holder.get("host") == socket.gethostname():
             return False
+        if holder.get("slurm_job_id") and holder["slurm_job_id"] == os.environ.get("SLURM_JOB_ID"):
+            return False  # this job, before it was requeued: Slurm starts it again once it is over everywhere
         status = read_json(self.status_file) or {}
         if status.get("state") != "running":
             return False

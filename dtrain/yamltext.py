@@ -59,6 +59,18 @@ def dump(value: object) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def split(text: str) -> list[str] | None:
+    """`a, [b, c]` as `a` and `[b, c]`: the items of a list, as they are written; None where it is none."""
+    text = f"[{text}\n]"
+    try:
+        node = _Loader(text).get_single_node()
+    except (yaml.YAMLError, ValueError, OverflowError):
+        return None
+    if not isinstance(node, yaml.SequenceNode):
+        return None
+    return [text[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+
+
 class Reader:
     """Reads one text: fills `places` (dotted key to source and line) and `problems`."""
 

@@ -56,18 +56,22 @@ def run_ranks(
     # Node 0 has rank 0, and keeps the run's status for all nodes.
     keeping = Keeper(run, None if quiet else echo, show_ranks, quiet=quiet) if node_rank == 0 else nullcontext()
     requests = StopRequests(heartbeats, is_job=task.is_job)
-    with keeping as keeper, tempfile.TemporaryDirectory(prefix="dtrain-") as scratch:
-        with requests.handled():  # from here on: importing torch can take seconds
-            try:
-                with agent_log(run, node_rank):
-                    agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)
-                    requests.agent = agent
-                    gc.enable()
-                    agent.run()
-            except KeyboardInterrupt:
-                end = End("killed", EXIT_INTERRUPTED, "interrupted; nothing was saved after the last checkpoint")
-            else:
-                end = how_it_ended(agent.cause, requests, run)
+    with (
+        keeping as keeper,
+        tempfile.TemporaryDirectory(prefix="dtrain-") as scratch,
+        requests.handled(),  # from here on: importing torch can take seconds
+    ):
+        try:
+            with agent_log(run, node_rank):
+                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)
+                requests.agent = agent
+                gc.enable()
+                agent.run()
+        except KeyboardInterrupt:
+            end = End("killed", EXIT_INTERRUPTED, "interrupted; nothing was saved after the last checkpoint")
+        else:
+            end = how_it_ended(agent.cause, requests, run)
+        requests.are_over = True
         if nodes is not None:
             nodes.close()
         return end.report(keeper)
@@ -104,6 +108,8 @@ def _supervisor(
         scratch,
         hang_timeout_s=task.hang_timeout_s,
         restarts=restarts,
+        # A job's ranks leave SIGTERM to the agent, and have nothing to put in order; a script may have a handler.
+        end_by=signal.SIGKILL if task.is_job else signal.SIGTERM,
         give_up=requests.is_overdue,
         on_restart=on_restart,
     )
@@ -120,6 +126,7 @@ class StopRequests:
     def __init__(self, heartbeats: Mapping[int, Heartbeat], *, is_job: bool) -> None:
         self.first: int | None = None
         self.agent: Supervisor | None = None  # once it is made
+        self.are_over = False  # the ranks have ended: it is only being said
         self._heartbeats = heartbeats
         self._is_job = is_job
         self._deadline = float("inf")
@@ -155,6 +162,10 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.are_over:
+            if number in (signal.SIGINT, signal.SIGQUIT):  # MLflow is not worth waiting for
+                raise KeyboardInterrupt
+            return
         if number == signal.SIGQUIT or (number == signal.SIGINT and self.first is not None):
             self._signal_ranks(signal.SIGKILL)
             raise KeyboardInterrupt

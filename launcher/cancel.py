@@ -12,11 +12,14 @@ from contextlib import ExitStack, suppress
 from dtrain.errors import UserError
 from dtrain.heartbeat import Heartbeat
 from dtrain.run import RunDir, Writer, has_ended
+from dtrain.slurm.jobs import QueuedJob, ask_to_stop, end_job, job_of, look_up
+from dtrain.sweep import Sweep
 
 from .causes import headline
 from .status import read_status
 
 LOOK_EVERY_S = 0.1
+LOOK_AT_QUEUE_EVERY_S = 1.0
 SAY_EVERY_S = 30.0
 PATIENCE_S = 10.0  # with an agent that is to end its run at once; then it is killed
 TRIES = 20
@@ -31,7 +34,13 @@ def cancel(path: str, now: bool) -> int:
         UserError: there is no run, or none that can be stopped from here.
     """
     run = RunDir(path)
+    if sweep := Sweep.read(run.path):
+        # Those that wait first, which else would begin as the others end.
+        begun = [each for each in reversed(sweep.runs) if each.status() or job_of(each)]
+        return max((cancel(str(each), now) for each in begun), default=0)
     read_status(run)
+    if (job_id := job_of(run)) and (queued := look_up(job_id)) and not queued.is_over:
+        return _end_job(run, queued, now)
     for _ in range(TRIES):
         writer = run.writer()
         if writer is None:
@@ -54,6 +63,25 @@ def cancel(path: str, now: bool) -> int:
             _end(run, writer, process, now)
         return _say_outcome(run)
     raise UserError(f"{run} is locked, but not by the process that its lock names; by which: fuser {run.lock_file}")
+
+
+def _end_job(run: RunDir, job: QueuedJob, now: bool) -> int:
+    """Have Slurm stop it, and wait until it is over."""
+    if now or job.state != "RUNNING":
+        end_job(job.job_id)
+    else:
+        ask_to_stop(job.job_id)
+        print(
+            f"{run}: Slurm job {job.job_id} is asked to stop at its next step, with a checkpoint; "
+            f"to end it at once: dtrain cancel --now {run}",
+            file=sys.stderr,
+        )
+    while (queued := look_up(job.job_id)) is not None and not queued.is_over:
+        time.sleep(LOOK_AT_QUEUE_EVERY_S)
+    if not run.status():
+        print(f"{run} was cancelled before it began")
+        return 0
+    return _say_outcome(run)
 
 
 def _end(run: RunDir, writer: Writer, process: int, now: bool) -> None:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.errors import Problem, UserError
+from dtrain.run import RunDir
 
 if TYPE_CHECKING:
-    from dtrain.job import LoadedScript
+    from dtrain.job import LoadedJob, LoadedScript
 
 
-def check(path: str, overrides: Sequence[str], exact: bool) -> int:
-    """Check schema, imports and arguments; 0 if the job is right. With `exact`, also see its promises kept.
+@dataclass(frozen=True)
+class SlurmSize:
+    """--nodes and --gpus, as `dtrain launch --slurm` takes them."""
+
+    nodes: int
+    gpus: str
+
+
+def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | None = None) -> int:
+    """Check schema, imports and arguments; 0 if the job is right.
+
+    With `exact`, also see its promises kept; with `slurm`, also ask Slurm and a node about a run of that size.
 
     Raises:
         UserError: all that is wrong, at once.
@@ -25,13 +38,16 @@ def check(path: str, overrides: Sequence[str], exact: bool) -> int:
 
     loaded = load(path, overrides)
     if isinstance(loaded, LoadedScript):
-        return _check_script(loaded, exact)
+        _check_script(loaded, exact)
+        return _check_slurm(loaded, slurm) if slurm else 0
     with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
         problems = check_job(loaded, loaded.path.absolute().parent)
     if problems:
         raise UserError(problems)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")
+    if slurm is not None:
+        _check_slurm(loaded, slurm)
     if not exact:
         return 0
     from .exact import check_exact
@@ -39,11 +55,27 @@ def check(path: str, overrides: Sequence[str], exact: bool) -> int:
     return check_exact(loaded)
 
 
-def _check_script(loaded: LoadedScript, exact: bool) -> int:
+def _check_script(loaded: LoadedScript, exact: bool) -> None:
     from .program import find_program
 
     program = find_program(loaded)
     if exact:
         raise UserError(loaded.at(Problem("trains by itself: --exact is for jobs with a model", "script")))
     print(f"{loaded.path} is right: schema and {program.file}")
+
+
+def _check_slurm(loaded: LoadedJob | LoadedScript, size: SlurmSize) -> int:
+    from dtrain.slurm.check import check
+
+    from .submit import Submittable, dtrain_command, parse_gpus
+
+    job, gpus = loaded.job, parse_gpus(size.gpus)
+    wanted = Submittable(job.name, job, loaded.path.absolute().parent, size.nodes, gpus)
+    on_gpus = None if job.launch.device == "cpu" else gpus
+    submission = wanted.render(RunDir.new(job.name).path.absolute())
+    found = check(submission, job.slurm, Path.cwd(), size.nodes, on_gpus, dtrain_command(job.slurm))
+    for note in found.notes:
+        print(note)
+    if found.problems:
+        raise UserError([loaded.at(problem) if problem.path else problem for problem in found.problems])
     return 0

@@ -26,6 +26,9 @@ def cli() -> None:
 @click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="Machines; the command runs on each.")
 @click.option("--node-rank", type=int, default=0, metavar="K", help="Which of them this one is, from 0.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where node 0 is to be found.")
+@click.option("--slurm", is_flag=True, help="Submit it to Slurm; --gpus is of each node, and may name a type: a100:4.")
+@click.option("--wait", is_flag=True, help="With --slurm: follow the job to its end, and exit as the run does.")
+@click.option("--slurm-node", is_flag=True, hidden=True)  # the task that Slurm starts on each node
 @click.option("--run-dir", metavar="DIR", help="The run's folder; by default a new one under runs/.")
 @click.option("--resume", is_flag=True, help="Continue --run-dir, or the newest unfinished run of this name.")
 @click.option("--dry-run", is_flag=True, help="Print the job as resolved, and start nothing.")
@@ -41,6 +44,9 @@ def launch(
     nodes: int,
     node_rank: int,
     rendezvous: str | None,
+    slurm: bool,
+    wait: bool,
+    slurm_node: bool,
     run_dir: str | None,
     resume: bool,
     dry_run: bool,
@@ -56,8 +62,12 @@ def launch(
     gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
     from .launch import Request, launch
 
-    if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
-        raise UserError(f"--gpus {gpus}: expected a number above 0, or auto")
+    if slurm_node:
+        nodes, node_rank, rendezvous = place_in_job()
+    if wait and not slurm:
+        raise UserError("--wait goes with --slurm: a run here is waited for anyway")
+    if not slurm:
+        check_gpus(gpus)
     request = Request(
         job,
         arguments,
@@ -71,19 +81,76 @@ def launch(
         nodes=nodes,
         node_rank=node_rank,
         rendezvous=rendezvous,
+        wait=wait,
     )
+    if slurm:
+        from .submit import submit_run
+
+        return submit_run(request)
     return launch(request)
+
+
+@cli.command()
+@click.argument("job")
+@click.argument("overrides", nargs=-1, metavar="[KEY=A,B]...")
+@click.option("--gpus", default="auto", metavar="N", help="Processes of each run, one for each GPU; by default all.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: nodes of each run.")
+@click.option("--slurm", is_flag=True, help="Submit all runs as one array job.")
+@click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="With --slurm: so many runs at a time.")
+@click.option("--wait", is_flag=True, help="With --slurm: wait until all runs are over.")
+@click.option("--run-dir", metavar="DIR", help="The folder of the run folders; by default a new one under runs/.")
+@click.option("--resume", is_flag=True, help="Continue the sweep in --run-dir: what is not finished.")
+@click.option("--dry-run", is_flag=True, help="Print the runs, and with --slurm what would be submitted.")
+def sweep(
+    job: str,
+    overrides: tuple[str, ...],
+    gpus: str,
+    nodes: int,
+    slurm: bool,
+    max_parallel: int | None,
+    wait: bool,
+    run_dir: str | None,
+    resume: bool,
+    dry_run: bool,
+) -> int:
+    """Run JOB with each combination of the values of KEY=A,B: a run folder each, side by side in MLflow."""
+    from .sweep import SweepRequest, sweep
+
+    if not slurm:
+        check_gpus(gpus)
+    return sweep(SweepRequest(job, overrides, gpus, nodes, run_dir, resume, dry_run, slurm, wait, max_parallel))
+
+
+def check_gpus(gpus: str) -> None:
+    """Raise UserError where it is no number of GPUs of this machine."""
+    if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
+        raise UserError(f"--gpus {gpus}: expected a number above 0, or auto")
+
+
+def place_in_job() -> tuple[int, int, str | None]:
+    """Number of nodes, this one's rank, and the rendezvous, from what Slurm says."""
+    import os
+
+    from dtrain.slurm.environment import place
+
+    here = place(os.environ)
+    return here.nodes, here.node_rank, f"{here.host}:{here.port}" if here.nodes > 1 else None
 
 
 @cli.command()
 @click.argument("job")
 @click.argument("overrides", nargs=-1)
 @click.option("--exact", is_flag=True, help="Also train a few steps on 1, 2 and 3 processes, and print what differs.")
-def check(job: str, overrides: tuple[str, ...], exact: bool) -> int:
+@click.option("--slurm", is_flag=True, help="Also ask Slurm and a node about it; --nodes and --gpus as for launch.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: how many.")
+@click.option("--gpus", default="auto", metavar="N", help="With --slurm: of each node; by default 1.")
+def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes: int, gpus: str) -> int:
     """Find what is wrong with JOB: schema, imports, arguments."""
-    from .check import check
+    from .check import SlurmSize, check
 
-    return check(job, overrides, exact)
+    if not slurm and (nodes > 1 or gpus != "auto"):
+        raise UserError("--nodes and --gpus go with --slurm: whether a job is right does not depend on them")
+    return check(job, overrides, exact, SlurmSize(nodes, gpus) if slurm else None)
 
 
 @cli.command()

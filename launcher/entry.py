@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from dtrain import signals
 from dtrain.errors import ResumeError, UserError
 from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 from dtrain.run import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
@@ -75,10 +76,9 @@ def main(text: str, *arguments: str) -> NoReturn:
     open_output(run_dir.rank_log(int(os.environ["RANK"])))
     stacks.write_on_request()
     if task.is_job:
-        # Who sends a request to stop to all processes at once, means the agent. (In a script, Trainer sees to that.)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        signals.leave_to_agent()  # in a script, Trainer sees to that
         faulthandler.enable(all_threads=True)
+    signals.let_through()
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     os.environ[HANG_TIMEOUT_VARIABLE] = str(task.hang_timeout_s)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = TORCHRUN_HANDLES  # what the agent was told is for it alone

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any, NoReturn
 
+from dtrain import signals
+
 from .entry import die_with_parent, main
 from .streams import reopen_input
 
@@ -41,7 +43,9 @@ def start_fork_server(preload: Sequence[str], num_threads: int) -> None:
     os.chdir("/")  # it imports from its working directory first, and a user's may hold anything
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     try:
-        forkserver.ensure_running()
+        resource_tracker.ensure_running()  # the server would start it, and let signals through
+        with signals.held_back():  # in the server for good
+            forkserver.ensure_running()
     finally:
         os.fchdir(here)
         os.close(here)

@@ -57,6 +57,7 @@ class Request:
     nodes: int = 1
     node_rank: int = 0
     rendezvous: str | None = None  # host:port of node 0
+    wait: bool = False  # with Slurm: follow the job to its end
 
     @property
     def is_script(self) -> bool:
@@ -87,9 +88,9 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     from dtrain.target import check_job
 
     job = loaded.job
-    run = _run_dir(request, job.name)
+    run = find_run(request, job.name)
     continues = request.resume and run.job.exists()
-    if continues and _is_done(run, job):
+    if continues and is_done(run, job):
         print(f"{run} is finished; nothing to resume", file=sys.stderr)
         return 0
     code = run.code if continues else loaded.path.absolute().parent
@@ -121,7 +122,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     return _start(request, run, task, num_ranks, text, None if continues else code, job.fit.restarts)
 
 
-def _is_done(run: RunDir, job: Job | ScriptJob) -> bool:
+def is_done(run: RunDir, job: Job | ScriptJob) -> bool:
     """Whether a run has nothing left to do; raises UserError where `job` is not the job that it began with."""
     from dtrain.job import ScriptJob
     from dtrain.loading import differences, load
@@ -140,15 +141,15 @@ def _is_done(run: RunDir, job: Job | ScriptJob) -> bool:
 
 def _launch_script(request: Request) -> int:
     program = find_module(request.target, os.getcwd()) if request.is_module else find_script(request.target)
-    run = _run_dir(request, program.name if program.is_module else program.file.stem)
+    run = find_run(request, program.name if program.is_module else program.file.stem)
     return _launch_program(request, run, program, request.arguments)
 
 
 def _launch_script_job(request: Request, loaded: LoadedScript) -> int:
     job = loaded.job
     program = find_program(loaded)
-    run = _run_dir(request, job.name)
-    if request.resume and run.job.exists() and _is_done(run, job):
+    run = find_run(request, job.name)
+    if request.resume and run.job.exists() and is_done(run, job):
         print(f"{run} is finished; nothing to resume", file=sys.stderr)
         return 0
     return _launch_program(request, run, program, job.arguments, loaded)
@@ -222,28 +223,35 @@ def _start(
         common = {"the job": job or request.target, "--gpus": num_ranks, "dtrain's version": __version__}
         nodes = Nodes(_endpoint(request), common)
     if nodes is not None and nodes.node_rank > 0:
-        run = RunDir(nodes.from_first("run"))
+        run, code = RunDir(nodes.from_first("run")), nodes.from_first("code")
         if not run.lock_file.exists():
             raise UserError(f"node 0 has made {run}, which this node can't see: put --run-dir where all nodes look")
-        return run_ranks(replace(task, run_dir=str(run)), num_ranks, run, nodes=nodes, restarts=restarts)
+        task = replace(task, run_dir=str(run), arguments=(code,) if task.is_job else task.arguments)
+        return run_ranks(task, num_ranks, run, nodes=nodes, restarts=restarts)
     with ExitStack() as held:
         with _usable(run):
             is_new = not run.exists()
             run.create()
             with _whole_or_gone(run) if is_new else nullcontext():
                 held.enter_context(run.lock(is_agent=True))
-                if origin is not None:
-                    left_out = snapshot(origin, run.code)
-                    write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
-                if job is not None:
-                    write_text(run.job, job)  # last: with it, the run is one that --resume can continue
+                fill(run, origin, job)
         print(f"run {run}", file=sys.stderr)
         if nodes is not None:
             nodes.from_first("run", str(run.path.absolute()))
+            nodes.from_first("code", str(Path(task.arguments[0]).absolute()) if task.is_job else "")
         exit_code = run_ranks(task, num_ranks, run, show_ranks, nodes, restarts=restarts)
     if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
         print(f"continue with: {_continuation(request, run)}", file=sys.stderr)
     return exit_code
+
+
+def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
+    """Write what a run begins with: the code of the folder `origin`, where all comes from, and the job, if any."""
+    if origin is not None:
+        left_out = snapshot(origin, run.code)
+        write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
+    if job is not None:
+        write_text(run.job, job)  # last: with it, the run is one that --resume can continue
 
 
 def _continuation(request: Request, run: RunDir) -> str:
@@ -304,10 +312,10 @@ def _whole_or_gone(run: RunDir) -> Iterator[None]:
         raise
 
 
-def _run_dir(request: Request, name: str) -> RunDir:
+def find_run(request: Request, name: str) -> RunDir:
     """The run's folder, not made yet. A folder that holds anything is only for --resume."""
-    if request.node_rank > 0:
-        return RunDir.new(name)  # node 0 says which it is
+    if request.node_rank > 0:  # node 0 says which it is, and looks after it
+        return RunDir(request.run_dir) if request.resume and request.run_dir else RunDir.new(name)
     if request.run_dir is None:
         return newest_unfinished(name) if request.resume else RunDir.new(name)
     run = RunDir(request.run_dir)

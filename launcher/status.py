@@ -7,8 +7,11 @@ from typing import Any
 from dtrain.errors import UserError
 from dtrain.run import RunDir
 from dtrain.screen import row_line
+from dtrain.slurm.jobs import job_of, look_up
+from dtrain.sweep import Sweep
 
 from .causes import headline
+from .runs import print_runs
 
 
 def status(path: str) -> int:
@@ -18,9 +21,14 @@ def status(path: str) -> int:
         UserError: there is no run in that folder.
     """
     run = RunDir(path)
+    if sweep := Sweep.read(run.path):
+        print_runs(sweep.runs)
+        return 0
     found = read_status(run)
     print(f"run       {run}")
     print(f"state     {found['state']}" + _exit_code(found.get("exit_code")))
+    if job_id := job_of(run):
+        print(f"slurm     job {job_id}, {_in_queue(job_id)}")
     print(f"epoch     {found['epoch']}, step {found['step']}")
     if found.get("mlflow_run_id"):
         print(f"mlflow    {found['mlflow_run_id']}")
@@ -39,8 +47,18 @@ def read_status(run: RunDir) -> dict[str, Any]:
     """
     status = run.status()
     if not status:
-        raise UserError(f"{run} holds no run (there is no status.json)")
+        if job_of(run) is None:
+            raise UserError(f"{run} holds no run (there is no status.json)")
+        return {"state": "submitted", "epoch": 0, "step": 0}
     return status
+
+
+def _in_queue(job_id: str) -> str:
+    try:
+        queued = look_up(job_id)
+    except UserError as error:
+        return str(error)
+    return "over, and gone from the queue" if queued is None else queued.describe()
 
 
 def _exit_code(code: int | None) -> str:

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from dtrain.files import read_json
 from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.run import RunDir
+from dtrain.signals import held_back
 
 from . import causes
 from .nodes import Nodes, Rendezvous
@@ -32,7 +33,7 @@ from .watchdog import Watchdog
 
 logger = logging.getLogger("dtrain.launcher")  # in the agent's log
 
-_TERM_S = 1.0  # between SIGTERM and SIGKILL, for ranks of a job that is lost
+_TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a job that is lost
 _KILL_S = 5.0  # for the kernel to end them
 _HEAR_S = 2.0  # for the other nodes to say how their ranks ended
 _MONITOR_S = 0.1
@@ -44,6 +45,7 @@ class Supervisor(LocalElasticAgent):
     Args:
         command: what python is called with for each rank.
         heartbeats: of this node's ranks, by rank.
+        end_by: the signal that ends ranks of an attempt that is lost; after a moment it is SIGKILL for all.
         give_up: whether the ranks were asked to stop, and should long be gone.
         on_restart: told of the cause of each failure after which the ranks are started again.
 
@@ -61,6 +63,7 @@ class Supervisor(LocalElasticAgent):
         *,
         hang_timeout_s: float,
         restarts: int,
+        end_by: signal.Signals,
         give_up: Callable[[], bool],
         on_restart: Callable[[dict[str, Any]], None],
     ) -> None:
@@ -80,6 +83,7 @@ class Supervisor(LocalElasticAgent):
         self._nodes = nodes
         self._heartbeats = heartbeats
         self._watchdog = Watchdog(heartbeats, hang_timeout_s)
+        self._end_by = end_by
         self._give_up = give_up
         self._on_restart = on_restart
         self._attempt = 0
@@ -108,7 +112,8 @@ class Supervisor(LocalElasticAgent):
         for rank, heartbeat in self._heartbeats.items():
             self._run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
             heartbeat.beat(Beat())
-        workers: dict[int, Any] = super()._start_workers(worker_group)
+        with held_back():  # until the ranks have said what they do at them
+            workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -188,17 +193,17 @@ class Supervisor(LocalElasticAgent):
     def _take_down(self, *, at_once: bool = False) -> None:
         """End this node's ranks and all that they have started."""
         if not at_once:
-            self._signal(signal.SIGTERM)
+            self._signal(self._end_by, sparing_those_that_end=True)
             self._await_end(_TERM_S)
         self._signal(signal.SIGKILL)
         self._await_end(_KILL_S)
         kill_sessions(set(self.pids.values()))  # each rank has one of its own, with what it has started
         logger.info("this node's ranks are down")
 
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: int, *, sparing_those_that_end: bool = False) -> None:
         for rank, code in self._exit_codes().items():
             # A rank that has just said what went wrong is ending; its own exit code is worth a moment.
-            if code is not None or (number == signal.SIGTERM and self._is_ending(rank)):
+            if code is not None or (sparing_those_that_end and self._is_ending(rank)):
                 continue
             if not self._is_ending(rank):
                 self._sent[rank] = number

@@ -140,6 +140,12 @@ class Command:
     def signal(self, number: int, *, to_group: bool = False) -> None:
         (os.killpg if to_group else os.kill)(self.pid, number)
 
+    def signal_all(self, number: int) -> None:
+        """To each process that this command has started, too."""
+        for pid in processes(self._mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def wait(self) -> Done:
         """Its end, and that of all that it has started: nothing may stay."""
         try:

@@ -1,12 +1,14 @@
-"""Fixtures for tests that run the command: a project of their own, and one MLflow store for all of them."""
+"""Fixtures: a project to run the command in, one MLflow store for all of them, and a Slurm cluster."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, Unavailable, running
 from command import Project, make_store
 
 # A shell starts what runs in the background with Ctrl-C and SIGQUIT ignored, and the commands would inherit that.
@@ -16,7 +18,7 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Files with tests that run commands come first: they take longest, and nobody should wait for one at the end."""
-    slow = {item.path for item in items if {"project", "new_project", "store"} & set(item.fixturenames)}
+    slow = {item.path for item in items if {"project", "new_project", "store", "cluster"} & set(item.fixturenames)}
     items.sort(key=lambda item: item.path not in slow)
 
 
@@ -35,3 +37,15 @@ def new_project(tmp_path_factory: pytest.TempPathFactory, store: str) -> Callabl
 @pytest.fixture
 def project(tmp_path: Path, store: str) -> Project:
     return Project(tmp_path, store)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Slurm cluster. Without one the tests are skipped, except where DTRAIN_NEED_SLURM says that they must not be."""
+    try:
+        with running() as started:
+            yield started
+    except Unavailable as why:
+        if os.environ.get("DTRAIN_NEED_SLURM"):
+            pytest.fail(f"no Slurm, which DTRAIN_NEED_SLURM demands: {why}")
+        pytest.skip(f"no Slurm: {why}")

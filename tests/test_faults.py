@@ -40,7 +40,7 @@ def test_the_trials_are_of_all_kinds():
     faults = [fault for number in NUMBERS for fault in draw(SEED, number).faults]
     assert {fault.moment for fault in faults} == set(MOMENTS) - {"time"}
     assert {fault.victim for fault in faults} == {"rank", "ranks", "agent", "group"}
-    assert {fault.signal for fault in faults} == {KILL, TERM}
+    assert {fault.signal for fault in faults} == {KILL, TERM, signal.SIGABRT}
     assert {draw(SEED, number).config.every for number in NUMBERS} == {"epoch", 3}
 
 

@@ -94,6 +94,19 @@ def test_a_stop_and_its_continuation(number, code, options, project, uninterrupt
     assert project.status()["restarts"] == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+def test_what_a_cluster_sends_to_all_processes_means_the_agent(number, project, uninterrupted):
+    """Slurm signals each process of a job: the fork server, the ranks, those that load their data, the tracker."""
+    with project.running(*SIZE, *JOB, "data.workers=1") as command:
+        until_waiting(project, command)
+        command.signal_all(number)
+        command.until(lambda: "stopping at the next step, with a checkpoint" in command.err)
+        go_on(project)
+        done = command.wait()
+    check_stopped(project, done, 75)
+    check_finished(project, project.run(*SIZE, "--resume", *JOB), uninterrupted)
+
+
 def test_ctrl_c_twice_ends_at_once(project):
     with project.running(*SIZE, *JOB) as command:
         until_waiting(project, command)

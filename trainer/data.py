@@ -23,6 +23,7 @@ from torch.utils.data import (
 
 from dtrain.errors import UserError
 
+from .loading_processes import leave_signals, start_loading
 from .seeds import derive_seed, loading_apart, seed_loading
 from .sharding import IndexBatches, Indices, Order, Shard, in_order, shuffled
 from .world import World
@@ -176,6 +177,7 @@ class IndexedBatches:
             num_workers=source.workers,
             collate_fn=source.collate,
             pin_memory=world.device.type == "cuda",
+            worker_init_fn=leave_signals,
             # A loader draws from its generator at each start: from the training's, a resumed epoch would go on with
             # other numbers.
             generator=torch.Generator(),
@@ -189,7 +191,7 @@ class IndexedBatches:
         self._sampler.order = self._order(epoch)
         self._sampler.key = derive_seed("loading", self._seed, epoch)
         self._sampler.first_step = first_step
-        loaded = iter(self._loader)
+        loaded = start_loading(self._loader)
         for step in range(first_step, self.shard.num_steps):
             yield Batch(self.shard.samples(step), self._micro_batches(step, loaded))
 

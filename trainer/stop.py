@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dtrain.heartbeat import Heartbeat
 from dtrain.run import EXIT_STOPPED
+from dtrain.signals import leave_to_agent
 
 from .world import World
 
@@ -26,22 +27,15 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def signals_left_to_agent() -> Iterator[None]:
-    """Ignore the requests to stop that a cluster sends to all processes: the agent passes them on by the heartbeat.
-
-    Loading processes begun meanwhile ignore them too. A handler of the script's own stays.
-    """
+    """`leave_to_agent`, for a while."""
     if threading.current_thread() is not threading.main_thread():  # where handlers can't be set
         yield
         return
-    defaults = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)}
-    ours = {number: handler for number, handler in before.items() if handler in defaults}
-    for number in ours:
-        signal.signal(number, signal.SIG_IGN)
+    before = leave_to_agent()
     try:
         yield
     finally:
-        for number, handler in ours.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dtrain.errors import UserError
 
 from .data import Batch, MicroBatch, Source, to_device
+from .loading_processes import leave_signals, start_loading
 from .reading import Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
 from .world import World
@@ -206,6 +207,7 @@ class StreamShares:
             num_workers=source.workers,
             collate_fn=_as_it_is,
             pin_memory=world.device.type == "cuda",
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # see IndexedBatches
         )
 
@@ -216,7 +218,7 @@ class StreamShares:
 
     def read(self, progress: Progress) -> Iterator[Share]:
         self._stream.progress = progress
-        loaded = iter(self._loader)
+        loaded = start_loading(self._loader)
         while True:
             with _apart(self._source.workers):
                 share = next(loaded)

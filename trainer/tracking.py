@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from dtrain import signals
 from dtrain.files import read_json, write_json
 from dtrain.run import Row, RunDir
+from dtrain.sweep import Sweep
 from dtrain.tracking_uri import hide_password, resolve_tracking_uri, sqlite_file
 from dtrain.yamltext import Reader
 
@@ -58,8 +60,9 @@ Status = Callable[[], dict[str, Any]]
 def main() -> int:
     """Follow the run folder named on the command line to the run's end."""
     # A cluster signals every process of a job; this one has yet to report how the others ended.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in signals.TO_ALL:
         signal.signal(number, signal.SIG_IGN)
+    signals.let_through()
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     run = RunDir(sys.argv[1])
@@ -122,7 +125,10 @@ def _report(uri: str, error: Exception, outcome: str) -> None:
 
 
 class Mirror:
-    """The copy of a run in MLflow. Constructing it continues mlflow.json's MLflow run, or creates one."""
+    """The copy of a run in MLflow. Constructing it continues mlflow.json's MLflow run, or creates one.
+
+    The runs of a sweep share a parent, which is open as long as one of them runs.
+    """
 
     def __init__(self, run: RunDir, uri: str) -> None:
         gc.disable()  # modules make no garbage, and looking for it takes a quarter of the time
@@ -134,12 +140,16 @@ class Mirror:
         self._job = _read_job(run)
         self._job_sent = False
         self._seen: tuple[int, ...] | None = None
+        self._uri = uri
+        self._sweep = Sweep.of(run)
+        self._parent_id: str | None = None
         with _creating(uri):
             self._client = MlflowClient(uri)
-            found = self._continue() or self._create()
+            if self._sweep is not None:
+                with _locked(self._sweep.folder / "mlflow.lock"):
+                    self._parent_id = self._open(RunDir(self._sweep.folder)).info.run_id
+            found = self._open(run)
         self._run_id = found.info.run_id
-        names = {"run_id": self._run_id, "tracking_uri": uri, "experiment_id": found.info.experiment_id}
-        write_json(run.mlflow, {name: hide_password(value) for name, value in names.items()})
         self._describe(found.data.params)
         history = self._client.get_metric_history(self._run_id, "epoch")
         self._last_step = max((metric.step for metric in history), default=-1)
@@ -152,12 +162,32 @@ class Mirror:
         finally:  # a broken artifact store is no reason to leave the run open
             if final:
                 self._client.set_terminated(self._run_id, final)
+                self._end_parent()
 
-    def _continue(self) -> Any:
+    def _end_parent(self) -> None:
+        if self._sweep is None or self._parent_id is None:
+            return
+        with _locked(self._sweep.folder / "mlflow.lock"):
+            states = {run.status().get("state") for run in self._sweep.runs}
+            if "running" not in states:
+                worst = next((state for state in ("failed", "killed", "stopped") if state in states), "killed")
+                self._client.set_terminated(
+                    self._parent_id, MLFLOW_STATUS["finished" if states == {"finished"} else worst]
+                )
+
+    def _open(self, folder: RunDir) -> Any:
+        """The MLflow run of that run folder, or of that sweep's folder, which it notes in mlflow.json."""
+        found = self._continue(folder) or self._create(folder)
+        info = found.info
+        names = {"run_id": info.run_id, "tracking_uri": self._uri, "experiment_id": info.experiment_id}
+        write_json(folder.mlflow, {name: hide_password(value) for name, value in names.items()})
+        return found
+
+    def _continue(self, folder: RunDir) -> Any:
         """The MLflow run of mlflow.json, running again; None where this store has none that can be."""
         from mlflow.exceptions import MlflowException
 
-        run_id = (read_json(self._folder.mlflow) or {}).get("run_id")
+        run_id = (read_json(folder.mlflow) or {}).get("run_id")
         if run_id is None:
             return None
         try:
@@ -171,12 +201,14 @@ class Mirror:
         self._client.update_run(run_id, "RUNNING")
         return found
 
-    def _create(self) -> Any:
+    def _create(self, folder: RunDir) -> Any:
         settings = self._job.get("mlflow") or {}
         experiment = settings.get("experiment") or self._job["name"]
         found = self._client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, tags=TRAINING)
-        name = settings.get("run_name") or self._folder.path.absolute().name
+        name = settings.get("run_name") or folder.path.absolute().name
+        if self._sweep is not None and folder is self._folder:
+            name = self._sweep.point(folder)
         began = int(self._folder.job.stat().st_mtime * 1000)  # the launch, not this process's start
         return self._client.create_run(experiment_id, start_time=began, run_name=name)
 
@@ -188,6 +220,8 @@ class Mirror:
         for start in range(0, len(params), MAX_BATCH):
             self._client.log_batch(self._run_id, params=params[start : start + MAX_BATCH], synchronous=True)
         tags = [RunTag(key, value) for key, value in _tags(self._folder).items()]
+        if self._parent_id is not None:
+            tags.append(RunTag("mlflow.parentRunId", self._parent_id))
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
 
     def _send_new_rows(self) -> None:

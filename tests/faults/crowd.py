@@ -2,7 +2,8 @@
 
     python tests/faults/crowd.py [--launches 50] [--ranks 2]
 
-Each sums something over its ranks, which must be the sum over its own. Exit code 1 if one of them failed.
+Each sums something over its ranks, which must be the sum over its own. Exit code 1 if one of them failed. A launch of 2
+ranks takes 1 GB of memory, so there are fewer where there is less than that.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def main() -> int:
     parser.add_argument("--launches", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args()
+    fitting = int(memory_gb() / (0.6 + 0.2 * options.ranks))
+    if options.launches > fitting:
+        print(f"{memory_gb():.0f} GB of memory are free: {fitting} launches instead of {options.launches}", flush=True)
+        options.launches = fitting
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dtrain-crowd-") as folder:
         ends = launch_together(Path(folder), options.launches, options.ranks)
@@ -63,6 +68,12 @@ def main() -> int:
     seconds = time.monotonic() - began
     print(f"{len(ends) - len(bad)} of {len(ends)} launches of {options.ranks} ranks succeeded, in {seconds:.0f} s")
     return 1 if bad else 0
+
+
+def memory_gb() -> float:
+    """What is free, but for a tenth."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 0.9 * int(fields["MemAvailable"].split()[0]) / 2**20
 
 
 def succeeded(done: Done, number: int, ranks: int) -> bool:

@@ -67,7 +67,9 @@ def draw_fault(rng: random.Random, config: Config, epoch: int, is_last: bool) ->
     moment = rng.choice(MOMENTS if is_last else MOMENTS[:-1])  # after a random time, there may be nothing left to do
     victims = (*VICTIMS, "loader") if moment == "load" and config.workers else VICTIMS
     victim = rng.choice(victims)
-    number = signal.SIGTERM if victim == "group" else rng.choice((signal.SIGKILL, signal.SIGTERM))
+    # To ranks and their loading processes SIGTERM says nothing: a cluster sends it to all, and means the agent.
+    deadly = (signal.SIGKILL, signal.SIGTERM if victim == "agent" else signal.SIGABRT)
+    number = signal.SIGTERM if victim == "group" else rng.choice(deadly)
     # Loading processes are up to 4 batches ahead: by the epoch's third step they still have something to load.
     steps = 3 if moment == "load" else EPOCH_STEPS - 2
     longest_s = {"start": 5.0, "time": 1.0}.get(moment, 0.025)

@@ -1,0 +1,56 @@
+"""Signals that a terminal or a cluster sends to all processes of a run at once, and that are meant for its agent.
+
+The agent passes them on by the heartbeat, so that all ranks stop at the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """In the block they wait. A process that is started in it does not get them before it calls `let_through`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_through() -> None:
+    """They come from now on, and those that have waited come now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
+
+
+def leave_to_agent() -> dict[int, Any]:
+    """From now on they do nothing here; what they did before, by number. A handler that was set stays.
+
+    The programs that this process starts ignore them too, but for SIGTERM: by that they are ended.
+    """
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in TO_ALL}
+    ours: dict[int, Any] = {number: handler for number, handler in before.items() if handler in defaults}
+    for number in ours:
+        signal.signal(number, outlive if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.siginterrupt(signal.SIGTERM, False)
+    return ours
+
+
+def outlive(number: int, frame: FrameType | None) -> None:
+    """A handler, not SIG_IGN, which would pass on to the programs that this process starts."""
+
+
+def _let_children_end() -> None:
+    if signal.getsignal(signal.SIGTERM) is outlive:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_let_children_end)

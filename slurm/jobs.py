@@ -1,0 +1,162 @@
+"""Slurm's commands: submit a job, look after it, end it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.errors import Problem, UserError
+from dtrain.files import read_json, write_json
+from dtrain.run import RunDir
+
+from .render import Submission
+
+_OVER = {  # man squeue; a job in any other state may still run
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
+    *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+}
+# squeue's reasons in plain words; others are shown as they are.
+REASONS = {
+    "None": "about to start",
+    "Priority": "waiting: jobs of higher priority are ahead",
+    "Resources": "waiting for free nodes or GPUs",
+    "Dependency": "waiting for the jobs it depends on",
+    "DependencyNeverSatisfied": "never: a job that it depends on has failed (slurm.dependency)",
+    "BeginTime": "waiting for its start time",
+    "JobHeldUser": "held by you: scontrol release JOB",
+    "JobHeldAdmin": "held by an administrator",
+    "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "PartitionDown": "its partition is down",
+    "PartitionTimeLimit": "never: more time than the partition allows (slurm.time)",
+    "PartitionNodeLimit": "never: more nodes than the partition allows (--nodes)",
+    "AssocGrpGRES": "your account's share of GPUs is in use",
+    "QOSMaxJobsPerUserLimit": "as many of your jobs run as the QOS allows",
+    "QOSMaxGRESPerUser": "your jobs use as many GPUs as the QOS allows",
+    "AssociationJobLimit": "as many jobs of your account run as are allowed",
+    "Licenses": "waiting for a license",
+    "launch failed requeued held": "held: it could not be started (scontrol release JOB tries again)",
+}
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job as Slurm's queue shows it."""
+
+    job_id: str
+    state: str  # such as PENDING, RUNNING, COMPLETING
+    reason: str
+    nodes: str
+    start: str  # expected or true; N/A where Slurm doesn't know
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in _OVER
+
+    def describe(self) -> str:
+        """Its state in plain words."""
+        if self.state == "PENDING":
+            name = self.reason.strip("()")
+            why = REASONS.get(name) or next((REASONS[each] for each in REASONS if name.startswith(f"{each},")), name)
+            start = "" if self.start in ("N/A", "Unknown") else f"; expected to start {self.start.replace('T', ' ')}"
+            return f"queued: {why.replace('JOB', self.job_id)}{start}"
+        return f"{self.state.lower().replace('_', ' ')} on {self.nodes}" if self.nodes else self.state.lower()
+
+
+def submit(submission: Submission, script: Path) -> str:
+    """Submit what `render` made, its script from that file; the job's number.
+
+    Raises:
+        UserError: Slurm is not there, or refuses, in its own words.
+    """
+    done = ask("sbatch", *submission.arguments, str(script))
+    if done.returncode != 0:
+        raise _refused(done)
+    return done.stdout.strip().splitlines()[-1].partition(";")[0]  # --parsable: number;cluster
+
+
+def set_job(run: RunDir, job_id: str) -> None:
+    """Note the job that the run was submitted as; of an array, NUMBER_TASK."""
+    write_json(run.slurm, {"job_id": job_id})
+
+
+def job_of(run: RunDir) -> str | None:
+    """The number of the job that this run was submitted as; None where it was not."""
+    job_id = (read_json(run.slurm) or {}).get("job_id")
+    return job_id if isinstance(job_id, str) else None
+
+
+def look_up(job_id: str) -> QueuedJob | None:
+    """The job as it stands in the queue, or as accounting remembers it; None where Slurm does not know it any more.
+
+    Raises:
+        UserError: Slurm is not there, or does not answer.
+    """
+    done = ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r|%N|%S")
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise _refused(done)
+    if done.returncode != 0 or not done.stdout.strip():  # over for some minutes
+        return _look_up_in_accounts(job_id)
+    state, reason, nodes, start = done.stdout.splitlines()[0].split("|", 3)
+    return QueuedJob(job_id, state, reason, nodes, start)
+
+
+def _look_up_in_accounts(job_id: str) -> QueuedJob | None:
+    if shutil.which("sacct") is None:
+        return None
+    options = ["--noheader", "--allocations", "--parsable2", "--format=State,NodeList"]
+    done = ask("sacct", *options, f"--jobs={job_id}")
+    if done.returncode != 0 or not done.stdout.strip():  # many clusters keep no accounts
+        return None
+    state, nodes = done.stdout.splitlines()[-1].split("|", 1)
+    return QueuedJob(job_id, state.split()[0], "", nodes, "")  # CANCELLED by 1000
+
+
+def ask_to_stop(job_id: str) -> None:
+    """Ask the agents to stop at the next step with a checkpoint; nothing is started again.
+
+    By SIGINT: what SIGTERM stops, the batch script may take for preempted.
+
+    Raises:
+        UserError: Slurm is not there, or refuses.
+    """
+    done = ask("scancel", "--signal=INT", job_id)
+    if done.returncode != 0:
+        raise _refused(done)
+
+
+def end_job(job_id: str) -> None:
+    """scancel: nothing is started again, and what still runs is killed after Slurm's KillWait.
+
+    Raises:
+        UserError: Slurm is not there, or refuses.
+    """
+    done = ask("scancel", job_id)
+    if done.returncode != 0:
+        raise _refused(done)
+
+
+def ask(*command: str, stdin: str = "", timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
+    """What a command of Slurm answers.
+
+    Raises:
+        UserError: it is not there, or does not answer.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, input=stdin)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]} is not found: Slurm is not installed here, or not on PATH; without --slurm the job runs here"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{command[0]} did not answer in {timeout_s:.0f} s; is Slurm's controller up?  scontrol ping"
+        ) from None
+
+
+def _refused(done: subprocess.CompletedProcess[str]) -> UserError:
+    """In Slurm's own words."""
+    lines = [re.sub(r"^(\w+): (error|fatal): ", r"\1: ", line) for line in done.stderr.strip().splitlines()]
+    return UserError([Problem(line) for line in lines or [f"{done.args[0]} ended with {done.returncode}"]])

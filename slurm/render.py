@@ -1,0 +1,162 @@
+"""From a job to what sbatch is given: arguments and a script. Pure: nothing is read or run here.
+
+Values reach sbatch as arguments of their own, and the script as quoted words: nothing that was meant as data is ever
+executed. Only `slurm.setup` is shell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.job import Slurm
+from dtrain.sbatch import to_arguments
+
+MOST_STALLS = 3  # starts in a row without a step, before a run is not requeued any more
+SIGNAL = "B:USR2@120"  # to the batch shell, so many seconds ahead of the time limit
+
+_TEMPLATE = Path(__file__).with_name("batch.sh")
+_PLACEHOLDER = re.compile(r"@([a-z_]+)@")
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs of each node: how many, and of which type, such as `a100`."""
+
+    count: int
+    kind: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Gpus | None:
+        """`4` or `a100:4`; None where it is neither."""
+        kind, _, count = text.rpartition(":")
+        if not (count.isdecimal() and int(count) > 0) or (":" in text and not re.fullmatch(r"[\w.-]+", kind)):
+            return None
+        return cls(int(count), kind or None)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.count}" if self.kind else str(self.count)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What sbatch is called with, and the script that it reads."""
+
+    arguments: tuple[str, ...]
+    script: str
+
+    @property
+    def command(self) -> str:
+        """As one would type it."""
+        return shlex.join(["sbatch", *self.arguments])
+
+
+@dataclass(frozen=True)
+class Array:
+    """Several runs in one submission, in the folders with these numbers in one folder."""
+
+    numbers: Sequence[int]
+    max_parallel: int | None = None
+
+    def __str__(self) -> str:
+        """As sbatch has it: 0-3,7%2."""
+        runs = itertools.groupby(enumerate(self.numbers), lambda pair: pair[1] - pair[0])
+        ranges = [[number for _, number in group] for _, group in runs]
+        texts = [str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges]
+        return ",".join(texts) + (f"%{self.max_parallel}" if self.max_parallel else "")
+
+
+def render(
+    name: str,
+    slurm: Slurm,
+    run: Path,
+    folder: Path,
+    nodes: int,
+    gpus: Gpus,
+    *,
+    dtrain: str,
+    options: Sequence[str] = (),
+    target: Sequence[str] | None = None,
+    array: Array | None = None,
+    on_cpu: bool = False,
+) -> Submission:
+    """The submission of one run, or of an array of runs.
+
+    Args:
+        name: the job's.
+        run: the run folder, absolute; of an array, the folder of its run folders.
+        folder: from which it is submitted, and in which it runs, absolute.
+        nodes: how many, for each run.
+        gpus: of each node; on CPUs, its processes.
+        dtrain: the command on the nodes; in a container, of the image.
+        options: what each node's `dtrain launch` is told besides.
+        target: the script that it launches, with its arguments; by default the job.yaml of the run folder.
+        on_cpu: CPUs are asked for, and no GPUs.
+    """
+    arguments = [
+        "--parsable",
+        f"--job-name={name}",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--requeue",  # a node that fails, and preemption
+        f"--chdir={folder}",
+        f"--output={_literal(run)}{'/%a' if array else ''}/logs/slurm.log",
+        "--open-mode=append",
+    ]
+    if array is not None:
+        arguments.append(f"--array={array}")
+    if "signal" not in slurm.options:
+        arguments.append(f"--signal={SIGNAL}")
+    if not on_cpu:
+        arguments.append(f"--gpus-per-node={gpus}")
+    elif "cpus-per-task" not in slurm.options:
+        arguments.append(f"--cpus-per-task={gpus.count}")
+    arguments += to_arguments(slurm.options)
+
+    values = {
+        "run": shlex.quote(str(run)) + ("/$SLURM_ARRAY_TASK_ID" if array else ""),
+        "setup": "\n".join(slurm.setup),
+        "env": "\n".join(_exports(slurm)),
+        "nodes": str(nodes),
+        "dtrain": shlex.join(_command(dtrain, slurm, (run, folder), on_cpu=on_cpu)),
+        "gpus": str(gpus.count),
+        "options": "".join(f" {shlex.quote(each)}" for each in options),
+        "target": '"$run/job.yaml"' if target is None else shlex.join(target),
+        "requeue_on_failure": "yes" if slurm.requeue_on_failure else "no",
+        "most_stalls": str(MOST_STALLS),
+    }
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    return Submission(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
+
+
+def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: str) -> str:
+    """A script for a node: it says `sees it` where there is the file `token`, and the version of its dtrain."""
+    command = _command(dtrain, slurm, (folder,), on_cpu=True)
+    lines = [*slurm.setup, *_exports(slurm), f"[[ -e {shlex.quote(str(token))} ]] && echo sees it"]
+    return "\n".join([*lines, shlex.join([*command, "--version"])])
+
+
+def _exports(slurm: Slurm) -> list[str]:
+    return [f"export {key}={shlex.quote(value)}" for key, value in slurm.env.items()]
+
+
+def _command(dtrain: str, slurm: Slurm, folders: Sequence[Path], *, on_cpu: bool) -> list[str]:
+    """dtrain on a node, in its container if there is one."""
+    return [dtrain] if slurm.container is None else [*_in_container(slurm.container, folders, on_cpu=on_cpu), dtrain]
+
+
+def _literal(path: Path) -> str:
+    """A path that sbatch takes as it is: % begins a pattern there."""
+    return str(path).replace("%", "%%")
+
+
+def _in_container(image: str, folders: Sequence[Path], *, on_cpu: bool) -> list[str]:
+    """The image's own python sees the folders, and runs in the last of them."""
+    gpu = [] if on_cpu else ["--nv"]
+    binds = [argument for folder in folders for argument in ("--bind", str(folder))]
+    return ["apptainer", "exec", *gpu, *binds, "--pwd", str(folders[-1]), image]
