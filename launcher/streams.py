@@ -24,9 +24,7 @@ def open_output(path: Path) -> None:
 
 
 def reopen_input() -> None:
-    """stdin as the agent has it, in a process forked from the fork server, which has closed it."""
-    if sys.stdin is not None:
-        os.close(sys.stdin.fileno())  # /dev/null
+    """stdin as of `python -u`, in a process that was forked from another."""
     _replace("stdin", "r", open(0, "rb", closefd=False))  # noqa: SIM115 (open as long as the process is)
 
 
