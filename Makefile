@@ -13,7 +13,7 @@ demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
 
 test: check  ## Run all tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed  ## Lint and type-check
 	$(BIN)/ruff check .
@@ -25,6 +25,7 @@ check: $(VENV)/installed  ## Lint and type-check
 	$(BIN)/mypy slurm/devcluster/cluster.py
 
 faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; launch 50 at once; interrupt a run on Slurm
+	$(BIN)/python -m pytest -m campaign
 	$(BIN)/python tests/faults/campaign.py --trials $(N) --jobs $(JOBS)
 	$(BIN)/python tests/faults/headlines.py --trials $(N) --jobs $(JOBS)
 	$(BIN)/python tests/faults/crowd.py

@@ -91,6 +91,22 @@ class SchedulerTarget(Target):
     interval: Literal["epoch", "step"] = Field(default="epoch", description="When it steps.")
 
 
+class Group(Section):
+    """Parameters of the optimizer with settings of their own; `params` is ours, the rest are the optimizer's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    params: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        min_length=1, description="Patterns of names, such as '*.bias', or of classes, such as 'LayerNorm.*'."
+    )
+
+
+class OptimizerTarget(Target):
+    """An optimizer; `groups` is ours, the rest are its arguments."""
+
+    groups: list[Group] = Field(default_factory=list, description="Parameters with settings of their own.")
+
+
 class Data(Section):
     """What is trained on, and in what batches."""
 
@@ -133,6 +149,14 @@ class Fit(Section):
         default=0, ge=0, description="How often a failed run is started again, from its last checkpoint."
     )
     sync_batchnorm: bool = Field(default=False, description="Batch norm over all ranks, on CUDA.")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        default="fp32", description="With how many bits the model computes; bf16 and fp16 by autocast."
+    )
+    clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of all gradients together.")
+    clip_value: float | None = Field(default=None, gt=0, description="Largest number in a gradient, up and down.")
+    on_nonfinite: Literal["stop", "skip"] | None = Field(
+        default=None, description="Gradients with inf or nan end the run, or their batch is left out; null: neither."
+    )
 
 
 class Checkpoint(Section):
@@ -202,7 +226,7 @@ class Job(Section):
     step: Target | None = Field(
         default=None, description="Instead of loss: function(model, batch) -> {loss, predictions, ...}."
     )
-    optimizer: Target = Field(description="Gets the parameters as its first argument.")
+    optimizer: OptimizerTarget = Field(description="Gets the parameters as its first argument.")
     scheduler: SchedulerTarget | None = Field(default=None, description="Gets the optimizer as its first argument.")
     metrics: dict[MetricName, MetricTarget] = Field(
         default_factory=dict, description="Each is reported as train_NAME and val_NAME."
@@ -299,6 +323,11 @@ def contradictions(job: Job) -> list[Problem]:
         problems.append(Problem("makes its own loss; give either loss or step", "step"))
     if not job.loss and not job.step:
         problems.append(Problem("missing; give loss or step", "loss"))
+    if job.fit.clip_norm and job.fit.clip_value:
+        problems.append(Problem("clips the gradients once more; give either clip_norm or clip_value", "fit.clip_value"))
+    if job.fit.precision == "fp16" and job.fit.on_nonfinite == "stop":
+        message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
+        problems.append(Problem(message, "fit.on_nonfinite"))
     if job.fit.strategy != "ddp":
         message = f"{job.fit.strategy} is not available in this version; use ddp"
         problems.append(Problem(message, "fit.strategy"))

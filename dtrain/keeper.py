@@ -22,6 +22,7 @@ from dtrain.output import RankOutput
 from dtrain.run import EXIT_INTERRUPTED, RunDir
 from dtrain.screen import Screen
 from dtrain.signals import held_back
+from dtrain.tracking_uri import is_off
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
 
@@ -186,7 +187,7 @@ class Keeper:
     # -- MLflow ----------------------------------------------------------------------------------
 
     def _start_tracker(self) -> None:
-        if self._quiet:
+        if self._quiet or is_off():
             return
         # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
         # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 DEFAULT = "sqlite:///mlflow.db"
+VARIABLE = "MLFLOW_TRACKING_URI"
 
 _SQLITE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<file>[^?:][^?]*)(?P<options>\?.*)?")
 
@@ -16,11 +17,16 @@ def resolve_tracking_uri(asked: str | None, before: str | None = None) -> str:
 
     The path of an SQLite store comes back absolute, so that it still names the same file elsewhere.
     """
-    uri = asked or os.environ.get("MLFLOW_TRACKING_URI") or before or DEFAULT
+    uri = asked or os.environ.get(VARIABLE) or before or DEFAULT
     sqlite = _SQLITE.fullmatch(uri)
     if not sqlite:
         return uri
     return f"{sqlite['scheme']}{Path(sqlite['file']).absolute()}{sqlite['options'] or ''}"
+
+
+def is_off() -> bool:
+    """Whether runs are not to go to MLflow at all: MLFLOW_TRACKING_URI is set, and empty."""
+    return os.environ.get(VARIABLE) == ""
 
 
 def sqlite_file(uri: str) -> Path | None:

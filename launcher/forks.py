@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -59,8 +60,9 @@ def start_fork_server(modules: Sequence[str], num_threads: int) -> None:
         if os.fork() == 0:
             try:
                 serve(requests, agent)
-            finally:
-                os._exit(1)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
     requests.close()
 
 

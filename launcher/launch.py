@@ -104,6 +104,8 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     if job.fit.sync_batchnorm and device == "cpu" and num_ranks > 1:
         problem = Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
         raise UserError(loaded.at(problem))
+    if job.fit.precision == "fp16" and device == "cpu":
+        raise UserError(loaded.at(Problem("fp16 is for GPUs; on a CPU bf16 needs no scaler", "fit.precision")))
     text = _resolved(job, device)
     if request.dry_run:
         print(text, end="")

@@ -35,8 +35,10 @@ def new_project(tmp_path_factory: pytest.TempPathFactory, store: str) -> Callabl
 
 
 @pytest.fixture
-def project(tmp_path: Path, store: str) -> Project:
-    return Project(tmp_path, store)
+def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
+    """With MLflow, which takes seconds a run, only where the test's file is marked for it."""
+    uses_mlflow = request.node.get_closest_marker("mlflow") is not None
+    return Project(tmp_path, request.getfixturevalue("store") if uses_mlflow else "")
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from dtrain.launcher import cancel as cancel_command
 from dtrain.run import RunDir
 from dtrain.trainer.checkpoint import saved
 
+pytestmark = pytest.mark.mlflow
+
 GATE = 7  # the step that waits, the second one of epoch 2
 LAUNCH = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", f"model.gate={GATE}")
 

@@ -17,21 +17,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="module")
 def digits(new_project):
-    """The digits job, trained on 1, 2 and 3 ranks."""
+    """The digits job, trained on 1 and 3 ranks."""
     project = new_project("digits")
-    for ranks in ("1", "2", "3"):
+    for ranks in ("1", "3"):
         done = project.run("launch", "--gpus", ranks, "--run-dir", ranks, str(EXAMPLES / "digits" / "job.yaml"))
         assert done.code == 0, done.err
     return project
 
 
 def test_digits_are_learnt(digits):
-    assert max(row["val_acc"] for row in digits.run_dir("2").rows()) > 0.97
+    assert max(row["val_acc"] for row in digits.run_dir("3").rows()) > 0.97
 
 
-@pytest.mark.parametrize("ranks", ["2", "3"])
-def test_digits_do_not_depend_on_the_number_of_ranks(digits, ranks):
-    rows, expected = digits.run_dir(ranks).rows(), digits.run_dir("1").rows()
+def test_digits_do_not_depend_on_the_number_of_ranks(digits):
+    rows, expected = digits.run_dir("3").rows(), digits.run_dir("1").rows()
     assert len(rows) == len(expected)
     for row, alone in zip(rows, expected, strict=True):
         assert (row["train_acc"], row["val_acc"]) == (alone["train_acc"], alone["val_acc"])
@@ -43,7 +42,7 @@ def test_the_weights_load_into_the_bare_module(digits, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "digits")
     from net import DigitNet  # the example's own
 
-    DigitNet(width=32).load_state_dict(torch.load(digits.run_dir("2").best_weights, weights_only=True))
+    DigitNet(width=32).load_state_dict(torch.load(digits.run_dir("3").best_weights, weights_only=True))
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

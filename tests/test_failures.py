@@ -9,6 +9,8 @@ from mlflow import MlflowClient
 
 from dtrain.trainer.checkpoint import saved
 
+pytestmark = pytest.mark.mlflow
+
 FAULTS = '''
 import ctypes
 import os

@@ -16,6 +16,8 @@ from mlflow import MlflowClient
 from dtrain.files import read_json
 from dtrain.run import RunDir
 
+pytestmark = pytest.mark.mlflow
+
 RUN_NAME = r"tiny-\d{8}-\d{6}-[0-9a-f]{4}"
 ACCURACY = "metrics.acc={_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 2}"
 OVERRIDES = ("optimizer.lr=0.25", "model.width=6", ACCURACY)
@@ -235,3 +237,12 @@ def test_more_epochs_continue_a_finished_run(run, project):
     assert (status["state"], status["epoch"], status["step"], status["restarts"]) == ("finished", 3, 15, 1)
     names = ["step-000000010-epoch-0002", "step-000000015-epoch-0003"]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", *names]
+
+
+def test_a_run_without_mlflow(new_project):
+    project = new_project("without-mlflow")
+    done = project.run("launch", "--gpus", "1", "--run-dir", "run", "job.yaml", MLFLOW_TRACKING_URI="")
+    assert done.code == 0, done.err
+    assert not project.run_dir().mlflow.exists()
+    assert not (project.folder / "mlflow.db").exists()
+    assert "MLflow" not in done.err

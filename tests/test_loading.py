@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import Problem, UserError, nearest
-from dtrain.job import job_json_schema
+from dtrain.job import Target, job_json_schema
 from dtrain.loading import LoadedJob, differences, dump_job, load_job
 
 GOOD = """\
@@ -247,11 +247,11 @@ def test_a_file_that_is_not_there(path: str, expected: str):
 
 def test_scalars_are_those_of_yaml_1_2():
     text = GOOD.replace(
-        "{time: 01:00:00}",
-        "{a: 1e-3, b: 01:00:00, c: on, d: yes, e: 2020-01-01, f: 0o17, g: 010, h: 0x1F, i: -.inf, j: ~, "
-        "k: 1_000, l: .5, m: True, n: '1', o: 1., p: +3, q: , r: !!str 3, s: !!float 3}",
+        "width: 32",
+        "a: 1e-3, b: 01:00:00, c: on, d: yes, e: 2020-01-01, f: 0o17, g: 010, h: 0x1F, i: -.inf, j: ~, "
+        "k: 1_000, l: .5, m: True, n: '1', o: 1., p: +3, q: , r: !!str 3, s: !!float 3",
     )
-    assert load(text).job.slurm == {
+    assert load(text).job.model.arguments == {
         **{"a": 0.001, "b": "01:00:00", "c": "on", "d": "yes", "e": "2020-01-01", "f": 15, "g": 10, "h": 31},
         **{"i": float("-inf"), "j": None, "k": "1_000", "l": 0.5, "m": True, "n": "1", "o": 1.0, "p": 3},
         **{"q": None, "r": "3", "s": 3.0},
@@ -259,7 +259,7 @@ def test_scalars_are_those_of_yaml_1_2():
 
 
 def test_places():
-    loaded = load(GOOD.replace("width: 32", "sizes: [1,\n 2]"), "fit.micro_batch_size=4", "slurm={a: 1}")
+    loaded = load(GOOD.replace("width: 32", "sizes: [1,\n 2]"), "fit.micro_batch_size=4", "slurm={time: 1}")
     assert loaded.locate("fit.epochs") == ("job.yaml", 12)
     assert loaded.locate("model.sizes.1") == ("job.yaml", 4)
     assert loaded.locate("data.val.split") == ("job.yaml", 7)
@@ -267,7 +267,7 @@ def test_places():
     assert loaded.locate("seed") == ("job.yaml", 2)
     assert loaded.locate("launch.device") == ("job.yaml", 1)
     assert loaded.locate("fit.micro_batch_size") == ("override fit.micro_batch_size=4", None)
-    assert loaded.locate("slurm.a") == ("override slurm={a: 1}", None)
+    assert loaded.locate("slurm.time") == ("override slurm={time: 1}", None)
 
 
 def test_overrides_set_add_and_replace():
@@ -279,7 +279,7 @@ def test_overrides_set_add_and_replace():
     )
     job = loaded.job
     assert job.model.arguments == {"width": 64, "depth": 2, "sizes": [1, 3]}
-    assert job.slurm == {"partition": "gpu", "time": "01:00:00"}
+    assert job.slurm.options == {"partition": "gpu", "time": "01:00:00"}
     assert (job.name, job.mlflow.run_name, job.fit.epochs) == ("a", "first try", 4)
     assert (job.fit.early_stopping, job.monitor, job.monitor_mode) == (None, "val_loss", "min")
 
@@ -323,7 +323,9 @@ def test_dump_loads_back_to_an_equal_job():
         "\n",
     ]
     first = load(GOOD + "checkpoint: {every: 50}\n", "fit.micro_batch_size=8").job
-    first = first.model_copy(update={"slurm": {text: [text, 1e-10, 1e20, {"n": None}] for text in awkward}})
+    values = {text: [text, 1e-10, 1e20, {"n": None}] for text in awkward}
+    model = Target.model_validate({"_target_": "collections.OrderedDict", "values": values})
+    first = first.model_copy(update={"model": model})
     again = load(dump_job(first)).job
     assert again == first
     assert dump_job(again) == dump_job(first)
@@ -338,7 +340,7 @@ def test_an_argument_may_have_any_name():
 
 def test_differences_that_keep_a_run_from_continuing():
     old = load(GOOD).job
-    may = ["fit.epochs=20", "checkpoint.keep=9", "mlflow.experiment=x", "launch.device=cpu", "slurm={a: 1}"]
+    may = ["fit.epochs=20", "checkpoint.keep=9", "mlflow.experiment=x", "launch.device=cpu", "slurm={time: 1}"]
     assert differences(old, load(GOOD, *may, "data.workers=2").job) == []
     wrong = [
         "optimizer.lr=0.2",

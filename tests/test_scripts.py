@@ -21,6 +21,8 @@ from dtrain.loading import differences, dump_job, load, load_job
 from dtrain.run import RunDir
 from dtrain.trainer import world
 
+pytestmark = pytest.mark.mlflow
+
 PRINTING = """
 import os, sys
 import torch
@@ -243,7 +245,7 @@ def test_a_script_job_runs_and_goes_on(jobs, store):
         "script": ["sub/train.py", *arguments],
         "mlflow": {"experiment": "tiny", "tracking_uri": None, "run_name": None},
         "launch": {"device": "cpu", "hang_timeout_s": 1800.0},
-        "slurm": {},
+        "slurm": {"setup": [], "env": {}, "container": None, "requeue_on_failure": False},
     }
     assert (run.code / "sub" / "train.py").read_text() == REPORTING
 

@@ -13,6 +13,8 @@ from command import STEPS, Project
 from dtrain.files import read_json
 from dtrain.sweep import Sweep
 
+pytestmark = pytest.mark.mlflow
+
 GATE = 7  # the step that waits for a file, the second one of epoch 2
 TOTAL = 2 * STEPS
 FAULT = """
@@ -118,6 +120,7 @@ def test_what_is_cancelled_stops_and_does_not_come_back(by, says, site):
             assert done.code == 0, done.err
             assert "with a checkpoint" in done.out
     assert found["Restarts"] == "0"
+    site.cluster.until(lambda: site.project.status()["state"] != "running")
     assert site.project.status()["state"] == "stopped"
     assert GATE <= site.project.status()["step"] < TOTAL
 

@@ -19,6 +19,8 @@ from dtrain.files import read_json
 from dtrain.heartbeat import Heartbeat
 from dtrain.trainer.checkpoint import saved
 
+pytestmark = pytest.mark.mlflow
+
 GATE = 7  # the step that waits, the second one of epoch 2
 SIZE = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
 JOB = ("optimizer.lr=0.2", f"model.gate={GATE}")
@@ -94,7 +96,7 @@ def test_a_stop_and_its_continuation(number, code, options, project, uninterrupt
     assert project.status()["restarts"] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_what_a_cluster_sends_to_all_processes_means_the_agent(number, project, uninterrupted):
     """Slurm signals each process of a job: the fork server, the ranks, those that load their data, the tracker."""
     with project.running(*SIZE, *JOB, "data.workers=1") as command:

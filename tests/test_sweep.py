@@ -12,6 +12,8 @@ from dtrain.errors import UserError
 from dtrain.files import read_json
 from dtrain.sweep import Sweep, grid
 
+pytestmark = pytest.mark.mlflow
+
 
 def test_a_grid():
     assert grid(["a=1", "b=x,y", "c=0.1,1e-3"]) == (

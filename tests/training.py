@@ -82,6 +82,8 @@ def make_loop(folder: str, job: Job) -> Loop:
         trainer.world,
         trainer.model,
         trainer.step,
+        trainer.precision,
+        trainer._update(trainer.optimizer),
         trainer.optimizer,
         trainer.scheduler,
         (batches, None),

@@ -7,6 +7,7 @@ what only rank 0 does (files, reports) stands under `if self.world.is_main`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -28,12 +29,14 @@ from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ddp import DataParallel
 from .optimizer_state import load_named_state, named_state, parameter_groups
+from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
 from .step import Step
 from .stop import StopAgreement, Stopped
 from .tally import Tally
+from .update import Update
 from .weights import mismatches
 from .world import World
 
@@ -68,6 +71,8 @@ class Loop:
         world: World,
         model: DataParallel,
         step: Step,
+        precision: Precision,
+        update: Update,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
         batches: tuple[Batches, Batches | None],
@@ -80,6 +85,8 @@ class Loop:
         self.world = world
         self.model = model
         self.step = step
+        self.precision = precision
+        self.update = update
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.train_batches, self.val_batches = batches
@@ -163,9 +170,11 @@ class Loop:
         if isinstance(self.optimizer, LBFGS):
             self.step_by_closure(list(micro_batches))
         else:
+            seen = copy.deepcopy(self.train_tally.state_dict()) if self.update.may_skip else None
             self.optimizer.zero_grad()
             self.backward(micro_batches)
-            self.optimizer.step()
+            if not self.update.apply(self.place.step + 1) and seen is not None:
+                self.train_tally.load_state_dict(seen)
         if self.scheduler is not None and self.schedule.scheduler_interval == "step":
             self.scheduler.step()
 
@@ -190,10 +199,10 @@ class Loop:
                     self.model.require_all_used(outcome.total)
                 self.heartbeat.enter(Phase.BACKWARD)
                 if outcome.weight is None:
-                    (outcome.total * scale).backward()
+                    self.precision.scaled(outcome.total * scale).backward()
                 else:
                     # How many units the batch has is known only after all its parts; see `divide_gradients`.
-                    outcome.total.backward()
+                    self.precision.scaled(outcome.total).backward()
                     weight = outcome.weight if weight is None else weight + outcome.weight
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
@@ -349,6 +358,7 @@ class Loop:
             "optimizer": named_state(self.optimizer, self.model.bare),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "best": self.best.state_dict(),
+            "scaler": self.precision.state_dict(),
         }
 
     def kinds(self) -> dict[str, str | None]:
@@ -395,6 +405,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         self.best.load_state_dict(shared["best"])
+        self.precision.load_state_dict(shared.get("scaler"))
         self.train_batches.load_state_dict(snapshot.ranks[self.world.rank % snapshot.world_size]["data"])
         if snapshot.world_size == self.world.world_size:
             own = snapshot.ranks[self.world.rank]

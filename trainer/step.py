@@ -193,7 +193,7 @@ def _class_weight(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> 
 def _scalar(value: Tensor, name: str) -> Tensor:
     if value.numel() != 1:
         raise UserError(f"{name} must be one number, it has shape {tuple(value.shape)}")
-    return value.reshape(())
+    return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))  # sums need more than 16 bits
 
 
 def _describe(value: Any) -> str:

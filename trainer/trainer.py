@@ -25,6 +25,8 @@ from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import Keeper
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
+from . import precision as precisions
+from .background import say
 from .best import Best
 from .data import Batches, IndexedBatches, Source
 from .ddp import DataParallel
@@ -33,6 +35,7 @@ from .step import UserStep, supervised_step, user_step
 from .stop import Stopped, signals_left_to_agent
 from .stream import LoaderShares, StreamBatches, StreamShares
 from .tally import Tally
+from .update import OnNonfinite, Update
 from .world import join_world
 
 if TYPE_CHECKING:
@@ -60,6 +63,9 @@ class Trainer:
         seed: the order of samples, and each rank's random numbers, follow from it.
         device: "auto", "cpu" or "cuda".
         micro_batch_size: most samples in one forward pass of one rank.
+        precision: "fp32", "tf32", "bf16" or "fp16", see `Precision`.
+        clip_norm, clip_value: limits of the batch's gradient, by its norm or each of its numbers.
+        on_nonfinite: "stop" or "skip": what to do with gradients that hold inf or nan.
         run_dir: the run's folder; by default that of `dtrain launch`, else a new one under runs/.
         resume: continue the run in `run_dir` from its last checkpoint.
 
@@ -84,6 +90,10 @@ class Trainer:
         micro_batch_size: int | None = None,
         deterministic: bool = False,
         sync_batchnorm: bool = False,
+        precision: precisions.Name = "fp32",
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        on_nonfinite: OnNonfinite | None = None,
         checkpoint_every: int | Literal["epoch"] = "epoch",
         keep: int = 2,
         run_dir: str | os.PathLike[str] | None = None,
@@ -102,7 +112,10 @@ class Trainer:
         self.net = self.model.bare
         if isinstance(loss_fn, nn.Module):
             loss_fn.to(self.world.device)  # class weights are buffers
-        self.step = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
+        self.precision = precisions.Precision(precision, self.world.device)
+        plain = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
+        self.step = self.precision.of(plain)
+        self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
@@ -160,12 +173,15 @@ class Trainer:
         tallies = self._tally("train"), self._tally("val")
         _check_monitor(best.monitor, tallies if val_data is not None else tallies[:1])
         batches = self._batches(train_data, training=True), self._val_batches(val_data)
+        update = self._update(self.optimizer)
         with self._run() as run:
             loop = Loop(
                 run,
                 self.world,
                 self.model,
                 self.step,
+                self.precision,
+                update,
                 self.optimizer,
                 self.scheduler,
                 batches,
@@ -186,6 +202,16 @@ class Trainer:
         for batch in batches.epoch(1):
             evaluate_batch(self.net, self.step, batch, tally)
         return self.world.from_main(gather_values(self.world, [tally]))
+
+    def _update(self, optimizer: Optimizer) -> Update:
+        return Update(
+            optimizer,
+            self.precision,
+            clip_norm=self.clip_norm,
+            clip_value=self.clip_value,
+            on_nonfinite=self.on_nonfinite,
+            report=say if self.world.is_main else lambda line: None,
+        )
 
     def _tally(self, phase: Literal["train", "val"]) -> Tally:
         if not self.metrics:

@@ -19,6 +19,7 @@ from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.target import bind_function, instantiate, job_path
 
 from .data import Source
+from .groups import group_parameters
 from .seeds import seed_everything
 from .stop import Stopped
 from .trainer import Trainer
@@ -54,7 +55,8 @@ def build_trainer(job: Job) -> Trainer:
     """The job's model, loss, optimizer, scheduler and metrics in a Trainer."""
     seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
     net = cast(nn.Module, instantiate(job.model))
-    optimizer: Any = instantiate(job.optimizer, net.parameters())
+    groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
+    optimizer: Any = instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
     metrics = {name: cast(Any, instantiate(target)) for name, target in job.metrics.items()}
     return Trainer(
         net,
@@ -71,6 +73,10 @@ def build_trainer(job: Job) -> Trainer:
         micro_batch_size=job.fit.micro_batch_size,
         deterministic=job.fit.deterministic,
         sync_batchnorm=job.fit.sync_batchnorm,
+        precision=job.fit.precision,
+        clip_norm=job.fit.clip_norm,
+        clip_value=job.fit.clip_value,
+        on_nonfinite=job.fit.on_nonfinite,
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
     )

@@ -121,13 +121,13 @@ class Cluster:
     def _lay_out(self) -> None:
         """A new folder, in place of what an earlier cluster left there."""
         folder = str(self.folder)
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "controller").is_dir():
+            raise BadRequest(f"{folder} holds something else than a cluster: choose another --folder")
         if not re.fullmatch(r"[\w./+-]+", folder, re.ASCII):
             raise BadRequest(f"{folder}: slurm.conf can't hold this path; use letters, digits and . / + - _ only")
         if len(folder) > LONGEST_FOLDER:
             raise BadRequest(f"{folder}: too long for Slurm's sockets, at most {LONGEST_FOLDER} characters")
         if self.folder.exists():
-            if any(self.folder.iterdir()) and not (self.folder / "controller").is_dir():
-                raise BadRequest(f"{folder} holds something else than a cluster: choose another --folder")
             self.down()
             shutil.rmtree(self.folder)
         for name in ("munge", "controller/state", *(f"{node}/spool" for node in NODES)):

@@ -1,0 +1,52 @@
+"""Parameters in groups by pattern, each with settings of its own: weight decay for weights alone, say."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from dtrain.errors import UserError, did_you_mean
+
+
+def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an optimizer takes as its first argument: the groups in their order, then those in no group.
+
+    A pattern (`*` and `?` as in file names) is matched with a parameter's name, `blocks.0.norm.weight`, and with the
+    class of its module in place of the path, `LayerNorm.weight`. The first group that has a match takes it.
+
+    Args:
+        groups: `params`, a pattern or several, beside what the optimizer takes for a group, such as weight_decay.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+    """
+    names = [
+        {f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"}
+        for path, module in net.named_modules()
+        for own, _ in module.named_parameters(recurse=False)
+    ]
+    parameters = [p for module in net.modules() for _, p in module.named_parameters(recurse=False)]
+    patterns = [[each["params"]] if isinstance(each["params"], str) else list(each["params"]) for each in groups]
+    for pattern in (pattern for each in patterns for pattern in each):
+        if not any(fnmatch.fnmatchcase(name, pattern) for each in names for name in each):
+            known = sorted(name for each in names for name in each)
+            hint = did_you_mean(pattern, known) or f"there are {', '.join(known[:8])}" + ", ..." * (len(known) > 8)
+            raise UserError(f"optimizer.groups: no parameter is called {pattern}; {hint}")
+    members: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
+    seen: set[int] = set()
+    for parameter, own_names in zip(parameters, names, strict=True):
+        if id(parameter) in seen:  # shared by two modules
+            continue
+        seen.add(id(parameter))
+        matching = (
+            number
+            for number, each in enumerate(patterns)
+            if any(fnmatch.fnmatchcase(name, pattern) for name in own_names for pattern in each)
+        )
+        members[next(matching, len(groups))].append(parameter)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    made = [{**setting, "params": each} for setting, each in zip([*settings, {}], members, strict=True)]
+    return [group for group in made if group["params"]]

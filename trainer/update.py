@@ -1,0 +1,96 @@
+"""From a batch's gradient to the next weights: looked at, clipped, applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.optim import LBFGS, Optimizer
+
+from dtrain.errors import UserError
+
+from .precision import Precision
+
+OnNonfinite = Literal["stop", "skip"]
+
+
+class Update:
+    """An optimizer's step. The gradients are the same on all ranks to the bit, so that all decide alike by themselves.
+
+    Args:
+        clip_norm: the gradients' Euclidean norm, over all parameters, is scaled down to it where it is larger.
+        clip_value: each gradient's every number is limited to it, up and down.
+        on_nonfinite: what to do with a batch whose gradients hold inf or nan: end the run, or leave it out.
+        report: told of each batch that was left out.
+
+    Raises:
+        UserError: LBFGS, which makes its gradients itself, with any of it.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        precision: Precision,
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        on_nonfinite: OnNonfinite | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        asked: dict[str, object] = {"fit.clip_norm": clip_norm, "fit.clip_value": clip_value}
+        asked |= {"fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
+        if isinstance(optimizer, LBFGS) and (given := [name for name, value in asked.items() if value is not None]):
+            raise UserError(f"LBFGS asks for gradients as often as it likes: {', '.join(given)} can't go with it")
+        self._optimizer = optimizer
+        self._scaler = precision.scaler
+        self._clip_norm = clip_norm
+        self._clip_value = clip_value
+        self._on_nonfinite = on_nonfinite
+        self._report = report
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether batches are left out, of which the epoch's loss and metrics are to know nothing either."""
+        return self._on_nonfinite == "skip"
+
+    def apply(self, step: int) -> bool:
+        """Make the optimizer's step number `step`; False where `on_nonfinite` leaves it out.
+
+        Raises:
+            UserError: the gradients are not finite, and `on_nonfinite` is stop.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self._clip_norm is not None or self._on_nonfinite is not None:
+            norm = get_total_norm(gradients)
+            if self._on_nonfinite is not None and self._leaves_out(norm, step):
+                return False
+            if self._clip_norm is not None:
+                parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+                clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        if self._clip_value is not None:
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            clip_grad_value_(parameters, self._clip_value)
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        return True
+
+    def _leaves_out(self, norm: Tensor, step: int) -> bool:
+        if bool(torch.isfinite(norm)):
+            return False
+        if self._on_nonfinite == "stop":
+            raise UserError(
+                f"the gradients of step {step} are not finite, their norm is {float(norm)}; a smaller learning rate "
+                "or fit.clip_norm may help, and fit.on_nonfinite: skip leaves such batches out"
+            )
+        self._report(f"step {step} is left out: its gradients are not finite")
+        if self._scaler is not None:
+            self._scaler.update()
+        return True
