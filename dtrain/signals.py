@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -28,6 +28,17 @@ def held_back() -> Iterator[None]:
 def let_through() -> None:
     """They come from now on, and those that have waited come now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
+
+
+@contextlib.contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """In the block, these signals call the handler."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def leave_to_agent() -> dict[int, Any]:

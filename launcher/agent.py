@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dtrain import signals
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import Keeper, State
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
@@ -149,17 +150,10 @@ class StopRequests:
             self._signal_ranks(number)
         return time.monotonic() > self._deadline
 
-    @contextmanager
-    def handled(self) -> Iterator[None]:
+    def handled(self) -> AbstractContextManager[None]:
         """Listen to signals, but not to a closed terminal under `nohup`."""
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        heard = [number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP)]
-        previous = {number: signal.signal(number, self._handle) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return signals.handled(set(STOP_SIGNALS) - ({signal.SIGHUP} if is_nohup else set()), self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.are_over:

@@ -129,8 +129,8 @@ def execute(task: Task, arguments: Sequence[str]) -> None:
     sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.is_module else []), task.program, *arguments]
     if task.is_module:
         sys.argv[:] = ["-m", *arguments]
-        # What `python -m` calls; run_module, which is public, runs it in a module that is gone afterwards.
-        runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]
+        # run_module, which is public, would run it in a module that is gone afterwards.
+        runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]  # what `python -m` calls
         return
     sys.argv[:] = [task.program, *arguments]
     file = os.path.join(os.getcwd(), task.program)

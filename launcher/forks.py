@@ -204,8 +204,8 @@ class Rank:
         sys.path[:] = PATH
         for name in [each for each in sys.modules if each.partition(".")[0] == "click"]:
             del sys.modules[name]  # the command line's: nothing else here has it, and a script may have its own
-        # multiprocessing does so in each child it starts: debuggers and py-spy read it.
-        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
+        # Debuggers and py-spy read it.
+        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # as multiprocessing in each child
         reopen_input()
         reseed()
         main(*self.arguments)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from dtrain import signals
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_text
 from dtrain.job import Job, LoadedJob
@@ -27,12 +27,11 @@ from dtrain.slurm.jobs import job_of, look_up, set_job, submit
 from dtrain.slurm.render import Array
 from dtrain.sweep import Sweep, grid
 
+from .agent import STOP_SIGNALS
 from .entry import die_with_parent
 from .launch import fill, is_done
 from .runs import print_runs
 from .submit import LOOK_EVERY_S, Submittable, mark_submitted, parse_gpus, refuse_second, whole_or_as_before
-
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
@@ -157,12 +156,8 @@ class _Command:
     @contextmanager
     def passing_signals_on(cls) -> Iterator[_Command]:
         command = cls()
-        previous = {number: signal.signal(number, command._pass_on) for number in PASSED_ON}
-        try:
+        with signals.handled(STOP_SIGNALS, command._pass_on):
             yield command
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def run(self, *arguments: str) -> int:
         """Run it to its end; the exit code."""

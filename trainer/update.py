@@ -64,16 +64,14 @@ class Update:
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         if self._clip_norm is not None or self._on_nonfinite is not None:
-            norm = get_total_norm(gradients)
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
                 return False
             if self._clip_norm is not None:
-                parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
                 clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if self._clip_value is not None:
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
             clip_grad_value_(parameters, self._clip_value)
         if self._scaler is None:
             self._optimizer.step()
