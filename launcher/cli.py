@@ -231,4 +231,8 @@ def main() -> None:
             raise
         print(f"{error.strerror}: {error.filename or 'a file could not be written'}; make room", file=sys.stderr)
         code = 1
+    if "torch" in sys.modules:
+        from .leaving import leave
+
+        leave(code, dict(sys.modules))
     sys.exit(code)

@@ -10,7 +10,6 @@ import builtins
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -33,6 +32,7 @@ from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 from dtrain.run import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import stacks
+from .leaving import leave
 from .streams import open_output
 
 VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
@@ -69,8 +69,12 @@ class Task:
         return ["-u", str(Path(__file__).with_name("fresh.py")), str(os.getpid()), text, *arguments]
 
 
-def main(text: str, *arguments: str) -> NoReturn:
-    """Be this rank to the end of its process: run the task of `Task.command`."""
+def main(text: str, *arguments: str, imported: Mapping[str, ModuleType] | None = None) -> NoReturn:
+    """Be this rank to the end of its process: run the task of `Task.command`.
+
+    Args:
+        imported: by the fork server, in a process of which it was forked.
+    """
     task = Task(**json.loads(text))
     run_dir = RunDir(os.path.abspath(task.run_dir))  # the script may change the working directory
     open_output(run_dir.rank_log(int(os.environ["RANK"])))
@@ -90,11 +94,9 @@ def main(text: str, *arguments: str) -> NoReturn:
         if util := sys.modules.get("multiprocessing.util"):
             util._exit_function()  # ends the loading processes
         os._exit(code)
-    # As at any interpreter's end: threads awaited, atexit called, what is open flushed, modules cleared. A forked
-    # process that returned instead would leave by os._exit.
-    gc.unfreeze()  # what the fork server has imported is to be taken down as well
-    ctypes.pythonapi.Py_Exit(code)
-    raise AssertionError
+    if imported is not None:
+        leave(code, imported)
+    sys.exit(code)
 
 
 def run(task: Task, arguments: Sequence[str], run_dir: RunDir) -> int:

@@ -198,6 +198,7 @@ class Rank:
         die_with_parent(server)
         gc.freeze()  # to look through what was imported would copy all of its pages, and take a while
         gc.enable()
+        imported = dict(sys.modules)
         os.chdir(self.working_directory)
         os.environ.clear()
         os.environ.update(self.environment)
@@ -208,7 +209,7 @@ class Rank:
         threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # as multiprocessing in each child
         reopen_input()
         reseed()
-        main(*self.arguments)
+        main(*self.arguments, imported=imported)
 
 
 def reseed() -> None:
