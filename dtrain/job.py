@@ -138,7 +138,7 @@ class Fit(Section):
 
     epochs: PositiveInt = Field(description="Passes over the training dataset.")
     strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
-        default="ddp", description="How ranks share the work; this version has ddp."
+        default="ddp", description="How ranks share the work: ddp, or fsdp for models that outgrow a GPU."
     )
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="Most samples in one forward pass of one rank; null: no limit."
@@ -180,6 +180,21 @@ class Launch(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where present.")
     hang_timeout_s: float = Field(
         default=HANG_TIMEOUT_S, gt=0, description="So long may a rank stand still before the job is ended."
+    )
+
+
+class Fsdp(Section):
+    """How FSDP2 cuts the model."""
+
+    wrap: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        default_factory=list,
+        description="Classes of modules that are gathered one at a time; by default the repeated blocks.",
+    )
+    reshard_after_forward: bool = Field(
+        default=True, description="Drop a block after its forward pass, and gather it again for the backward pass."
+    )
+    offload: bool = Field(
+        default=False, description="Keep parameters, gradients and the optimizer's state in the CPU's memory."
     )
 
 
@@ -236,7 +251,7 @@ class Job(Section):
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
     launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
     slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")
-    fsdp: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy fsdp.")
+    fsdp: Fsdp = Field(default_factory=Fsdp, description="Settings of strategy fsdp.")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy deepspeed.")
 
     @property
@@ -328,11 +343,11 @@ def contradictions(job: Job) -> list[Problem]:
     if job.fit.precision == "fp16" and job.fit.on_nonfinite == "stop":
         message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
         problems.append(Problem(message, "fit.on_nonfinite"))
-    if job.fit.strategy != "ddp":
-        message = f"{job.fit.strategy} is not available in this version; use ddp"
+    if job.fit.strategy == "deepspeed":
+        message = f"{job.fit.strategy} is not available in this version; use fsdp"
         problems.append(Problem(message, "fit.strategy"))
-    for section, settings in (("fsdp", job.fsdp), ("deepspeed", job.deepspeed)):
-        if settings and job.fit.strategy != section:
+    for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
+        if is_given and job.fit.strategy != section:
             problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
     if job.monitor not in job.reported:
         hint = did_you_mean(job.monitor, job.reported) or f"there are {', '.join(job.reported)}"

@@ -58,7 +58,9 @@ _DRAWN_FROM = {
     "fit.early_stopping.monitor": ("metrics", "data.val", "fit.early_stopping"),
 }
 
-_MAY_DIFFER = re.compile(r"(fit\.(epochs|restarts)|data\.workers|(checkpoint|mlflow|launch|slurm)(\..*)?)", re.DOTALL)
+_MAY_DIFFER = re.compile(
+    r"fit\.(epochs|restarts|strategy)|data\.workers|(fsdp|deepspeed|checkpoint|mlflow|launch|slurm)(\..*)?", re.DOTALL
+)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedScript:

@@ -101,11 +101,8 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     if problems:
         raise UserError(problems)
     num_ranks, device = choose_processes(request.gpus, job.launch.device)
-    if job.fit.sync_batchnorm and device == "cpu" and num_ranks > 1:
-        problem = Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
-        raise UserError(loaded.at(problem))
-    if job.fit.precision == "fp16" and device == "cpu":
-        raise UserError(loaded.at(Problem("fp16 is for GPUs; on a CPU bf16 needs no scaler", "fit.precision")))
+    if device == "cpu" and (problems := list(only_for_gpus(job, num_ranks))):
+        raise UserError([loaded.at(problem) for problem in problems])
     text = _resolved(job, device)
     if request.dry_run:
         print(text, end="")
@@ -122,6 +119,16 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         forked=request.preload,
     )
     return _start(request, run, task, num_ranks, text, None if continues else code, job.fit.restarts)
+
+
+def only_for_gpus(job: Job, num_ranks: int) -> Iterator[Problem]:
+    """What a job asks for that CPU processes can't do."""
+    if job.fit.sync_batchnorm and num_ranks > 1:
+        yield Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
+    if job.fit.precision == "fp16":
+        yield Problem("fp16 is for GPUs; on a CPU bf16 needs no scaler", "fit.precision")
+    if job.fsdp.offload:
+        yield Problem("keeps in the CPU's memory what a GPU has no room for, and there is no GPU here", "fsdp.offload")
 
 
 def is_done(run: RunDir, job: Job | ScriptJob) -> bool:

@@ -51,13 +51,19 @@ def take_down(kept: Mapping[str, ModuleType]) -> None:
             signal.signal(number, signal.SIG_DFL)
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         sys.__dict__.pop(name, None)  # their frames hold all there is
-    own = [name for name, module in sys.modules.items() if kept.get(name) is not module]
-    left = [weakref.ref(module) for name in own if isinstance(module := sys.modules.pop(name), ModuleType)]
-    module = None
+    forgotten = forget(kept)
     gc.collect()
-    for reference in reversed(left):
+    for reference in reversed(forgotten):
         if (module := reference()) is not None:  # something kept holds it, or a part of it
             names = [name for name in vars(module) if name != "__builtins__"]
             for name in sorted(names, key=lambda name: not name.startswith("_")):
                 vars(module)[name] = None
     gc.collect()
+
+
+def forget(kept: Mapping[str, ModuleType]) -> list[weakref.ref[ModuleType]]:
+    """Take the modules that are not kept out of sys.modules; those that something else holds live on."""
+    modules = [(name, module) for name, module in sys.modules.items() if kept.get(name) is not module]
+    for name, _ in modules:
+        del sys.modules[name]
+    return [weakref.ref(module) for _, module in modules if isinstance(module, ModuleType)]

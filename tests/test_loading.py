@@ -189,11 +189,11 @@ INVALID = {
         ["job.yaml:1: loss: missing; give loss or step"],
     ),
     "strategy to come": (
-        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: fsdp"),
-        ["job.yaml:12: fit.strategy: fsdp is not available in this version; use ddp"],
+        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed"),
+        ["job.yaml:12: fit.strategy: deepspeed is not available in this version; use fsdp"],
     ),
     "settings of another strategy": (
-        GOOD + "fsdp: {shard: 2}\n",
+        GOOD + "fsdp: {wrap: Block}\n",
         ["job.yaml:14: fsdp: settings of a strategy that fit.strategy does not choose"],
     ),
 }

@@ -22,6 +22,7 @@ from torchmetrics.wrappers import MinMaxMetric
 from training import Job, Samples, differences, epoch_order, final_state, train
 
 from dtrain.heartbeat import Heartbeat
+from dtrain.job import Fsdp
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 from dtrain.trainer import checkpoint
 from dtrain.trainer.checkpoint import Checkpoints
@@ -29,6 +30,7 @@ from dtrain.trainer.manifest import HashedFile
 
 # 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
 NUM_SAMPLES, BATCH, STEPS, EPOCHS, CLASSES, SEED = 35, 9, 4, 3, 3, 6
+STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"])}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Options:
     random: bool = True  # dropout, batch norm, and augmentation
     workers: int = 0
     optimizer: str = "adam"
+    strategy: str = "ddp"
     patience: int | None = None
     stop_after_step: int | None = None  # the last rank is asked to stop after this step: all do after the next
     stop_after_validation: int | None = None  # the same, after this batch of a validation
@@ -105,7 +108,7 @@ def job(options: Options) -> Job:
     }
     trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": optimizer, "metrics_dict": metrics}
     trainer |= {"scheduler": SCHEDULERS[options.scheduler](optimizer), "scheduler_interval": interval, "seed": SEED}
-    trainer |= {"checkpoint_every": options.checkpoint_every}
+    trainer |= {"checkpoint_every": options.checkpoint_every, "strategy": STRATEGIES[options.strategy]}
     features, val_features = torch.randn(NUM_SAMPLES, 5), torch.randn(29, 5)
     data = Recorded(features, features[:, :CLASSES].argmax(1), noise=0.1 if options.random else 0.0)
     val = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
@@ -258,6 +261,16 @@ def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_si
     found, expected = final_state(tmp_path), uninterrupted(world_size, final)
     assert [row["epoch"] for row in found["rows"]] == [1, 2, 3]
     assert differences(found, expected) == []
+    assert samples_trained_on(tmp_path, world_size) == all_samples()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["stop at a step", "stop in validation", "kill at a step", "kill in a save"])
+def test_so_has_one_whose_ranks_keep_parts_of_the_model(world_size, name, uninterrupted, tmp_path):
+    interruptions = [replace(each, strategy="fsdp") for each in INTERRUPTIONS[name]]
+    final = Options(checkpoint_every=interruptions[-1].checkpoint_every, strategy="fsdp")
+    continue_to_the_end(tmp_path, world_size, interruptions, final)
+    assert differences(final_state(tmp_path), uninterrupted(world_size, final)) == []
     assert samples_trained_on(tmp_path, world_size) == all_samples()
 
 

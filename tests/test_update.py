@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.optim import LBFGS
 from training import Job, Samples, epoch_order, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
+from dtrain.job import Fsdp
 from dtrain.trainer.groups import group_parameters
 from dtrain.trainer.precision import Precision
 from dtrain.trainer.trainer import Trainer
@@ -37,9 +39,10 @@ def parts(bad: bool) -> tuple[nn.Module, torch.optim.Optimizer, Samples]:
     return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), samples
 
 
-def job(option: str, micro_batch_size: int | None = None) -> Job:
+def job(option: str, micro_batch_size: int | None = None, strategy: Any = "ddp") -> Job:
     net, optimizer, samples = parts(option == "skip")
     trainer = {"net": net, "loss_fn": nn.MSELoss(), "optimizer": optimizer, "micro_batch_size": micro_batch_size}
+    trainer["strategy"] = strategy
     return {
         "trainer": {**trainer, **OPTIONS[option]},
         "train": samples,
@@ -72,9 +75,10 @@ def plain_loop(option: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, None), (2, None), (3, 2)])
-def test_a_plain_loop_is_reproduced(option, world_size, micro_batch_size, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", Fsdp(wrap=["Linear"])], ids=["ddp", "fsdp"])
+def test_a_plain_loop_is_reproduced(option, strategy, world_size, micro_batch_size, tmp_path):
     losses, weights = plain_loop(option)
-    results = train(world_size, tmp_path, job, option, micro_batch_size)
+    results = train(world_size, tmp_path, job, option, micro_batch_size, strategy)
     tolerance = 2e-2 if option == "bf16" else 1e-5  # bf16 has 8 bits, and rounds each part's gradient for itself
     for rows, found in results:
         assert [row["train_loss"] for row in rows] == pytest.approx(losses, rel=tolerance)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from ranks import run_ranks
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import Dataset
 
@@ -66,7 +67,13 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:
         return None
-    return history.to_dict("records"), {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    weights = {name: full(value).clone() for name, value in trainer.net.state_dict().items()}
+    return history.to_dict("records"), weights
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, where it is one rank's part. All ranks take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def make_loop(folder: str, job: Job) -> Loop:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from dtrain.run import RunDir
 
@@ -25,10 +27,14 @@ class Copies:
 
     @torch.no_grad()
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now, in their memory formats, over the copies made before. Waits for the device."""
+        """The tensors as they are now, in their memory formats, over the copies made before. Waits for the device.
+
+        Of a DTensor this rank's part is copied, and comes as a DTensor on the CPU.
+        """
         before, self._buffers = self._buffers, {}
         shared: dict[Any, Tensor] = {}  # tied weights stay tied
-        for name, tensor in tensors.items():
+        for name, given in tensors.items():
+            tensor = given.to_local() if isinstance(given, DTensor) else given
             place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if place not in shared:
                 buffer = before.get(name)
@@ -39,7 +45,15 @@ class Copies:
             self._buffers[name] = shared[place]
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
-        return dict(self._buffers)
+        return {name: _as_part(self._buffers[name], given) for name, given in tensors.items()}
+
+
+def _as_part(copy: Tensor, of: Tensor) -> Tensor:
+    """The copy of a part as what the part is: a piece of a larger tensor. No collective."""
+    if not isinstance(of, DTensor):
+        return copy
+    mesh = DeviceMesh("cpu", of.device_mesh.mesh)
+    return DTensor.from_local(copy, mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride())
 
 
 class Background:

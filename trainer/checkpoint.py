@@ -24,6 +24,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dtrain import __version__
 from dtrain.errors import Problem, ResumeError, first_line
@@ -32,7 +34,7 @@ from dtrain.run import RunDir
 
 from .background import Copies, Disk, say
 from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
-from .tree import flatten, unflatten
+from .tree import DTYPES, flatten, unflatten
 from .world import World, collective_timeout
 
 T = TypeVar("T")
@@ -65,15 +67,26 @@ class Snapshot:
 class Checkpoints:
     """A run's checkpoints. All ranks take part in all of it; rank 0 reports.
 
+    Args:
+        part_like: room for this rank's part of a tensor of that name and shape; None where it is to have all of it.
+
     Attributes:
         failed: whether the last one is not on disk, once it has been written.
     """
 
-    def __init__(self, run: RunDir, world: World, keep: int, disk: Disk) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        world: World,
+        keep: int,
+        disk: Disk,
+        part_like: Callable[[str, torch.Size, torch.dtype], Tensor | None] = lambda *_: None,
+    ) -> None:
         self._run = run
         self._world = world
         self._keep = keep
         self._disk = disk
+        self._part_like = part_like
         # Of its own, since its messages are on their way while the training sends others.
         alone = world.world_size == 1
         self._group = (
@@ -98,7 +111,8 @@ class Checkpoints:
         The one before must have been written. A disk that refuses is reported and passed over.
 
         Args:
-            shared: what is the same on all ranks; each of its tensors is copied and written by one of them.
+            shared: what is the same on all ranks; each of its tensors is copied and written by one of them, a DTensor
+                in its parts by all.
             of_rank_0: names of tensors in it of which rank 0's count, such as "model/norm.running_mean".
 
         Raises:
@@ -111,10 +125,12 @@ class Checkpoints:
         if not self.failed:
             return lambda: None  # a run does the same again after a stop
         tensors = flatten(shared)
-        writers = assign({name: tensor.nbytes for name, tensor in tensors.items()}, self._world.world_size)
+        whole = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+        writers = assign(whole, self._world.world_size)
         writers |= dict.fromkeys([*of_rank_0, "state.json"], 0)
-        mine = {name: tensor for name, tensor in tensors.items() if writers[name] == self._world.rank}
-        copies = self._copies.of({**mine, **flatten(own, f"rank-{self._world.rank}/")})
+        own_rank = self._world.rank
+        mine = {name: tensor for name, tensor in tensors.items() if writers.get(name, own_rank) == own_rank}
+        copies = self._copies.of({**mine, **flatten(own, f"rank-{own_rank}/")})
         about = self._describe(moment) if self._world.is_main else {}
         attached = {"best.pt": self._run.best_weights}
         write = functools.partial(storage.save, folder, copies, about, attached, self._group)
@@ -233,13 +249,19 @@ class Checkpoints:
         ranks = [self._world.rank] if size == self._world.world_size else range(size)
         prefixes = {rank: f"rank-{rank}/" for rank in ranks}
         wanted = [n for n in index["tensors"] if not n.startswith("rank-") or n.startswith(tuple(prefixes.values()))]
-        tensors = {name: storage.empty_tensor(index["tensors"][name]) for name in wanted}
+        tensors = {name: self._room(name, index["tensors"][name]) for name in wanted}
         storage.load(path, index, tensors)
         own = {rank: unflatten(tensors, prefix) for rank, prefix in prefixes.items()}
         snapshot = Snapshot(path, size, unflatten(tensors), own)
         if problem := misfit(snapshot.shared):
             raise Unusable(problem)
         return snapshot
+
+    def _room(self, name: str, description: Mapping[str, Any]) -> Tensor:
+        from . import storage
+
+        part = self._part_like(name, torch.Size(description["shape"]), DTYPES[description["dtype"]])
+        return storage.empty_tensor(description) if part is None else part
 
     def _agreed(self, function: Callable[[], T]) -> tuple[T | None, Unusable | None]:
         """The function's result, if no rank has a problem. All ranks take part."""

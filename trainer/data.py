@@ -160,7 +160,7 @@ class IndexedBatches:
     """The batches of a dataset whose samples have indices.
 
     Args:
-        fill_empty: whether an empty share is filled (training) or left out (evaluation, which needs no collective).
+        fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out.
     """
 
     def __init__(

@@ -3,55 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.errors import UserError
 
-from .seeds import rng_kept
+from .parallel import Parallel
 from .world import World
 
 
-class DataParallel:
-    """A model on each rank. All ranks take part in making it: they all get rank 0's weights and buffers.
-
-    Attributes:
-        bare: the model itself, for evaluation and saving.
-        module: what is called in training. Its backward pass averages the gradients over the ranks.
-    """
+class DataParallel(Parallel):
+    """The whole model on each rank. All ranks take part in making it."""
 
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
-        self.world = world
-        if sync_batchnorm and world.world_size > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        self.bare = net.to(world.device)
-        self.module: nn.Module = self.bare
-        if world.world_size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
+        super().__init__(net, world, sync_batchnorm=sync_batchnorm)
+        self.bare.to(world.device)
+        if world.world_size > 1 and any(parameter.requires_grad for parameter in self.bare.parameters()):
             wrapped = DistributedDataParallel(
-                net,
+                self.bare,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
                 gradient_as_bucket_view=True,
             )
-            if not _has_sparse_gradients(net):  # those travel by themselves, in no bucket with others
+            if not has_sparse_gradients(self.bare):  # those travel by themselves, in no bucket with others
                 settle_buckets(wrapped)
             self.module = wrapped
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
         if last or not isinstance(self.module, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
     def require_all_used(self, loss: torch.Tensor) -> None:
-        """Raise UserError where several ranks can't train this model: DDP waits for every parameter's gradient.
-
-        To be called with the first loss, before its backward pass, which would leave the ranks apart.
-        """
+        # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
         reached = None if self.module is self.bare else reached_leaves(loss)
         if reached is None:
             return
@@ -62,33 +48,6 @@ class DataParallel:
                 f"the loss does not depend on the parameters {shown}, and DDP needs a gradient of each on several "
                 "ranks; remove them from the model, or freeze them: requires_grad_(False)"
             )
-
-    @contextlib.contextmanager
-    def without_trace(self) -> Iterator[None]:
-        """Buffers and random states after the block are what they were before it.
-
-        For a filler's forward and backward, both: autograd refuses buffers that changed in between.
-        """
-        buffers = [buffer.clone() for buffer in self.bare.buffers()]
-        with rng_kept(self.world.device):
-            yield
-        with torch.no_grad():
-            for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-
-    def share_buffers(self) -> None:
-        """Give all ranks rank 0's buffers. All ranks take part, in one broadcast for each dtype."""
-        if self.world.world_size == 1:
-            return
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for buffer in self.bare.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        with torch.no_grad():
-            for buffers in by_dtype.values():
-                flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-                dist.broadcast(flat, src=0)
-                for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-                    buffer.copy_(values.view_as(buffer))
 
 
 def reached_leaves(loss: torch.Tensor) -> set[int] | None:
@@ -127,7 +86,7 @@ def settle_buckets(wrapped: DistributedDataParallel) -> None:
     wrapped.zero_grad()
 
 
-def _has_sparse_gradients(net: nn.Module) -> bool:
+def has_sparse_gradients(net: nn.Module) -> bool:
     return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in net.modules())
 
 

@@ -27,8 +27,8 @@ from .background import Background, Disk
 from .best import Best
 from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
-from .ddp import DataParallel
 from .optimizer_state import load_named_state, named_state, parameter_groups
+from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
@@ -69,7 +69,7 @@ class Loop:
         self,
         run: RunDir,
         world: World,
-        model: DataParallel,
+        model: Parallel,
         step: Step,
         precision: Precision,
         update: Update,
@@ -98,7 +98,7 @@ class Loop:
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
         self.disk = Disk(run)
         self.results = Results(run, self.disk)
-        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk)
+        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, model.part_like)
         self.background = Background()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
         self.stop = StopAgreement(world, self.heartbeat)
@@ -249,22 +249,25 @@ class Loop:
     # -- evaluation ------------------------------------------------------------------------------
 
     def validate(self) -> None:
-        """Every validation sample once. All ranks take part, in nothing but the agreement on a stop."""
+        """Every validation sample once. All ranks take part in the agreement on a stop, and in a sharded forward."""
         if self.val_batches is None:
             return
         self.heartbeat.enter(Phase.VALIDATING)
         before = rng_state(self.world.device)
-        self.model.bare.eval()
         self.val_tally.reset()
-        for i, batch in enumerate(self.val_batches.epoch(self.place.epoch)):
-            self.stop.ask()
-            evaluate_batch(self.model.bare, self.step, batch, self.val_tally)
-            self.beat(Phase.VALIDATING, i + 1)
-            if signal_number := self.stop.agreed():
-                # The run will continue with the whole validation: with the random numbers that it began with.
-                set_rng_state(before, self.world.device)
-                self.val_tally.reset()
-                self.stop_here(signal_number)
+        signal_number = 0
+        with self.model.evaluating():
+            for i, batch in enumerate(self.val_batches.epoch(self.place.epoch)):
+                self.stop.ask()
+                evaluate_batch(self.model, self.step, batch, self.val_tally)
+                self.beat(Phase.VALIDATING, i + 1)
+                if signal_number := self.stop.agreed():
+                    break
+        if signal_number:
+            # The run will continue with the whole validation: with the random numbers that it began with.
+            set_rng_state(before, self.world.device)
+            self.val_tally.reset()
+            self.stop_here(signal_number)
 
     def report(self) -> Row:
         """The epoch's row, the same on all ranks. All ranks take part: one synchronisation for all of it."""
@@ -307,8 +310,10 @@ class Loop:
         self.background.wait()  # for the copies before to be written
         began = time.monotonic()
         jobs = []
-        if results and self.world.is_main:  # first, since the checkpoint has a link to the best weights
-            jobs.append(self.results.snapshot(self.model.bare, self.rows, best=improved))
+        if results:
+            weights = self.model.weights()
+            if self.world.is_main:  # first, since the checkpoint has a link to the best weights
+                jobs.append(self.results.snapshot(weights, self.rows, best=improved))
         if checkpoint:
             own = {
                 "rng": rng_state(self.world.device),
@@ -452,10 +457,14 @@ class Loop:
 
 
 @torch.no_grad()
-def evaluate_batch(net: torch.nn.Module, step: Step, batch: Batch, tally: Tally) -> None:
-    """Add this rank's share of a batch to the tally. No collective: the model itself is called, not DDP's."""
+def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally) -> None:
+    """Add this rank's share of a batch to the tally. All ranks take part where `model.forwards_together`."""
     for micro_batch in batch.micro_batches:
-        tally.add(step(net, micro_batch), micro_batch.samples)
+        if micro_batch.samples:
+            tally.add(step(model.bare, micro_batch), micro_batch.samples)
+        else:
+            with model.without_trace():
+                step(model.bare, micro_batch)
 
 
 def gather_values(world: World, tallies: list[Tally]) -> dict[str, Any]:

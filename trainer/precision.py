@@ -37,16 +37,16 @@ class Precision:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]  # set up as torch loads
         self._device = device.type
-        self._dtype = _COARSE.get(name)
+        self.dtype = _COARSE.get(name)  # of autocast, if any
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
     def of(self, step: Step) -> Step:
         """The step, computed with this precision, in training and evaluation. What it finds is float32 again."""
-        if self._dtype is None:
+        if self.dtype is None:
             return step
 
         def computed(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
-            with torch.autocast(self._device, self._dtype):
+            with torch.autocast(self._device, self.dtype):
                 outcome = step(model, micro_batch)
             return replace(outcome, predictions=tree_map_only(Tensor, _widened, outcome.predictions))
 

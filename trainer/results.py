@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtrain.errors import UserError
 from dtrain.run import Row, RunDir
 
 from .background import Copies, Disk
-from .weights import bare_state_dict, save_weights
+from .weights import save_weights
 
 
 class Results:
@@ -24,8 +24,8 @@ class Results:
         self._rows: list[Row] | None = None  # those still to be written, as the weights
         self._weights: dict[Path, dict[str, Tensor]] = {}
 
-    def snapshot(self, net: nn.Module, rows: Sequence[Row], *, best: bool) -> Callable[[], None]:
-        """Copy the weights; what is returned writes them, and is to be called on another thread.
+    def snapshot(self, weights: Mapping[str, Tensor], rows: Sequence[Row], *, best: bool) -> Callable[[], None]:
+        """Copy the weights, a whole state_dict; what is returned writes them, and is to be called on another thread.
 
         The ones before must have been written, or refused.
 
@@ -34,9 +34,9 @@ class Results:
         """
         if self._run.best_weights in self._weights:
             self._copies = Copies()  # the old ones are still to be written
-        weights = self._copies.of(bare_state_dict(net))
+        copies = self._copies.of(weights)
         self._rows = list(rows)
-        self._weights |= dict.fromkeys([self._run.best_weights, self._run.last_weights][not best :], weights)
+        self._weights |= dict.fromkeys([self._run.best_weights, self._run.last_weights][not best :], copies)
         return self.write
 
     def write(self) -> None:

@@ -47,7 +47,7 @@ class StreamBatches:
     and the epoch ends for all when none has any. A rank without samples while others have some computes a filler.
 
     Args:
-        fill_empty: whether an empty share is filled (training) or left out (evaluation, which needs no collective).
+        fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out.
     """
 
     def __init__(self, shares: Shares, world: World, *, fill_empty: bool) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from dtrain.errors import UserError, nearest
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
+from dtrain.job import Fsdp
 from dtrain.keeper import Keeper
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
@@ -31,6 +32,7 @@ from .best import Best
 from .data import Batches, IndexedBatches, Source
 from .ddp import DataParallel
 from .loop import Loop, Schedule, evaluate_batch, gather_values
+from .parallel import Parallel
 from .step import UserStep, supervised_step, user_step
 from .stop import Stopped, signals_left_to_agent
 from .stream import LoaderShares, StreamBatches, StreamShares
@@ -63,6 +65,7 @@ class Trainer:
         seed: the order of samples, and each rank's random numbers, follow from it.
         device: "auto", "cpu" or "cuda".
         micro_batch_size: most samples in one forward pass of one rank.
+        strategy: "ddp", the whole model on each rank, or `Fsdp(...)`, a part of it on each.
         precision: "fp32", "tf32", "bf16" or "fp16", see `Precision`.
         clip_norm, clip_value: limits of the batch's gradient, by its norm or each of its numbers.
         on_nonfinite: "stop" or "skip": what to do with gradients that hold inf or nan.
@@ -90,6 +93,7 @@ class Trainer:
         micro_batch_size: int | None = None,
         deterministic: bool = False,
         sync_batchnorm: bool = False,
+        strategy: Literal["ddp"] | Fsdp = "ddp",
         precision: precisions.Name = "fp32",
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -108,15 +112,18 @@ class Trainer:
         self.world = join_world(device)
         if sync_batchnorm and self.world.device.type == "cpu" and self.world.world_size > 1:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
-        self.model = DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
+        self.precision = precisions.Precision(precision, self.world.device)
+        self._class = _full_name(net)
+        self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
         self.net = self.model.bare
         if isinstance(loss_fn, nn.Module):
             loss_fn.to(self.world.device)  # class weights are buffers
-        self.precision = precisions.Precision(precision, self.world.device)
         plain = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
         self.step = self.precision.of(plain)
         self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
         self.optimizer = optimizer
+        if optimizer is not None:
+            self.model.adopt(optimizer)
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.metrics = dict(metrics_dict or {})
@@ -128,6 +135,14 @@ class Trainer:
         self.keep = keep
         self._run_dir = run_dir
         self._resume = resume
+
+    def _parallel(self, net: nn.Module, strategy: Literal["ddp"] | Fsdp, *, sync_batchnorm: bool) -> Parallel:
+        if isinstance(strategy, Fsdp):
+            from .fsdp import FullySharded
+
+            dtype = self.precision.dtype
+            return FullySharded(net, self.world, strategy, dtype, sync_batchnorm=sync_batchnorm)
+        return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
 
     def fit(
         self,
@@ -198,9 +213,9 @@ class Trainer:
         tally = self._tally("val")
         batches = self._batches(data, training=False)
         self.model.share_buffers()
-        self.net.eval()
-        for batch in batches.epoch(1):
-            evaluate_batch(self.net, self.step, batch, tally)
+        with self.model.evaluating():
+            for batch in batches.epoch(1):
+                evaluate_batch(self.model, self.step, batch, tally)
         return self.world.from_main(gather_values(self.world, [tally]))
 
     def _update(self, optimizer: Optimizer) -> Update:
@@ -227,16 +242,17 @@ class Trainer:
         return Tally(phase, self.world.device, MetricSet(metrics, activations, self.world.device))
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
+        fill_empty = training or self.model.forwards_together
         if not isinstance(data, Source | DataLoader):
             own = LoaderShares(data, self.world, self.seed)
             if self.micro_batch_size is not None:
                 raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
-            return StreamBatches(own, self.world, fill_empty=training)
+            return StreamBatches(own, self.world, fill_empty=fill_empty)
         source = data if isinstance(data, Source) else Source.of(data)
         if not source.is_stream:
-            return IndexedBatches(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
-        shares = StreamShares(source, self.world, self.seed, self.micro_batch_size, fill_empty=training)
-        return StreamBatches(shares, self.world, fill_empty=training)
+            return IndexedBatches(source, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
+        shares = StreamShares(source, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
+        return StreamBatches(shares, self.world, fill_empty=fill_empty)
 
     def _val_batches(self, data: Data | None) -> Batches | None:
         return None if data is None else self._batches(data, training=False)
@@ -276,7 +292,7 @@ class Trainer:
 
     def _description(self, name: str) -> str:
         """What a script's run was made of, so that MLflow can compare it with others."""
-        parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": _full_name(self.net)}}
+        parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": self._class}}
         if self.optimizer is not None:
             plain = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, str, bool))}
             parts["optimizer"] = {"_target_": _full_name(self.optimizer), **plain}

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import LBFGS, Optimizer
 
@@ -18,7 +19,7 @@ OnNonfinite = Literal["stop", "skip"]
 
 
 class Update:
-    """An optimizer's step. The gradients are the same on all ranks to the bit, so that all decide alike by themselves.
+    """An optimizer's step. All ranks see the same gradients, or the same norm of them, and so decide alike.
 
     Args:
         clip_norm: the gradients' Euclidean norm, over all parameters, is scaled down to it where it is larger.
@@ -57,7 +58,7 @@ class Update:
         return self._on_nonfinite == "skip"
 
     def apply(self, step: int) -> bool:
-        """Make the optimizer's step number `step`; False where `on_nonfinite` leaves it out.
+        """Make the optimizer's step number `step`; False where `on_nonfinite` leaves it out. All ranks take part.
 
         Raises:
             UserError: the gradients are not finite, and `on_nonfinite` is stop.
@@ -66,7 +67,7 @@ class Update:
             self._scaler.unscale_(self._optimizer)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         if self._clip_norm is not None or self._on_nonfinite is not None:
-            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
                 return False
             if self._clip_norm is not None:
@@ -92,3 +93,8 @@ class Update:
         if self._scaler is not None:
             self._scaler.update()
         return True
+
+
+def whole(norm: Tensor) -> Tensor:
+    """The norm over all ranks' parts. All ranks take part where there are parts."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

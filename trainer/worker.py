@@ -20,7 +20,7 @@ from dtrain.target import bind_function, instantiate, job_path
 
 from .data import Source
 from .groups import group_parameters
-from .seeds import seed_everything
+from .seeds import derive_seed, seed_everything
 from .stop import Stopped
 from .trainer import Trainer
 
@@ -53,8 +53,9 @@ def fit(job: Job) -> None:
 
 def build_trainer(job: Job) -> Trainer:
     """The job's model, loss, optimizer, scheduler and metrics in a Trainer."""
-    seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
-    net = cast(nn.Module, instantiate(job.model))
+    net = build_model(job)
+    # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
+    seed_everything(derive_seed("built", job.seed))
     groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
     optimizer: Any = instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
     metrics = {name: cast(Any, instantiate(target)) for name, target in job.metrics.items()}
@@ -73,6 +74,7 @@ def build_trainer(job: Job) -> Trainer:
         micro_batch_size=job.fit.micro_batch_size,
         deterministic=job.fit.deterministic,
         sync_batchnorm=job.fit.sync_batchnorm,
+        strategy=job.fsdp if job.fit.strategy == "fsdp" else "ddp",
         precision=job.fit.precision,
         clip_norm=job.fit.clip_norm,
         clip_value=job.fit.clip_value,
@@ -80,6 +82,21 @@ def build_trainer(job: Job) -> Trainer:
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
     )
+
+
+def build_model(job: Job) -> nn.Module:
+    """The job's model; where ranks keep parts of it, without values on all but rank 0, from which they get theirs."""
+
+    def build() -> nn.Module:
+        seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
+        return cast(nn.Module, instantiate(job.model))
+
+    if job.fit.strategy == "fsdp" and int(os.environ["RANK"]) > 0:
+        from .fsdp import build_on_meta
+
+        if (net := build_on_meta(build)) is not None:
+            return net
+    return build()
 
 
 def build_source(job: Job, target: Target, *, training: bool) -> Source:

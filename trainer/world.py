@@ -64,6 +64,18 @@ class World:
             dist.barrier(group=self.control)
 
 
+def ensure_group(world: World) -> None:
+    """A process group also for a world of one: some engines want one."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
+        dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
+        atexit.register(_leave)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def join_world(device: str = "auto") -> World:
     """Join the processes that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR ...) describe; alone without them.
 
@@ -76,11 +88,9 @@ def join_world(device: str = "auto") -> World:
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return World(0, 1, chosen)
-        on_gpu = chosen.type == "cuda"
         # With a device, NCCL connects at once instead of at the first collective.
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, timeout=collective_timeout()
-        )
+        device_id = chosen if chosen.type == "cuda" else None
+        dist.init_process_group(_backend(chosen), device_id=device_id, timeout=collective_timeout())
         atexit.register(_leave)
     if dist.get_world_size() == 1:
         return World(0, 1, chosen)

@@ -1,0 +1,229 @@
+"""torch's FSDP2: each rank keeps a part of each parameter, of its gradient and of what the optimizer has of it.
+
+The model's blocks are gathered one at a time, when it is their turn to compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dtrain.errors import UserError, did_you_mean
+from dtrain.job import Fsdp
+
+from .ddp import has_sparse_gradients
+from .parallel import Parallel, broadcast
+from .weights import bare_state_dict
+from .world import World, ensure_group
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+class FullySharded(Parallel):
+    """A part of the model on each rank. All ranks take part in making it.
+
+    On ranks other than 0 the model may be on the meta device: the values are rank 0's. No rank's device ever holds
+    more of it than its part and one block.
+
+    Args:
+        net: its parameters are exchanged for parts of them, see `adopt`.
+        dtype: in which blocks are gathered and computed; None for the parameters' own. Gradients are summed in float32.
+
+    Raises:
+        UserError: a model that FSDP2 can't cut, or no module of a class to wrap.
+    """
+
+    forwards_together = True
+
+    def __init__(
+        self, net: nn.Module, world: World, settings: Fsdp, dtype: torch.dtype | None, *, sync_batchnorm: bool = False
+    ) -> None:
+        super().__init__(net, world, sync_batchnorm=sync_batchnorm)
+        if settings.offload and world.device.type == "cpu":
+            raise UserError("fsdp.offload keeps in the CPU's memory what a GPU has no room for; there is no GPU here")
+        _require_divisible(self.bare)
+        blocks = choose_blocks(self.bare, settings.wrap)
+        _require_apart(self.bare, blocks)
+        # By the original parameters, as long as an optimizer has them.
+        self._names = WeakIdKeyDictionary({parameter: name for name, parameter in self.bare.named_parameters()})
+        ensure_group(world)
+        self._mesh = init_device_mesh(world.device.type, (world.world_size,))
+        if any(isinstance(module, _BatchNorm) for module in self.bare.modules()):
+            dtype = None  # torch's batch norm has its statistics and its parameters in one type
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
+        for block in [*reversed(blocks), self.bare]:
+            self._fill(block)
+            fully_shard(
+                block,
+                mesh=self._mesh,
+                # The root's own are needed first in the backward pass: they stay.
+                reshard_after_forward=settings.reshard_after_forward and block is not self.bare,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
+        for module in self.bare.modules():
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                setattr(module, name, _real(buffer, world.device))
+        self.share_buffers()
+
+    def _fill(self, block: nn.Module) -> None:
+        """Bring the block's parameters to the device, with rank 0's values. All ranks take part."""
+        made: dict[int, nn.Parameter] = {}  # those that are shared stay shared
+        for module in block.modules():
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if not isinstance(parameter, DTensor):  # of a block within
+                    filled = nn.Parameter(_real(parameter.detach(), self.world.device), parameter.requires_grad)
+                    setattr(module, name, made.setdefault(id(parameter), filled))
+        if self.world.world_size > 1:
+            broadcast([parameter.data for parameter in made.values()])
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, LBFGS):
+            raise UserError("LBFGS takes all parameters as one vector, and fsdp leaves each rank a part: use ddp")
+        parts = dict(self.bare.named_parameters())
+        for parameter, state in list(optimizer.state.items()):  # some have it before their first step
+            if (name := self._names.get(parameter)) is not None:
+                del optimizer.state[parameter]
+                optimizer.state[parts[name]] = {key: self._part_of(value, parts[name]) for key, value in state.items()}
+        for group in optimizer.param_groups:
+            names = [self._names.get(parameter) for parameter in group["params"]]
+            whole = zip(names, group["params"], strict=True)
+            group["params"] = [parameter if name is None else parts[name] for name, parameter in whole]
+
+    def _part_of(self, value: Any, part: nn.Parameter) -> Any:
+        """Of a state that has its parameter's shape, what belongs to this rank's part. All ranks take part."""
+        if not isinstance(value, Tensor) or value.shape != part.shape:
+            return value
+        whole = _real(value, self.world.device)
+        if self.world.world_size > 1:
+            broadcast([whole])
+        mine: Any = torch.empty_like(part.detach(), dtype=whole.dtype)
+        return mine.copy_(distribute_tensor(whole, self._mesh, mine.placements, src_data_rank=None))
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last)
+        yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with super().evaluating():
+            yield
+        for module in self.bare.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward pass the root would stay gathered, and have other parameters
+
+    def weights(self) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in bare_state_dict(self.bare).items():
+            value: Any = tensor.to(self.world.device)
+            gathered = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.world.is_main:
+                whole[name] = gathered.cpu()
+        return whole
+
+    def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        parts = dict(self.bare.named_parameters(remove_duplicate=False))
+        for name in path.split("/"):  # model/NAME, optimizer/state/NAME/exp_avg
+            if name in parts and parts[name].shape == shape:
+                return torch.empty_like(parts[name].detach(), dtype=dtype)
+        return None
+
+
+def _real(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device; its values are undefined where it was on the meta device."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+
+def choose_blocks(net: nn.Module, classes: Sequence[str]) -> list[nn.Module]:
+    """The modules that are gathered by themselves, outer ones first.
+
+    Those of the named classes; without names, the repeated blocks: in a ModuleList, ModuleDict or Sequential those of a
+    class that occurs more than once and consists of layers. What is in none of them belongs to the model as a whole.
+
+    Raises:
+        UserError: there is no module of a class.
+    """
+    if not classes:
+        return repeated_blocks(net)
+    known = {type(module).__name__ for module in net.modules() if module is not net}
+    for name in classes:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"there are {', '.join(sorted(known))}"
+            raise UserError(f"fsdp.wrap: the model has no module of class {name}; {hint}")
+    chosen = [module for module in net.modules() if module is not net and type(module).__name__ in classes]
+    if containers := [type(module).__name__ for module in chosen if isinstance(module, _CONTAINERS)]:
+        raise UserError(f"fsdp.wrap: {containers[0]} is only a list of modules; name the class of those in it")
+    return chosen
+
+
+def repeated_blocks(net: nn.Module) -> list[nn.Module]:
+    """See `choose_blocks`. Of blocks within blocks, the outermost."""
+    members = list(net.children())
+    blocks: list[nn.Module] = []
+    if isinstance(net, (*_CONTAINERS, nn.Sequential)):
+        counts = Counter(type(member) for member in members if any(member.children()))
+        blocks = [each for each in members if counts[type(each)] > 1 and not isinstance(each, _CONTAINERS)]
+    return [
+        block for each in members for block in ([each] if any(each is b for b in blocks) else repeated_blocks(each))
+    ]
+
+
+def _require_divisible(net: nn.Module) -> None:
+    """Raise UserError where a parameter can't be cut along its first dimension."""
+    for name, parameter in net.named_parameters():
+        if parameter.dim() == 0:
+            raise UserError(f"fit.strategy: fsdp can't cut {name}, a single number: give it the shape (1,), or use ddp")
+        if not parameter.is_contiguous():
+            raise UserError(
+                f"fit.strategy: fsdp can't cut {name}, whose numbers lie in another order than its dimensions "
+                "(channels_last, or a transposed tensor): make it contiguous, or use ddp"
+            )
+    if has_sparse_gradients(net):
+        raise UserError("fit.strategy: fsdp can't sum sparse gradients: Embedding(sparse=False), or use ddp")
+
+
+def _require_apart(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Raise UserError where two blocks share a parameter: each would gather a copy of its own."""
+    block_of: dict[nn.Module, nn.Module] = {}
+    for block in [net, *blocks]:  # inner ones last
+        block_of |= dict.fromkeys(block.modules(), block)
+    users: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{own}" if path else own
+            first, block = users.setdefault(id(parameter), (name, block_of[module]))
+            if block is not block_of[module]:
+                raise UserError(
+                    f"fsdp.wrap: {first} and {name} are one parameter, used in two blocks ({type(block).__name__} and "
+                    f"{type(block_of[module]).__name__}); name classes of modules that share nothing"
+                )
+
+
+def build_on_meta(build: Any) -> nn.Module | None:
+    """A model without values, for ranks that get them from rank 0; None where its class can't be built so.
+
+    A constructor that computes with values (`.item()`), or keeps tensors that are neither parameters nor buffers,
+    needs them.
+    """
+    try:
+        with torch.device("meta"):
+            net: nn.Module = build()
+    except Exception:  # whatever it meets; rank 0 meets it too where it is no matter of the device
+        return None
+    attributes = [{**vars(module), "_parameters": None, "_buffers": None} for module in net.modules()]
+    return None if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(attributes)) else net
