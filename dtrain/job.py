@@ -46,6 +46,7 @@ def _read_script(value: object) -> list[str]:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
 MetricName = Annotated[Name, AfterValidator(_check_metric_name)]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Lines = Annotated[list[str], BeforeValidator(lambda value: value.splitlines() if isinstance(value, str) else value)]
 Every = Annotated[Literal["epoch"] | PositiveInt, BeforeValidator(_check_every)]
 _WORDS = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "minItems": 1}
@@ -96,7 +97,7 @@ class Group(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    params: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+    params: Names = Field(
         min_length=1, description="Patterns of names, such as '*.bias', or of classes, such as 'LayerNorm.*'."
     )
 
@@ -149,11 +150,18 @@ class Fit(Section):
         default=0, ge=0, description="How often a failed run is started again, from its last checkpoint."
     )
     sync_batchnorm: bool = Field(default=False, description="Batch norm over all ranks, on CUDA.")
+    activation_checkpointing: Names = Field(
+        default_factory=list,
+        description="Classes of modules that compute their activations again in the backward pass, to save memory.",
+    )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         default="fp32", description="With how many bits the model computes; bf16 and fp16 by autocast."
     )
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of all gradients together.")
     clip_value: float | None = Field(default=None, gt=0, description="Largest number in a gradient, up and down.")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="Decay of a moving average of the weights, evaluated and saved beside."
+    )
     on_nonfinite: Literal["stop", "skip"] | None = Field(
         default=None, description="Gradients with inf or nan end the run, or their batch is left out; null: neither."
     )
@@ -186,7 +194,7 @@ class Launch(Section):
 class Fsdp(Section):
     """How FSDP2 cuts the model."""
 
-    wrap: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+    wrap: Names = Field(
         default_factory=list,
         description="Classes of modules that are gathered one at a time; by default the repeated blocks.",
     )
@@ -269,8 +277,8 @@ class Job(Section):
     def reported(self) -> list[str]:
         """Every value that may be reported each epoch and that a monitor may name."""
         train = [f"train_{name}" for name, metric in self.metrics.items() if metric.train is not False]
-        val = ["val_loss", *(f"val_{name}" for name in self.metrics)] if self.data.val else []
-        return ["train_loss", *train, *val]
+        phases = ["val"] * bool(self.data.val) + ["ema"] * bool(self.data.val and self.fit.ema)
+        return ["train_loss", *train, *(f"{phase}_{name}" for phase in phases for name in ["loss", *self.metrics])]
 
 
 class ScriptJob(Section):

@@ -11,7 +11,7 @@ import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -83,19 +83,27 @@ def _short(filename: str) -> str:
     return filename if relative.startswith(os.pardir) else relative
 
 
-def instantiate(value: object, *args: object) -> Any:
+def instantiate(value: object, *args: object, given: Mapping[str, object] | None = None) -> Any:
     """Calls a target with `args` and its own arguments, those that are targets built first.
 
     What is no target is returned as it is, rebuilt where it holds targets.
+
+    Args:
+        given: what the target, instead of `args`, and each target within it gets by name, if it takes that.
     """
     if isinstance(value, Target):
         value = {"_target_": value.target, **value.arguments}
     if isinstance(value, list):
-        return [instantiate(item) for item in value]
+        return [instantiate(item, given=given) for item in value]
     if not isinstance(value, dict):
         return value
-    built = {key: instantiate(item) for key, item in value.items() if key != "_target_"}
-    return _resolve_callable(value["_target_"])(*args, **built) if "_target_" in value else built
+    built = {key: instantiate(item, given=given) for key, item in value.items() if key != "_target_"}
+    if "_target_" not in value:
+        return built
+    function = _resolve_callable(value["_target_"])
+    if given and (names := _taken_by_name(_signature(function), given, built)):
+        return function(**{name: given[name] for name in names}, **built)
+    return function(*args, **built)
 
 
 def bind_function(target: Target) -> Callable[..., Any]:
@@ -114,37 +122,56 @@ def _resolve_callable(name: object) -> Callable[..., Any]:
     return found
 
 
-def check_target(target: Target, positional: int, where: str) -> list[Problem]:
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None where it is written in C, without a signature."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _taken_by_name(
+    signature: inspect.Signature | None, given: Collection[str], arguments: Collection[Any]
+) -> list[str]:
+    """Those of the given names that a callable has as a parameter, and that its own arguments leave free."""
+    parameters = () if signature is None else signature.parameters
+    return [name for name in given if name in parameters and name not in arguments]
+
+
+def check_target(target: Target, positional: int, where: str, given: Collection[str] = ()) -> list[Problem]:
     """What is wrong with calling the target with so many positional arguments and its own by name.
 
-    `where` is the target's dotted key, from which the problems' paths start.
+    `where` is the target's dotted key, from which the problems' paths start. `given`: see `instantiate`.
     """
-    return _check_call(target.target, target.arguments, positional, where)
+    return _check_call(target.target, target.arguments, positional, where, given)
 
 
-def _check_call(name: object, arguments: Mapping[Any, object], positional: int, where: str) -> list[Problem]:
-    nested = [problem for key, value in arguments.items() for problem in _check_value(value, f"{where}.{key}")]
+def _check_call(
+    name: object, arguments: Mapping[Any, object], positional: int, where: str, given: Collection[str]
+) -> list[Problem]:
+    nested = [problem for key, value in arguments.items() for problem in _check_value(value, f"{where}.{key}", given)]
     try:
-        function = _resolve_callable(name)
-        signature = inspect.signature(function)
+        signature = _signature(_resolve_callable(name))
     except UserError as error:
         return [replace(problem, path=f"{where}._target_") for problem in error.problems] + nested
-    except (TypeError, ValueError):  # written in C, without a signature
+    if signature is None:
         return nested
+    if names := _taken_by_name(signature, given, arguments):
+        arguments, positional = {**arguments, **dict.fromkeys(names)}, 0
     return [*_check_arguments(str(name), signature, arguments, positional, where), *nested]
 
 
-def _check_value(value: object, where: str) -> Iterator[Problem]:
+def _check_value(value: object, where: str, given: Collection[str]) -> Iterator[Problem]:
     """Checks the targets inside an argument."""
     if isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _check_value(item, f"{where}.{i}")
+            yield from _check_value(item, f"{where}.{i}", given)
     elif isinstance(value, dict) and "_target_" in value:
         arguments = {key: item for key, item in value.items() if key != "_target_"}
-        yield from _check_call(value["_target_"], arguments, 0, where)
+        yield from _check_call(value["_target_"], arguments, 0, where, given)
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _check_value(item, f"{where}.{key}")
+            yield from _check_value(item, f"{where}.{key}", given)
 
 
 def _check_arguments(
@@ -185,9 +212,10 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
         ("data.collate", data.collate, 1),
         ("step", job.step, 2),
         ("optimizer", job.optimizer, 1),
-        ("scheduler", job.scheduler, 1),
     ]
     problems = [each for path, target, n in calls if target for each in check_target(target, n, path)]
+    if job.scheduler:  # those within it get the optimizer too
+        problems += check_target(job.scheduler, 1, "scheduler", ["optimizer"])
     if job.loss:
         problems += _build(job.loss, "loss")[1]
     for name, metric in job.metrics.items():

@@ -66,6 +66,7 @@ def run_ranks(
             with agent_log(run, node_rank):
                 agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)
                 requests.agent = agent
+                gc.freeze()  # what was imported is a million objects, and no garbage
                 gc.enable()
                 agent.run()
         except KeyboardInterrupt:

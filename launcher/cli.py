@@ -234,5 +234,6 @@ def main() -> None:
     if "torch" in sys.modules:
         from .leaving import leave
 
+        gc.freeze()  # nothing of this process is to be taken down
         leave(code, dict(sys.modules))
     sys.exit(code)

@@ -76,6 +76,33 @@ def test_mnist(project, mnist_root):
     assert sum(value.numel() for value in weights.values()) == 320 + 51264 + 2080 + 330  # the tutorials' network
 
 
+def test_gpt_is_the_same_under_any_strategy(project):
+    """Tokens as the loss's unit, tied weights, a parameter group and warm-up, cut over 3 ranks and on one."""
+    job, small = str(EXAMPLES / "gpt" / "job.yaml"), ["model.width=32", "model.depth=2"]
+    small += ["data.batch_size=16", "fit.epochs=1"]
+    small += [f"{where}.context=32" for where in ("model", "data.train", "data.val")]
+    small += [f"data.{split}.modules=[argparse, ast, inspect]" for split in ("train", "val")]
+    for name, ranks, strategy in (("alone", "1", "ddp"), ("cut", "3", "fsdp")):
+        done = project.run("launch", "--gpus", ranks, "--run-dir", name, job, *small, f"fit.strategy={strategy}")
+        assert done.code == 0, done.err
+    [row], [expected] = (project.run_dir(name).rows() for name in ("cut", "alone"))
+    assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    assert row["val_acc"] == pytest.approx(expected["val_acc"], rel=1e-3)
+    assert row["val_loss"] < 5.0  # of a uniform guess it is 5.5
+    weights = torch.load(project.run_dir("cut").best_weights, weights_only=True)
+    assert weights["head.weight"].shape == (256, 32)
+
+
+def test_resnet(project):
+    job, small = str(EXAMPLES / "resnet" / "job.yaml"), ["data.batch_size=12", "data.workers=0", "fit.epochs=2"]
+    small += [f"data.{split}.{key}" for split in ("train", "val") for key in ("size=32", "samples=24")]
+    done = project.run("launch", "--gpus", "2", "--run-dir", "run", job, *small)
+    assert done.code == 0, done.err
+    rows = project.run_dir().rows()
+    assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.14])  # warm-up
+    assert all("ema_acc" in row for row in rows)
+
+
 @pytest.mark.parametrize("gpus", ["plainly", "2"])
 def test_script(project, gpus):
     script = shutil.copy(EXAMPLES / "script" / "train.py", project.folder)

@@ -17,8 +17,9 @@ from training import Job, Samples, content, differences, epoch_order, train
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
 from dtrain.run import RunDir
+from dtrain.trainer.blocks import of_classes, repeated
 from dtrain.trainer.checkpoint import saved
-from dtrain.trainer.fsdp import FullySharded, build_on_meta, choose_blocks
+from dtrain.trainer.fsdp import FullySharded, build_on_meta
 from dtrain.trainer.precision import Precision
 from dtrain.trainer.trainer import Trainer
 from dtrain.trainer.update import Update
@@ -266,16 +267,19 @@ def classes(blocks: list[nn.Module]) -> list[str]:
     return [type(block).__name__ for block in blocks]
 
 
+def test_blocks_that_are_named():
+    named = of_classes(Net(), ["Block", "Linear"], "fsdp.wrap")
+    assert classes(named) == ["Linear", "Linear", *["Block", "Linear", "Linear"] * 3, "Linear"]
+
+
 def test_blocks_that_are_found():
     net = Net()
-    assert choose_blocks(net, []) == list(net.blocks)
-    named = choose_blocks(net, ["Block", "Linear"])
-    assert classes(named) == ["Linear", "Linear", *["Block", "Linear", "Linear"] * 3, "Linear"]
-    assert choose_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), []) == []
+    assert repeated(net) == list(net.blocks)
+    assert repeated(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))) == []
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
-    assert choose_blocks(nn.Sequential(encoder, nn.Linear(8, 2)), []) == list(encoder.layers)
-    stages = nn.Sequential(nn.Sequential(Block(4), Block(4)), nn.Sequential(Block(4), Block(4)))
-    assert classes(choose_blocks(stages, [])) == ["Sequential", "Sequential"]
+    assert repeated(nn.Sequential(encoder, nn.Linear(8, 2))) == list(encoder.layers)
+    stages = nn.ModuleDict({name: nn.Sequential(Block(4), Block(4)) for name in "ab"})
+    assert classes(repeated(stages)) == ["Sequential", "Sequential"]
 
 
 def tied_over_blocks() -> nn.Module:

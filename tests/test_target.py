@@ -228,3 +228,27 @@ def test_a_loss_that_cannot_be_built_is_told(folder: Path):
     module(FUNCTIONS + "class Loss:\n  def __init__(self, power):\n    self.power = 1 / power\n")
     lines = [str(problem) for problem in check_job(load_job("job.yaml"), folder)]
     assert "job.yaml:7: loss: net.Loss: net.py:11: ZeroDivisionError: division by zero" in lines
+
+
+def test_what_is_given_by_name_reaches_the_targets_within():
+    module(
+        "def outer(optimizer, parts, milestones): return optimizer, parts, milestones\n"
+        "def inner(optimizer, factor=1): return optimizer, factor\n"
+        "def chained(parts, optimizer=None): return parts, optimizer\n"
+        "def other(opt, scale): return opt, scale\n"
+    )
+    parts = [{"_target_": "net.inner", "factor": 2}, {"_target_": "net.inner"}]
+    made = instantiate(target("net.outer", parts=parts, milestones=[5]), "it", given={"optimizer": "it"})
+    assert made == ("it", [("it", 2), ("it", 1)], [5])
+    assert instantiate(target("net.chained", parts=parts[1:]), "it", given={"optimizer": "it"}) == ([("it", 1)], "it")
+    assert instantiate(target("net.other", scale=3), "it", given={"optimizer": "it"}) == ("it", 3)
+
+    def wrong(name: str, **arguments: object) -> list[str]:
+        return [str(each) for each in check_target(target(name, **arguments), 1, "scheduler", ["optimizer"])]
+
+    assert wrong("net.outer", parts=parts, milestones=[5]) == wrong("net.chained", parts=parts) == []
+    assert wrong("net.other", scale=3) == []
+    assert wrong("net.outer", parts=[{"_target_": "net.inner", "factr": 2}], milestones=[]) == [
+        "scheduler.parts.0.factr: net.inner takes no argument factr; did you mean factor?"
+    ]
+    assert wrong("net.other") == ["scheduler: net.other needs the argument scale"]

@@ -14,6 +14,7 @@ from training import Job, Samples, epoch_order, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
+from dtrain.run import RunDir
 from dtrain.trainer.groups import group_parameters
 from dtrain.trainer.precision import Precision
 from dtrain.trainer.trainer import Trainer
@@ -196,6 +197,19 @@ def test_a_job_with_all_of_it(project):
     groups = final_state(project.folder / "run")["shared"]["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["lr"]) for group in groups] == [(0.0, 0.5), (0.5, 0.01)]
     assert groups[0]["params"] == ["layers.0.bias", "layers.2.bias"]
+
+
+def test_a_job_with_warm_up(project):
+    schedules = [
+        {"_target_": "torch.optim.lr_scheduler.LinearLR", "start_factor": 0.1, "total_iters": 2},
+        {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.5},
+    ]
+    scheduler = {"_target_": "torch.optim.lr_scheduler.SequentialLR", "schedulers": schedules, "milestones": [2]}
+    project.job(scheduler=scheduler, fit={"epochs": 5}, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1})
+    done = project.run("launch", "--gpus", "1", "--run-dir", "run", "job.yaml")
+    assert done.code == 0, done.err
+    rates = [row["lr"] for row in RunDir(project.folder / "run").rows()]
+    assert rates == pytest.approx([0.01, 0.055, 0.1, 0.05, 0.025])
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def make_loop(folder: str, job: Job) -> Loop:
     run = RunDir(folder)
     Heartbeat(run.heartbeat(trainer.world.rank), create=True)
     batches = trainer._batches(Source(job["train"], job["batch_size"], shuffle=False), training=True)
-    tallies = trainer._tally("train"), trainer._tally("val")
+    tallies = [trainer._tally("train")]
     assert trainer.optimizer is not None
     return Loop(
         run,

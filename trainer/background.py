@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.run import RunDir
 
+K = TypeVar("K", bound=Hashable)
+
 GRACE_S = 10.0  # for what is being written when the training fails
 
 
@@ -23,10 +25,10 @@ class Copies:
     """Copies of tensors on the CPU, in memory that is used again for the next copies of the same shape."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[Any, Tensor] = {}
 
     @torch.no_grad()
-    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def of(self, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
         """The tensors as they are now, in their memory formats, over the copies made before. Waits for the device.
 
         Of a DTensor this rank's part is copied, and comes as a DTensor on the CPU.

@@ -44,6 +44,11 @@ class Best:
         return False
 
     @property
+    def is_of_average(self) -> bool:
+        """Whether the moving average of the weights is what is judged."""
+        return self.monitor.startswith("ema_")
+
+    @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""
         return self.patience is not None and self.stale_epochs >= self.patience

@@ -6,8 +6,7 @@ The model's blocks are gathered one at a time, when it is their turn to compute.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dtrain.errors import UserError, did_you_mean
+from dtrain.errors import UserError
 from dtrain.job import Fsdp
 
+from .blocks import of_classes, repeated
 from .ddp import has_sparse_gradients
 from .parallel import Parallel, broadcast
 from .weights import bare_state_dict
 from .world import World, ensure_group
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 class FullySharded(Parallel):
@@ -54,7 +52,7 @@ class FullySharded(Parallel):
         if settings.offload and world.device.type == "cpu":
             raise UserError("fsdp.offload keeps in the CPU's memory what a GPU has no room for; there is no GPU here")
         _require_divisible(self.bare)
-        blocks = choose_blocks(self.bare, settings.wrap)
+        blocks = of_classes(self.bare, settings.wrap, "fsdp.wrap") if settings.wrap else repeated(self.bare)
         _require_apart(self.bare, blocks)
         # By the original parameters, as long as an optimizer has them.
         self._names = WeakIdKeyDictionary({parameter: name for name, parameter in self.bare.named_parameters()})
@@ -127,9 +125,9 @@ class FullySharded(Parallel):
             if isinstance(module, FSDPModule):
                 module.reshard()  # without a backward pass the root would stay gathered, and have other parameters
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
         whole = {}
-        for name, tensor in bare_state_dict(self.bare).items():
+        for name, tensor in bare_state_dict(self.bare, instead).items():
             value: Any = tensor.to(self.world.device)
             gathered = value.full_tensor() if isinstance(value, DTensor) else value
             if self.world.is_main:
@@ -147,40 +145,6 @@ class FullySharded(Parallel):
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on that device; its values are undefined where it was on the meta device."""
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-
-
-def choose_blocks(net: nn.Module, classes: Sequence[str]) -> list[nn.Module]:
-    """The modules that are gathered by themselves, outer ones first.
-
-    Those of the named classes; without names, the repeated blocks: in a ModuleList, ModuleDict or Sequential those of a
-    class that occurs more than once and consists of layers. What is in none of them belongs to the model as a whole.
-
-    Raises:
-        UserError: there is no module of a class.
-    """
-    if not classes:
-        return repeated_blocks(net)
-    known = {type(module).__name__ for module in net.modules() if module is not net}
-    for name in classes:
-        if name not in known:
-            hint = did_you_mean(name, known) or f"there are {', '.join(sorted(known))}"
-            raise UserError(f"fsdp.wrap: the model has no module of class {name}; {hint}")
-    chosen = [module for module in net.modules() if module is not net and type(module).__name__ in classes]
-    if containers := [type(module).__name__ for module in chosen if isinstance(module, _CONTAINERS)]:
-        raise UserError(f"fsdp.wrap: {containers[0]} is only a list of modules; name the class of those in it")
-    return chosen
-
-
-def repeated_blocks(net: nn.Module) -> list[nn.Module]:
-    """See `choose_blocks`. Of blocks within blocks, the outermost."""
-    members = list(net.children())
-    blocks: list[nn.Module] = []
-    if isinstance(net, (*_CONTAINERS, nn.Sequential)):
-        counts = Counter(type(member) for member in members if any(member.children()))
-        blocks = [each for each in members if counts[type(each)] > 1 and not isinstance(each, _CONTAINERS)]
-    return [
-        block for each in members for block in ([each] if any(each is b for b in blocks) else repeated_blocks(each))
-    ]
 
 
 def _require_divisible(net: nn.Module) -> None:

@@ -10,8 +10,9 @@ import contextlib
 import copy
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -27,6 +28,7 @@ from .background import Background, Disk
 from .best import Best
 from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
+from .ema import Ema
 from .optimizer_state import load_named_state, named_state, parameter_groups
 from .parallel import Parallel
 from .precision import Precision
@@ -76,10 +78,11 @@ class Loop:
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
         batches: tuple[Batches, Batches | None],
-        tallies: tuple[Tally, Tally],
+        tallies: Sequence[Tally],
         best: Best,
         schedule: Schedule,
         seed: int,
+        ema: Ema | None = None,
     ) -> None:
         self.run_dir = run
         self.world = world
@@ -90,7 +93,9 @@ class Loop:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.train_batches, self.val_batches = batches
-        self.train_tally, self.val_tally = tallies
+        self.tallies = tallies
+        self.train_tally = tallies[0]
+        self.ema = ema
         self.best = best
         self.schedule = schedule
         self.seed = seed
@@ -165,6 +170,7 @@ class Loop:
 
     def train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
         """One optimizer step, by the gradient of the whole batch's mean, whatever its split. All ranks take part."""
+        is_done = True
         lr = self.optimizer.param_groups[0]["lr"]
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
         if isinstance(self.optimizer, LBFGS):
@@ -173,8 +179,11 @@ class Loop:
             seen = copy.deepcopy(self.train_tally.state_dict()) if self.update.may_skip else None
             self.optimizer.zero_grad()
             self.backward(micro_batches)
-            if not self.update.apply(self.place.step + 1) and seen is not None:
+            is_done = self.update.apply(self.place.step + 1)
+            if not is_done and seen is not None:
                 self.train_tally.load_state_dict(seen)
+        if self.ema is not None and is_done:
+            self.ema.update()
         if self.scheduler is not None and self.schedule.scheduler_interval == "step":
             self.scheduler.step()
 
@@ -235,7 +244,8 @@ class Loop:
         total = self.world.sum(weight)
         total = total.where(total != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, (self.world.world_size / total).to(gradients[0].dtype))
+        scale = (self.world.world_size / total).to(gradients[0].device, gradients[0].dtype)
+        torch._foreach_mul_(gradients, scale)
 
     def stop_or_save(self) -> None:
         """After a step: stop if any rank was asked to, save if it is time. All ranks take part."""
@@ -254,26 +264,35 @@ class Loop:
             return
         self.heartbeat.enter(Phase.VALIDATING)
         before = rng_state(self.world.device)
-        self.val_tally.reset()
-        signal_number = 0
-        with self.model.evaluating():
-            for i, batch in enumerate(self.val_batches.epoch(self.place.epoch)):
+        for tally in self.tallies[1:]:
+            signal_number = self.evaluate(self.val_batches, tally)
+            if signal_number:
+                # The run will continue with the whole validation: with the random numbers that it began with.
+                set_rng_state(before, self.world.device)
+                for begun in self.tallies[1:]:
+                    begun.reset()
+                self.stop_here(signal_number)
+
+    def evaluate(self, batches: Batches, tally: Tally) -> int:
+        """Add all batches to the tally, of the weights or of their average; the signal on which it stopped, or 0.
+
+        All ranks take part.
+        """
+        averaged = self.ema.in_place() if self.ema is not None and tally.phase == "ema" else contextlib.nullcontext()
+        tally.reset()
+        with averaged, self.model.evaluating():
+            for i, batch in enumerate(batches.epoch(self.place.epoch)):
                 self.stop.ask()
-                evaluate_batch(self.model, self.step, batch, self.val_tally)
+                evaluate_batch(self.model, self.step, batch, tally)
                 self.beat(Phase.VALIDATING, i + 1)
                 if signal_number := self.stop.agreed():
-                    break
-        if signal_number:
-            # The run will continue with the whole validation: with the random numbers that it began with.
-            set_rng_state(before, self.world.device)
-            self.val_tally.reset()
-            self.stop_here(signal_number)
+                    return signal_number
+        return 0
 
     def report(self) -> Row:
         """The epoch's row, the same on all ranks. All ranks take part: one synchronisation for all of it."""
         self.heartbeat.enter(Phase.REPORTING)
-        tallies = [self.train_tally] if self.val_batches is None else [self.train_tally, self.val_tally]
-        values = gather_values(self.world, tallies)
+        values = gather_values(self.world, self.tallies)
         row: Row = {
             "epoch": self.place.epoch,
             "step": self.place.step,
@@ -292,8 +311,8 @@ class Loop:
                 self.scheduler.step(row[self.best.monitor])
             else:
                 self.scheduler.step()
-        self.train_tally.reset()
-        self.val_tally.reset()
+        for tally in self.tallies:
+            tally.reset()
         self.place = Place(self.place.epoch + 1, 0, self.place.step)
         return improved
 
@@ -311,16 +330,16 @@ class Loop:
         began = time.monotonic()
         jobs = []
         if results:
-            weights = self.model.weights()
+            weights = self.weights(improved=improved)
             if self.world.is_main:  # first, since the checkpoint has a link to the best weights
-                jobs.append(self.results.snapshot(weights, self.rows, best=improved))
+                jobs.append(self.results.snapshot(weights, self.rows))
         if checkpoint:
             own = {
                 "rng": rng_state(self.world.device),
                 "buffers": list(self.model.bare.buffers()),
-                "train": self.train_tally.state_dict(),
                 "data": self.train_batches.state_dict(),
-                "val": self.val_tally.state_dict(),  # empty, but for what wrappers remember of earlier epochs
+                # After training's they are empty, but for what wrappers remember of earlier epochs.
+                **{tally.phase: tally.state_dict() for tally in self.tallies},
             }
             buffers = [f"model/{name}" for name, _ in self.model.bare.named_buffers(remove_duplicate=False)]
             ended = self.place.epoch - 1 if self.place.step_in_epoch == 0 else None
@@ -329,6 +348,16 @@ class Loop:
             jobs.append(lambda: setattr(self, "checkpoint_s", time.monotonic() - began))
         self.background.start(jobs)
         self.heartbeat.enter(Phase.LOADING)
+
+    def weights(self, *, improved: bool) -> dict[Path, dict[str, Tensor]]:
+        """Whole state_dicts, by the files for them. All ranks take part, rank 0 has what it needs."""
+        run = self.run_dir
+        weights = {run.last_weights: self.model.weights()}
+        if self.ema is not None:
+            weights[run.ema_weights] = self.model.weights(self.ema.by_parameter())
+        if improved:
+            weights[run.best_weights] = weights[run.ema_weights if self.best.is_of_average else run.last_weights]
+        return weights
 
     def settle(self) -> None:
         """Wait until all is written. All ranks take part; raises UserError where results can't be written."""
@@ -364,6 +393,7 @@ class Loop:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "best": self.best.state_dict(),
             "scaler": self.precision.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
     def kinds(self) -> dict[str, str | None]:
@@ -378,6 +408,8 @@ class Loop:
         for part, kind in self.kinds().items():
             if shared["kinds"][part] != kind:
                 return f"a checkpoint with {part} {shared['kinds'][part]}, this run has {kind}"
+        if self.ema is not None and not shared.get("ema"):
+            return "a checkpoint without an average of the weights, this run has one (ema)"
         groups = [group["params"] for group in shared["optimizer"]["param_groups"]]
         if groups != parameter_groups(self.optimizer, self.model.bare):
             return "a checkpoint whose optimizer has other parameters, or other groups of them"
@@ -411,19 +443,23 @@ class Loop:
             self.scheduler.load_state_dict(shared["scheduler"])
         self.best.load_state_dict(shared["best"])
         self.precision.load_state_dict(shared.get("scaler"))
+        if self.ema is not None:
+            self.ema.load_state_dict(shared["ema"])
         self.train_batches.load_state_dict(snapshot.ranks[self.world.rank % snapshot.world_size]["data"])
+        # A script may validate only now.
+        tallies = [each for each in self.tallies if all(each.phase in own for own in snapshot.ranks.values())]
         if snapshot.world_size == self.world.world_size:
             own = snapshot.ranks[self.world.rank]
             set_rng_state(own["rng"], self.world.device)
             for buffer, value in zip(self.model.bare.buffers(), own["buffers"], strict=True):
                 buffer.copy_(value)
-            self.train_tally.load_state_dict(own["train"])
-            self.val_tally.load_state_dict(own["val"])
+            for tally in tallies:
+                tally.load_state_dict(own[tally.phase])
         else:
             seed_everything(derive_seed("rank", self.seed, self.world.rank, self.place.step))
             if self.world.is_main:
-                self.train_tally.load_merged([own["train"] for own in snapshot.ranks.values()])
-                self.val_tally.load_merged([own["val"] for own in snapshot.ranks.values()])
+                for tally in tallies:
+                    tally.load_merged([own[tally.phase] for own in snapshot.ranks.values()])
         if self.world.is_main:
             with self.disk.tolerated("write weights/best.pt"):
                 restore_best(snapshot.path, self.run_dir)
@@ -467,7 +503,7 @@ def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally) -> N
                 step(model.bare, micro_batch)
 
 
-def gather_values(world: World, tallies: list[Tally]) -> dict[str, Any]:
+def gather_values(world: World, tallies: Sequence[Tally]) -> dict[str, Any]:
     """The tallies' values over all ranks, on rank 0; empty elsewhere. All ranks take part: one synchronisation."""
     states = [tally.states() for tally in tallies]
     reduced = reduce_states([state for part in states for state in part])

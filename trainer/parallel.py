@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,13 @@ class Parallel:
         self.bare.eval()
         yield
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole model's state_dict, on rank 0; elsewhere nothing that is needed. All ranks take part."""
-        return bare_state_dict(self.bare)
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """The whole model's state_dict, on rank 0; elsewhere nothing that is needed. All ranks take part.
+
+        Args:
+            instead: what stands for a parameter of `bare`, by its id.
+        """
+        return bare_state_dict(self.bare, instead)
 
     def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Room for this rank's part of a checkpoint's tensor; None for those that each rank has whole."""

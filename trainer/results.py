@@ -24,19 +24,20 @@ class Results:
         self._rows: list[Row] | None = None  # those still to be written, as the weights
         self._weights: dict[Path, dict[str, Tensor]] = {}
 
-    def snapshot(self, weights: Mapping[str, Tensor], rows: Sequence[Row], *, best: bool) -> Callable[[], None]:
-        """Copy the weights, a whole state_dict; what is returned writes them, and is to be called on another thread.
+    def snapshot(self, weights: Mapping[Path, Mapping[str, Tensor]], rows: Sequence[Row]) -> Callable[[], None]:
+        """Copy the weights; what is returned writes them, and is to be called on another thread.
 
         The ones before must have been written, or refused.
 
         Args:
-            best: whether these are the best weights too, not only the last ones.
+            weights: whole state_dicts, by the files that are to hold them.
         """
-        if self._run.best_weights in self._weights:
+        if self._weights.keys() - weights.keys():
             self._copies = Copies()  # the old ones are still to be written
-        copies = self._copies.of(weights)
+        named = {(path, name): tensor for path, each in weights.items() for name, tensor in each.items()}
+        copies = self._copies.of(named)
         self._rows = list(rows)
-        self._weights |= dict.fromkeys([self._run.best_weights, self._run.last_weights][not best :], copies)
+        self._weights |= {path: {name: copies[path, name] for name in each} for path, each in weights.items()}
         return self.write
 
     def write(self) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,8 +31,10 @@ from .background import say
 from .best import Best
 from .data import Batches, IndexedBatches, Source
 from .ddp import DataParallel
+from .ema import Ema
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .parallel import Parallel
+from .recompute import recompute_activations
 from .step import UserStep, supervised_step, user_step
 from .stop import Stopped, signals_left_to_agent
 from .stream import LoaderShares, StreamBatches, StreamShares
@@ -66,9 +68,11 @@ class Trainer:
         device: "auto", "cpu" or "cuda".
         micro_batch_size: most samples in one forward pass of one rank.
         strategy: "ddp", the whole model on each rank, or `Fsdp(...)`, a part of it on each.
+        activation_checkpointing: classes of modules whose activations are computed again in the backward pass.
         precision: "fp32", "tf32", "bf16" or "fp16", see `Precision`.
         clip_norm, clip_value: limits of the batch's gradient, by its norm or each of its numbers.
         on_nonfinite: "stop" or "skip": what to do with gradients that hold inf or nan.
+        ema: decay of a moving average of the weights, see `Ema`; evaluated as ema_loss, ema_*, kept in weights/ema.pt.
         run_dir: the run's folder; by default that of `dtrain launch`, else a new one under runs/.
         resume: continue the run in `run_dir` from its last checkpoint.
 
@@ -94,10 +98,12 @@ class Trainer:
         deterministic: bool = False,
         sync_batchnorm: bool = False,
         strategy: Literal["ddp"] | Fsdp = "ddp",
+        activation_checkpointing: Sequence[str] = (),
         precision: precisions.Name = "fp32",
         clip_norm: float | None = None,
         clip_value: float | None = None,
         on_nonfinite: OnNonfinite | None = None,
+        ema: float | None = None,
         checkpoint_every: int | Literal["epoch"] = "epoch",
         keep: int = 2,
         run_dir: str | os.PathLike[str] | None = None,
@@ -114,6 +120,7 @@ class Trainer:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
         self.precision = precisions.Precision(precision, self.world.device)
         self._class = _full_name(net)
+        recompute_activations(net, activation_checkpointing)
         self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
         self.net = self.model.bare
         if isinstance(loss_fn, nn.Module):
@@ -121,6 +128,7 @@ class Trainer:
         plain = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
         self.step = self.precision.of(plain)
         self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
+        self.ema = ema
         self.optimizer = optimizer
         if optimizer is not None:
             self.model.adopt(optimizer)
@@ -185,8 +193,10 @@ class Trainer:
             raise UserError("Trainer needs an optimizer to fit")
         schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval)
         best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
-        tallies = self._tally("train"), self._tally("val")
-        _check_monitor(best.monitor, tallies if val_data is not None else tallies[:1])
+        tallies = [self._tally("train")]
+        if val_data is not None:
+            tallies += [self._tally("val")] + [self._tally("ema")] * (self.ema is not None)
+        _check_monitor(best.monitor, tallies)
         batches = self._batches(train_data, training=True), self._val_batches(val_data)
         update = self._update(self.optimizer)
         with self._run() as run:
@@ -204,6 +214,7 @@ class Trainer:
                 best,
                 schedule,
                 self.seed,
+                None if self.ema is None else Ema(self.net, self.ema),
             )
             loop.run()
         return loop
@@ -228,7 +239,7 @@ class Trainer:
             report=say if self.world.is_main else lambda line: None,
         )
 
-    def _tally(self, phase: Literal["train", "val"]) -> Tally:
+    def _tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
         if not self.metrics:
             return Tally(phase, self.world.device)
         from .metrics import MetricSet, keeps_samples
@@ -322,7 +333,7 @@ def _refuse_second_fit(run: RunDir) -> None:
     _fitted.add(path)
 
 
-def _check_monitor(monitor: str, tallies: tuple[Tally, ...]) -> None:
+def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
     names = [name for tally in tallies for name in tally.names]
     if monitor not in names:
         close = nearest(monitor, names)

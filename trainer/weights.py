@@ -16,9 +16,14 @@ from dtrain.files import write_atomic
 WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
 
 
-def bare_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The module's weights and buffers, not copied, without the names that torch.compile puts into them."""
-    return {_uncompiled(name): value.detach() for name, value in net.state_dict().items()}
+def bare_state_dict(net: nn.Module, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+    """The module's weights and buffers, not copied, without the names that torch.compile puts into them.
+
+    Args:
+        instead: what stands for a parameter, by its id.
+    """
+    values = net.state_dict(keep_vars=True).items()
+    return {_uncompiled(name): (instead or {}).get(id(value), value).detach() for name, value in values}
 
 
 def bare_name(name: str) -> str:

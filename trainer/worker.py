@@ -65,7 +65,7 @@ def build_trainer(job: Job) -> Trainer:
         optimizer,
         metrics,
         step=None if job.step is None else bind_function(job.step),
-        scheduler=None if job.scheduler is None else cast(Any, instantiate(job.scheduler, optimizer)),
+        scheduler=None if job.scheduler is None else build_scheduler(job.scheduler, optimizer),
         scheduler_interval=job.scheduler.interval if job.scheduler else "epoch",
         activations={name: target.activation for name, target in job.metrics.items()},
         train_metrics=_train_metrics(job, metrics),
@@ -75,10 +75,12 @@ def build_trainer(job: Job) -> Trainer:
         deterministic=job.fit.deterministic,
         sync_batchnorm=job.fit.sync_batchnorm,
         strategy=job.fsdp if job.fit.strategy == "fsdp" else "ddp",
+        activation_checkpointing=job.fit.activation_checkpointing,
         precision=job.fit.precision,
         clip_norm=job.fit.clip_norm,
         clip_value=job.fit.clip_value,
         on_nonfinite=job.fit.on_nonfinite,
+        ema=job.fit.ema,
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
     )
@@ -97,6 +99,11 @@ def build_model(job: Job) -> nn.Module:
         if (net := build_on_meta(build)) is not None:
             return net
     return build()
+
+
+def build_scheduler(target: Target, optimizer: Any) -> Any:
+    """The scheduler, which may be made of others: each gets the optimizer."""
+    return instantiate(target, optimizer, given={"optimizer": optimizer})
 
 
 def build_source(job: Job, target: Target, *, training: bool) -> Source:

@@ -1,0 +1,59 @@
+"""Activation checkpointing: memory for time. What a block computes is forgotten, and computed again when it is needed.
+
+(Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import of_classes
+
+
+def recompute_activations(net: nn.Module, classes: Sequence[str]) -> None:
+    """Have the model's modules of these classes compute their activations again in the backward pass.
+
+    Their results are the same to the bit, dropout's masks and batch norm's statistics included; their parameters'
+    names too. Of modules within each other, the outermost do.
+
+    Raises:
+        UserError: there is no module of a class.
+    """
+    inner: set[nn.Module] = set()
+    for module in of_classes(net, classes, "fit.activation_checkpointing"):
+        if module not in inner:
+            inner.update(module.modules())
+            context = functools.partial(_contexts, module)
+            # A module around it would change the parameters' names.
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, context_fn=context)
+
+
+Context = contextlib.AbstractContextManager[None]
+
+
+def _contexts(module: nn.Module) -> tuple[Context, Context]:
+    """Around the first forward pass, and around the one that repeats it."""
+    return contextlib.nullcontext(), _again(module, [buffer.clone() for buffer in module.buffers()])
+
+
+@contextlib.contextmanager
+def _again(module: nn.Module, before: list[Tensor]) -> Iterator[None]:
+    """With the buffers as they were; afterwards they are what they have become, and nothing is counted twice."""
+    after = [buffer.clone() for buffer in module.buffers()]
+    _set(module, before)
+    try:
+        yield
+    finally:  # torch leaves by an exception once it has all that it needs
+        _set(module, after)
+
+
+@torch.no_grad()
+def _set(module: nn.Module, values: list[Tensor]) -> None:
+    for buffer, value in zip(module.buffers(), values, strict=True):
+        buffer.copy_(value)
