@@ -29,14 +29,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def new_project(tmp_path_factory: pytest.TempPathFactory, store: str) -> Callable[[str], Project]:
-    """Makes a project, for fixtures that several tests share."""
-    return lambda name: Project(tmp_path_factory.mktemp(name), store)
+def new_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
+    """Makes a project without MLflow, for fixtures that several tests share."""
+    return lambda name: Project(tmp_path_factory.mktemp(name), "")
 
 
 @pytest.fixture
 def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
-    """With MLflow, which takes seconds a run, only where the test's file is marked for it."""
+    """With MLflow, which takes seconds a run, only where the test is marked for it."""
     uses_mlflow = request.node.get_closest_marker("mlflow") is not None
     return Project(tmp_path, request.getfixturevalue("store") if uses_mlflow else "")
 

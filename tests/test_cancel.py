@@ -25,8 +25,6 @@ from dtrain.launcher import cancel as cancel_command
 from dtrain.run import RunDir
 from dtrain.trainer.checkpoint import saved
 
-pytestmark = pytest.mark.mlflow
-
 GATE = 7  # the step that waits, the second one of epoch 2
 LAUNCH = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", f"model.gate={GATE}")
 
@@ -69,6 +67,7 @@ def test_a_run_stops_with_a_checkpoint_and_continues_as_told(project):
     assert [row["step"] for row in project.run_dir().rows()] == [5, 10]
 
 
+@pytest.mark.mlflow
 def test_now_ends_it_without_a_checkpoint(project, store):
     """Although a first cancel waits already; and all that tells of runs knows it."""
     with project.running(*LAUNCH) as launch:

@@ -14,8 +14,6 @@ import yaml
 from dtrain.errors import UserError
 from dtrain.launcher.launch import choose_processes
 
-pytestmark = pytest.mark.mlflow
-
 
 def test_help_names_the_commands(project):
     done = project.run("--help")

@@ -9,8 +9,6 @@ from mlflow import MlflowClient
 
 from dtrain.trainer.checkpoint import saved
 
-pytestmark = pytest.mark.mlflow
-
 FAULTS = '''
 import ctypes
 import os
@@ -119,8 +117,11 @@ CASES = {
 FRESH = {"forward-first-step", "loading-process", "sys.exit-of-3", "SIGKILL-first-step"}  # an interpreter for each rank
 
 
+TRACKED = "sys.exit-of-3"  # MLflow takes seconds
+
+
 @pytest.fixture(scope="module")
-def outcomes(new_project):
+def outcomes(new_project, store):
     """Each case's project and end. Two run at a time, since much of a launch is waiting."""
 
     def run(name):
@@ -130,7 +131,8 @@ def outcomes(new_project):
         project.job(**changed)
         # A checkpoint in the middle of the epoch: what fails later must not take it along.
         arguments = ["launch", "--gpus", str(num_ranks), "--run-dir", "run", "job.yaml", "checkpoint.every=3"]
-        return project, project.run(*arguments, *["--no-preload"] * (name in FRESH))
+        tracked = {"MLFLOW_TRACKING_URI": store} if name == TRACKED else {}
+        return project, project.run(*arguments, *["--no-preload"] * (name in FRESH), **tracked)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(CASES, pool.map(run, CASES), strict=True))
@@ -182,7 +184,7 @@ def test_the_checkpoint_before_the_failure_stays(outcomes):
 
 
 def test_mlflow_marks_the_run_as_failed(outcomes, store):
-    project, _ = outcomes["sys.exit-of-3"]
+    project, _ = outcomes[TRACKED]
     assert MlflowClient(store).get_run(project.status()["mlflow_run_id"]).info.status == "FAILED"
 
 

@@ -16,8 +16,6 @@ from mlflow import MlflowClient
 from dtrain.files import read_json
 from dtrain.run import RunDir
 
-pytestmark = pytest.mark.mlflow
-
 RUN_NAME = r"tiny-\d{8}-\d{6}-[0-9a-f]{4}"
 ACCURACY = "metrics.acc={_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 2}"
 OVERRIDES = ("optimizer.lr=0.25", "model.width=6", ACCURACY)
@@ -40,10 +38,10 @@ def project(new_project):
 
 
 @pytest.fixture(scope="module")
-def done(project):
+def done(project, store):
     """The command's end; of a print in the model, only rank 0's is shown."""
     project.write("net.py", (project.folder / "net.py").read_text() + "\nprint('imported', os.environ.get('RANK'))\n")
-    return project.run("launch", "--gpus", "2", "job.yaml", *OVERRIDES)
+    return project.run("launch", "--gpus", "2", "job.yaml", *OVERRIDES, MLFLOW_TRACKING_URI=store)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from dtrain.loading import differences, dump_job, load, load_job
 from dtrain.run import RunDir
 from dtrain.trainer import world
 
-pytestmark = pytest.mark.mlflow
-
 PRINTING = """
 import os, sys
 import torch
@@ -231,6 +229,7 @@ def read_reports(project):
     return [json.loads((project.folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.mlflow
 def test_a_script_job_runs_and_goes_on(jobs, store):
     done = jobs.run("launch", "--gpus", "2", "jobs/job.yaml", "script.2=0.5")
     assert done.code == 1

@@ -13,8 +13,6 @@ from command import STEPS, Project
 from dtrain.files import read_json
 from dtrain.sweep import Sweep
 
-pytestmark = pytest.mark.mlflow
-
 GATE = 7  # the step that waits for a file, the second one of epoch 2
 TOTAL = 2 * STEPS
 FAULT = """
@@ -71,6 +69,7 @@ def test_two_nodes_train_as_one_machine_does(site, alone):
     assert "completed" in status.out
 
 
+@pytest.mark.mlflow
 def test_a_run_that_was_interrupted_goes_on_to_the_same_end(site, alone):
     """By the time limit, and then by the death of a node."""
     job = site.submit(f"model.gate={GATE}", "slurm.time=1", "slurm.signal=B:USR2@60", "checkpoint.every=1")
@@ -136,6 +135,7 @@ def test_a_preempted_run_continues(site, alone):
     assert site.history() == alone.history()
 
 
+@pytest.mark.mlflow
 def test_a_sweep_is_an_array(site, alone):
     done = site.run(
         *("sweep", "--slurm", "--wait", "--max-parallel", "2", "--gpus", "1", "--run-dir", "all", "job.yaml"),

@@ -19,8 +19,6 @@ from dtrain.files import read_json
 from dtrain.heartbeat import Heartbeat
 from dtrain.trainer.checkpoint import saved
 
-pytestmark = pytest.mark.mlflow
-
 GATE = 7  # the step that waits, the second one of epoch 2
 SIZE = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
 JOB = ("optimizer.lr=0.2", f"model.gate={GATE}")
@@ -82,20 +80,17 @@ def check_finished(project, done, uninterrupted):
     assert history(project) == uninterrupted  # to the bit
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "options"),
-    [(signal.SIGTERM, 75, []), (signal.SIGINT, 130, ["--no-preload"])],
-    ids=["SIGTERM", "SIGINT-no-preload"],
-)
-def test_a_stop_and_its_continuation(number, code, options, project, uninterrupted):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_and_its_continuation(number, code, project, uninterrupted):
     """To the whole group, as a terminal's Ctrl-C and `timeout` send it."""
-    done = stop(project, number, to_group=True, arguments=(*SIZE, *JOB, *options))
+    done = stop(project, number, to_group=True)
     check_stopped(project, done, code)
     assert "Traceback" not in done.err
     check_finished(project, continue_as_told(project, done), uninterrupted)
     assert project.status()["restarts"] == 1
 
 
+@pytest.mark.mlflow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_what_a_cluster_sends_to_all_processes_means_the_agent(number, project, uninterrupted):
     """Slurm signals each process of a job: the fork server, the ranks, those that load their data, the tracker."""
@@ -199,6 +194,7 @@ def test_a_running_run_has_one_writer(project):
     assert read_json(folder / "status.json")["state"] == "finished"
 
 
+@pytest.mark.mlflow
 @pytest.mark.parametrize("options", [[], ["--no-preload"]], ids=["preload", "no-preload"])
 def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, project, store, uninterrupted):
     with project.running(*SIZE, *JOB, *options) as command:

@@ -12,8 +12,6 @@ from dtrain.errors import UserError
 from dtrain.files import read_json
 from dtrain.sweep import Sweep, grid
 
-pytestmark = pytest.mark.mlflow
-
 
 def test_a_grid():
     assert grid(["a=1", "b=x,y", "c=0.1,1e-3"]) == (
@@ -51,6 +49,7 @@ def history(run):
     return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in run.rows()]
 
 
+@pytest.mark.mlflow
 def test_each_run_is_the_run_that_its_values_make(project):
     done = project.run("sweep", "--gpus", "2", "--run-dir", "all", "job.yaml", "optimizer.lr=0.1,0.02", "fit.epochs=1")
     assert done.code == 0, done.err
