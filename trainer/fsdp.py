@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -24,7 +25,7 @@ from dtrain.job import Fsdp
 
 from .blocks import of_classes, repeated
 from .ddp import has_sparse_gradients
-from .parallel import Parallel, broadcast
+from .parallel import Parallel
 from .weights import bare_state_dict
 from .world import World, ensure_group
 
@@ -79,14 +80,14 @@ class FullySharded(Parallel):
 
     def _fill(self, block: nn.Module) -> None:
         """Bring the block's parameters to the device, with rank 0's values. All ranks take part."""
-        made: dict[int, nn.Parameter] = {}  # those that are shared stay shared
+        made: dict[nn.Parameter, nn.Parameter] = {}  # those that are shared stay shared
         for module in block.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if not isinstance(parameter, DTensor):  # of a block within
                     filled = nn.Parameter(_real(parameter.detach(), self.world.device), parameter.requires_grad)
-                    setattr(module, name, made.setdefault(id(parameter), filled))
-        if self.world.world_size > 1:
-            broadcast([parameter.data for parameter in made.values()])
+                    setattr(module, name, made.setdefault(parameter, filled))
+        for parameter in made.values():
+            dist.broadcast(parameter.data, src=0)
 
     def adopt(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
@@ -106,8 +107,7 @@ class FullySharded(Parallel):
         if not isinstance(value, Tensor) or value.shape != part.shape:
             return value
         whole = _real(value, self.world.device)
-        if self.world.world_size > 1:
-            broadcast([whole])
+        dist.broadcast(whole, src=0)
         mine: Any = torch.empty_like(part.detach(), dtype=whole.dtype)
         return mine.copy_(distribute_tensor(whole, self._mesh, mine.placements, src_data_rank=None))
 

@@ -76,18 +76,14 @@ class Parallel:
 
     def share_buffers(self) -> None:
         """Give all ranks rank 0's buffers. All ranks take part, in one broadcast for each dtype."""
-        if self.world.world_size > 1:
-            broadcast(list(self.bare.buffers()))
-
-
-@torch.no_grad()
-def broadcast(tensors: list[Tensor]) -> None:
-    """Rank 0's values into all ranks' tensors. All ranks take part, in one broadcast for each dtype."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for alike in by_dtype.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.broadcast(flat, src=0)
-        for tensor, values in zip(alike, flat.split([each.numel() for each in alike]), strict=True):
-            tensor.copy_(values.view_as(tensor))
+        if self.world.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.bare.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        with torch.no_grad():
+            for buffers in by_dtype.values():
+                flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+                dist.broadcast(flat, src=0)
+                for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                    buffer.copy_(values.view_as(buffer))
