@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -39,11 +40,9 @@ def test_digits_do_not_depend_on_the_number_of_ranks(digits):
             assert row[name] == pytest.approx(alone[name], rel=1e-5)
 
 
-def test_the_weights_load_into_the_bare_module(digits, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES / "digits")
-    from net import DigitNet  # the example's own
-
-    DigitNet(width=32).load_state_dict(torch.load(digits.run_dir("3").best_weights, weights_only=True))
+def test_the_weights_load_into_the_bare_module(digits):
+    names = runpy.run_path(str(EXAMPLES / "digits" / "net.py"))
+    names["DigitNet"](width=32).load_state_dict(torch.load(digits.run_dir("3").best_weights, weights_only=True))
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
