@@ -12,7 +12,8 @@ import torch
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
-from training import Job, Samples, content, differences, epoch_order, train
+from torch.distributed.tensor.debug import CommDebugMode
+from training import Job, Samples, content, differences, epoch_order, fit, prepare, train
 
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
@@ -180,6 +181,7 @@ def shards(rank: int, world_size: int, on_meta: bool) -> dict[str, Any]:
     optimizer = torch.optim.Adagrad(net.parameters(), initial_accumulator_value=0.5)  # has a state from its start
     model = FullySharded(net, join_world("cpu"), Fsdp(), None)
     model.adopt(optimizer)
+    gathered = model.weights()
     own = {name: p.to_local().numel() for name, p in net.named_parameters() if isinstance(p, DTensor)}
     assert net.tied.bias is net.first.bias
     states = [optimizer.state[p]["sum"] for p in net.parameters()]
@@ -188,12 +190,13 @@ def shards(rank: int, world_size: int, on_meta: bool) -> dict[str, Any]:
     net(torch.randn(4, 5)).sum().backward()
     optimizer.step()  # on what it has adopted
     changed = float(net.head.weight.full_tensor().sum())
-    return {"own": own, "whole": whole, "hidden": net.hidden, "changed": changed}
+    return {"own": own, "whole": whole, "gathered": gathered, "hidden": net.hidden, "changed": changed}
 
 
 @pytest.mark.parametrize("on_meta", [False, True])
 def test_each_rank_keeps_a_part_of_rank_0s_model(on_meta):
     found = run_ranks(3, shards, on_meta)
+    assert differences(found[0]["whole"], found[0]["gathered"]) == []
     expected = {name: p.numel() for name, p in Net().named_parameters()}
     assert {name: sum(each["own"][name] for each in found) for name in expected} == expected
     largest = max(sum(each["own"].values()) for each in found)
@@ -213,6 +216,20 @@ def test_weights_come_whole_and_as_they_were():
     (before, whole), (_, elsewhere) = run_ranks(2, gathered)
     assert differences(before, whole) == []
     assert elsewhere == {}
+
+
+def sums_over_ranks(rank: int, world_size: int, folder: str, micro_batch_size: int) -> int:
+    with CommDebugMode() as seen:
+        fit(rank, world_size, folder, job, "fsdp", 1, micro_batch_size)
+    return sum(count for name, count in seen.get_comm_counts().items() if "reduce_scatter" in str(name))
+
+
+def test_gradients_are_summed_once_a_batch_in_however_many_parts(tmp_path):
+    counts = []
+    for size in (BATCH, 1):
+        prepare(tmp_path / str(size), 2)
+        counts += run_ranks(2, sums_over_ranks, str(tmp_path / str(size)), size)
+    assert counts == [10 * 4] * 4  # steps, and the blocks with the model's own parameters
 
 
 class WithNumbers(nn.Module):
@@ -347,8 +364,15 @@ def test_a_job_begins_with_fsdp_and_goes_on_with_ddp(project):
         assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
 
 
-def test_a_wrong_class_to_wrap_is_said_before_training(project):
-    done = project.run("launch", "--gpus", "2", "job.yaml", "fit.strategy=fsdp", "fsdp.wrap=Bloc")
-    assert done.code == 1
-    assert "fsdp.wrap: the model has no module of class Bloc" in done.err
+@pytest.mark.parametrize(
+    ("setting", "code", "says"),
+    [
+        ("fsdp.wrap=Bloc", 1, "fsdp.wrap: the model has no module of class Bloc"),  # by the ranks, before training
+        ("fsdp.offload=true", 2, "fsdp.offload: keeps in the CPU's memory what a GPU has no room for"),
+    ],
+)
+def test_wrong_settings(setting, code, says, project):
+    done = project.run("launch", "--gpus", "2", "job.yaml", "fit.strategy=fsdp", setting)
+    assert done.code == code
+    assert says in done.err
     assert "Traceback" not in done.err

@@ -249,19 +249,17 @@ class Checkpoints:
         ranks = [self._world.rank] if size == self._world.world_size else range(size)
         prefixes = {rank: f"rank-{rank}/" for rank in ranks}
         wanted = [n for n in index["tensors"] if not n.startswith("rank-") or n.startswith(tuple(prefixes.values()))]
-        tensors = {name: self._room(name, index["tensors"][name]) for name in wanted}
+        tensors = {}
+        for name in wanted:
+            described = index["tensors"][name]
+            part = self._part_like(name, torch.Size(described["shape"]), DTYPES[described["dtype"]])
+            tensors[name] = storage.empty_tensor(described) if part is None else part
         storage.load(path, index, tensors)
         own = {rank: unflatten(tensors, prefix) for rank, prefix in prefixes.items()}
         snapshot = Snapshot(path, size, unflatten(tensors), own)
         if problem := misfit(snapshot.shared):
             raise Unusable(problem)
         return snapshot
-
-    def _room(self, name: str, description: Mapping[str, Any]) -> Tensor:
-        from . import storage
-
-        part = self._part_like(name, torch.Size(description["shape"]), DTYPES[description["dtype"]])
-        return storage.empty_tensor(description) if part is None else part
 
     def _agreed(self, function: Callable[[], T]) -> tuple[T | None, Unusable | None]:
         """The function's result, if no rank has a problem. All ranks take part."""

@@ -6,7 +6,7 @@ The model's blocks are gathered one at a time, when it is their turn to compute.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,12 +134,8 @@ class FullySharded(Parallel):
                 whole[name] = gathered.cpu()
         return whole
 
-    def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        parts = dict(self.bare.named_parameters(remove_duplicate=False))
-        for name in path.split("/"):  # model/NAME, optimizer/state/NAME/exp_avg
-            if name in parts and parts[name].shape == shape:
-                return torch.empty_like(parts[name].detach(), dtype=dtype)
-        return None
+    def parts(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.bare.named_parameters(remove_duplicate=False)}
 
 
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
@@ -178,7 +174,7 @@ def _require_apart(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
                 )
 
 
-def build_on_meta(build: Any) -> nn.Module | None:
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
     """A model without values, for ranks that get them from rank 0; None where its class can't be built so.
 
     A constructor that computes with values (`.item()`), or keeps tensors that are neither parameters nor buffers,
@@ -186,7 +182,7 @@ def build_on_meta(build: Any) -> nn.Module | None:
     """
     try:
         with torch.device("meta"):
-            net: nn.Module = build()
+            net = build()
     except Exception:  # whatever it meets; rank 0 meets it too where it is no matter of the device
         return None
     attributes = [{**vars(module), "_parameters": None, "_buffers": None} for module in net.modules()]

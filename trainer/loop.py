@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,8 @@ from .update import Update
 from .weights import mismatches
 from .world import World
 
+# In the paths of `shared_state`, the name of the parameter.
+_OF_PARAMETER = re.compile(r"(?:model|ema|optimizer/state)/([^/]+)(?:/[^/]+)?")
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
@@ -103,7 +106,7 @@ class Loop:
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
         self.disk = Disk(run)
         self.results = Results(run, self.disk)
-        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, model.part_like)
+        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, self.part_like)
         self.background = Background()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
         self.stop = StopAgreement(world, self.heartbeat)
@@ -395,6 +398,12 @@ class Loop:
             "scaler": self.precision.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
+
+    def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Room for this rank's part of a tensor of `shared_state`; None for those that each rank has whole."""
+        of_parameter = _OF_PARAMETER.fullmatch(path)
+        part = self.model.parts().get(of_parameter[1]) if of_parameter else None
+        return None if part is None or part.shape != shape else torch.empty_like(part, dtype=dtype)
 
     def kinds(self) -> dict[str, str | None]:
         """The classes whose states mean nothing to others."""

@@ -16,7 +16,7 @@ from .world import World
 
 
 class Parallel:
-    """A model on each rank, with rank 0's weights and buffers. As it stands here: on one rank alone.
+    """A model on each rank, with rank 0's weights and buffers; here is what a strategy may leave as it is.
 
     Attributes:
         bare: the model under its own names, for evaluation and saving.
@@ -57,9 +57,9 @@ class Parallel:
         """
         return bare_state_dict(self.bare, instead)
 
-    def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Room for this rank's part of a checkpoint's tensor; None for those that each rank has whole."""
-        return None
+    def parts(self) -> dict[str, Tensor]:
+        """The parameters of which this rank has only a part, by name, as DTensors."""
+        return {}
 
     @contextlib.contextmanager
     def without_trace(self) -> Iterator[None]:

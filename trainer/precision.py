@@ -35,7 +35,7 @@ class Precision:
             raise UserError("fit.precision: fp16 is for GPUs; on a CPU bf16 does the same without a scaler")
         if name == "tf32":
             torch.backends.cuda.matmul.fp32_precision = "tf32"
-            torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]  # set up as torch loads
+            torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]  # unseen by mypy
         self._device = device.type
         self.dtype = _COARSE.get(name)  # of autocast, if any
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None

@@ -67,7 +67,9 @@ class Update:
             self._scaler.unscale_(self._optimizer)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         if self._clip_norm is not None or self._on_nonfinite is not None:
-            norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if isinstance(norm, DTensor):  # of this rank's parts; all ranks take part
+                norm = norm.full_tensor()
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
                 return False
             if self._clip_norm is not None:
@@ -93,8 +95,3 @@ class Update:
         if self._scaler is not None:
             self._scaler.update()
         return True
-
-
-def whole(norm: Tensor) -> Tensor:
-    """The norm over all ranks' parts. All ranks take part where there are parts."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
