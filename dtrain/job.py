@@ -17,7 +17,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from dtrain import sbatch
+from dtrain import sbatch, zero_config
 from dtrain.errors import Problem, did_you_mean
 from dtrain.heartbeat import HANG_TIMEOUT_S
 
@@ -53,6 +53,8 @@ _WORDS = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "
 Script = Annotated[
     list[str], BeforeValidator(_read_script), WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, _WORDS]})
 ]
+# A path is read before; see loading.py.
+_DEEPSPEED = WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": True}, {"type": "string"}]})
 
 
 class Section(BaseModel):
@@ -139,7 +141,7 @@ class Fit(Section):
 
     epochs: PositiveInt = Field(description="Passes over the training dataset.")
     strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
-        default="ddp", description="How ranks share the work: ddp, or fsdp for models that outgrow a GPU."
+        default="ddp", description="How ranks share the work: ddp, or fsdp and deepspeed for models that outgrow a GPU."
     )
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="Most samples in one forward pass of one rank; null: no limit."
@@ -260,7 +262,9 @@ class Job(Section):
     launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
     slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")
     fsdp: Fsdp = Field(default_factory=Fsdp, description="Settings of strategy fsdp.")
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Settings of strategy deepspeed.")
+    deepspeed: Annotated[dict[str, Any], _DEEPSPEED] = Field(
+        default_factory=dict, description="DeepSpeed's own settings, or the path of its JSON file."
+    )
 
     @property
     def monitor(self) -> str:
@@ -340,7 +344,7 @@ class LoadedScript(Loaded):
 
 
 def contradictions(job: Job) -> list[Problem]:
-    """What is wrong between fields that are each right, the strategies not built yet included."""
+    """What is wrong between fields that are each right."""
     problems = []
     if job.loss and job.step:
         problems.append(Problem("makes its own loss; give either loss or step", "step"))
@@ -352,8 +356,15 @@ def contradictions(job: Job) -> list[Problem]:
         message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
         problems.append(Problem(message, "fit.on_nonfinite"))
     if job.fit.strategy == "deepspeed":
-        message = f"{job.fit.strategy} is not available in this version; use fsdp"
-        problems.append(Problem(message, "fit.strategy"))
+        problems += zero_config.disagreements(
+            job.deepspeed,
+            batch_size=job.data.batch_size,
+            micro_batch_size=job.fit.micro_batch_size,
+            clip_norm=job.fit.clip_norm,
+            precision=job.fit.precision,
+            ema=job.fit.ema,
+            optimizer={"_target_": job.optimizer.target, **job.optimizer.arguments},
+        )
     for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
         if is_given and job.fit.strategy != section:
             problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))

@@ -77,6 +77,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedS
     problems = reader.problems
     for override in overrides:
         problems += _apply(override, document, reader.places)
+    problems += _read_deepspeed(document, reader.places, Path(path))
     if "script" in document:
         return _load_script(document, Path(path), reader.places, problems)
     loaded, wrong = _validate(document, Path(path), reader.places)
@@ -196,6 +197,23 @@ def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) ->
         del places[old]
     places[key] = (source, None)
     return reader.problems
+
+
+def _read_deepspeed(document: dict[Any, Any], places: dict[str, Place], path: Path) -> list[Problem]:
+    """Puts DeepSpeed's settings where the document has the path of its JSON file; what is wrong with that."""
+    name = document.get("deepspeed")
+    if not isinstance(name, str):
+        return []
+    try:
+        document["deepspeed"] = json.loads(_read_text(Path(name)))
+    except UserError as error:
+        found = error.problems[0]
+    except json.JSONDecodeError as error:
+        found = Problem(f"no JSON: {error.msg}", file=name, line=error.lineno)
+    else:
+        return []
+    del document["deepspeed"]
+    return [Loaded(path, places).at(Problem(str(found), "deepspeed"))]
 
 
 def _validate(document: dict[Any, Any], path: Path, places: dict[str, Place]) -> tuple[LoadedJob, list[Problem]]:

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -21,9 +22,7 @@ import torch.distributed as dist
 
 # The fork server imports these once; after that a rank starts in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torchmetrics", "pytest", "pandas", "dtrain.trainer.trainer", "dtrain.trainer.storage"]
-)
+_CONTEXT.set_forkserver_preload(["preload"])
 
 _COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier"),
@@ -70,6 +69,8 @@ def _counted(function: Callable[..., Any], counter: Counter[str]) -> Callable[..
 
 
 def _start(rank: int, world_size: int, store: str, work: bytes) -> tuple[Connection, BaseProcess]:
+    with patch.dict(os.environ, PYTHONPATH=os.path.dirname(__file__)):  # else it would not find what to import
+        forkserver.ensure_running()
     ours, theirs = _CONTEXT.Pipe()
     process = _CONTEXT.Process(target=_rank, args=(rank, world_size, store, work, theirs))
     process.start()

@@ -92,3 +92,18 @@ def test_a_deterministic_run_repeats_its_bits(strategy, tmp_path):
     for name in ("one", "other"):
         run(tmp_path / name, strategy, deterministic=True)
     assert differences(final_state(tmp_path / "one"), final_state(tmp_path / "other")) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_learns_as_ddp_does(stage, precision, project):
+    """By the command, since DeepSpeed has to meet the GPU in a process of its own."""
+    project.job(fit={"epochs": 2})
+    zero = ["fit.strategy=deepspeed", f"deepspeed.zero_optimization.stage={stage}", f"fit.precision={precision}"]
+    zero.append("deepspeed.zero_optimization.offload_optimizer.device=cpu")
+    for name, settings in (("ddp", []), ("zero", zero)):
+        done = project.run("launch", "--gpus", "1", "--run-dir", name, "job.yaml", "launch.device=cuda", *settings)
+        assert done.code == 0, done.err
+    rows, expected = (project.run_dir(name).rows() for name in ("zero", "ddp"))
+    tolerance = 0.05 if precision == "bf16" else 1e-3  # TF32 is off, the sums' order is not fixed
+    assert [row["val_loss"] for row in rows] == pytest.approx([row["val_loss"] for row in expected], rel=tolerance)

@@ -16,7 +16,11 @@ from dtrain.job import Fsdp
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 
 SEED, DECAY, BATCH, EPOCHS, NUM_TRAIN, NUM_VAL = 2, 0.8, 8, 3, 30, 13
-STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"])}
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp",
+    "fsdp": Fsdp(wrap=["Linear"]),
+    "ZeRO 2": {"zero_optimization": {"stage": 2}},
+}
 
 
 def parts() -> tuple[nn.Module, torch.optim.Optimizer, Samples, Samples]:

@@ -188,9 +188,60 @@ INVALID = {
         GOOD.replace("loss: {", "#"),
         ["job.yaml:1: loss: missing; give loss or step"],
     ),
-    "strategy to come": (
-        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed"),
-        ["job.yaml:12: fit.strategy: deepspeed is not available in this version; use fsdp"],
+    "DeepSpeed and the job": (
+        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed")
+        + """deepspeed:
+  train_batch_size: 64
+  train_micro_batch_size_per_gpu: auto
+  gradient_clipping: 1.0
+  gradient_accumulation_steps: 2
+  zero_optimisation: {stage: 2}
+  optimizer: {type: Adam, params: {lr: 0.1, betas: auto}}
+  fp16: {enabled: false}
+  bf16: {enabled: true}
+""",
+        [
+            "job.yaml:16: deepspeed.train_batch_size: is 64, where data.batch_size is 128; make them agree",
+            "job.yaml:18: deepspeed.gradient_clipping: is 1.0, where fit.clip_norm is null; make them agree",
+            "job.yaml:19: deepspeed.gradient_accumulation_steps: follows from data.batch_size, fit.micro_batch_size "
+            "and the number of ranks; leave it out",
+            "job.yaml:20: deepspeed.zero_optimisation: unknown key; did you mean zero_optimization?",
+            "job.yaml:21: deepspeed.optimizer.type: is Adam, where optimizer._target_ is dict; make them agree",
+            "job.yaml:21: deepspeed.optimizer.params.lr: is 0.1, where optimizer.lr is 0.001; make them agree",
+            "job.yaml:23: deepspeed.bf16: is on, where fit.precision is fp32; dtrain computes in 16 bits by autocast "
+            "and keeps the weights in float32: leave it out, and set fit.precision: bf16",
+        ],
+    ),
+    "what ZeRO can not have": (
+        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed\n  precision: fp16\n  ema: 0.9")
+        + """deepspeed:
+  zero_optimization: {stage: 3, offload_param: {device: nvme}, zenflow: {topk_ratio: 0.1}}
+  torch_autocast: {enabled: false}
+  tensor_parallel: {autotp_size: 2}
+""",
+        [
+            "job.yaml:13: fit.precision: fp16 is not supported with deepspeed; use bf16, or fsdp",
+            "job.yaml:14: fit.ema: averages whole parameters, of which stage 3 leaves each rank a part; use stage 2, "
+            "or fsdp",
+            "job.yaml:18: deepspeed.zero_optimization.offload_param.device: what is on NVMe is not in dtrain's "
+            "checkpoints; use cpu",
+            "job.yaml:18: deepspeed.zero_optimization.zenflow: updates weights behind the step, which is not exact; "
+            "leave it out",
+            "job.yaml:20: deepspeed.tensor_parallel: would give ranks the same samples, and dtrain gives each its own; "
+            "leave it out",
+        ],
+    ),
+    "a stage that there is not": (
+        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed")
+        + "deepspeed: {zero_optimization: {stage: 4}, torch_autocast: {enabled: true}}\n",
+        [
+            "job.yaml:15: deepspeed.torch_autocast.enabled: is True, where fit.precision is fp32",
+            "job.yaml:15: deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found 4",
+        ],
+    ),
+    "no file for DeepSpeed": (
+        GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed") + "deepspeed: zero.json\n",
+        ["job.yaml:15: deepspeed: zero.json: no such file"],
     ),
     "settings of another strategy": (
         GOOD + "fsdp: {wrap: Block}\n",
@@ -336,6 +387,19 @@ def test_an_argument_may_have_any_name():
     job = load(GOOD.replace("width: 32", "target: 1, arguments: 2, copy: 3, _x: 4")).job
     assert job.model.arguments == {"target": 1, "arguments": 2, "copy": 3, "_x": 4}
     assert load(dump_job(job)).job == job
+
+
+def test_deepspeed_settings_come_from_a_file():
+    Path("zero.json").write_text('{"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}')
+    job = load(GOOD, "fit.strategy=deepspeed", "deepspeed=zero.json").job
+    assert job.deepspeed == {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}
+    Path("job.yaml").write_text(dump_job(job))
+    Path("zero.json").unlink()
+    assert load_job("job.yaml").job == job
+    Path("zero.json").write_text('{"zero_optimization": 1,\n}')
+    assert mistakes(GOOD, "fit.strategy=deepspeed", "deepspeed=zero.json")[0].startswith(
+        "override deepspeed=zero.json: deepspeed: zero.json:2: no JSON: "
+    )
 
 
 def test_differences_that_keep_a_run_from_continuing():

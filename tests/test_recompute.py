@@ -16,6 +16,8 @@ from dtrain.trainer.recompute import recompute_activations
 
 calls = 0  # of a block's layer, in this process
 
+STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(), "ZeRO 3": {"zero_optimization": {"stage": 3}}}
+
 
 class Block(nn.Module):
     """With all that a second forward pass could disturb: masks, statistics, and a buffer that the result depends on."""
@@ -49,7 +51,7 @@ def count_calls(rank: int, world_size: int, folder: str, classes: list[str], str
     return calls
 
 
-@pytest.mark.parametrize("strategy", ["ddp", Fsdp()], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_run_has_the_bits_of_one_that_keeps_its_activations(strategy, tmp_path):
     found = {}
     for name, classes in (("kept", []), ("again", ["Block"])):

@@ -30,7 +30,9 @@ from dtrain.trainer.manifest import HashedFile
 
 # 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
 NUM_SAMPLES, BATCH, STEPS, EPOCHS, CLASSES, SEED = 35, 9, 4, 3, 3, 6
-STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"])}
+STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"])} | {
+    f"ZeRO {stage}": {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)
+}
 
 
 @dataclass(frozen=True)
@@ -264,11 +266,22 @@ def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_si
     assert samples_trained_on(tmp_path, world_size) == all_samples()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("name", ["stop at a step", "stop in validation", "kill at a step", "kill in a save"])
-def test_so_has_one_whose_ranks_keep_parts_of_the_model(world_size, name, uninterrupted, tmp_path):
-    interruptions = [replace(each, strategy="fsdp") for each in INTERRUPTIONS[name]]
-    final = Options(checkpoint_every=interruptions[-1].checkpoint_every, strategy="fsdp")
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "name"),
+    [
+        ("fsdp", world_size, name)
+        for world_size in (1, 2, 3)
+        for name in ("stop at a step", "stop in validation", "kill at a step", "kill in a save")
+    ]
+    + [
+        (f"ZeRO {stage}", world_size, name)
+        for stage in (1, 2, 3)
+        for world_size, name in ((1, "stop at a step"), (2, "stop in validation"), (3, "kill at a step"))
+    ],
+)
+def test_so_has_one_whose_ranks_keep_parts_of_the_model(strategy, world_size, name, uninterrupted, tmp_path):
+    interruptions = [replace(each, strategy=strategy) for each in INTERRUPTIONS[name]]
+    final = Options(checkpoint_every=interruptions[-1].checkpoint_every, strategy=strategy)
     continue_to_the_end(tmp_path, world_size, interruptions, final)
     assert differences(final_state(tmp_path), uninterrupted(world_size, final)) == []
     assert samples_trained_on(tmp_path, world_size) == all_samples()

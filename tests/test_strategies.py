@@ -32,6 +32,7 @@ STRATEGIES: dict[str, Any] = {
     "ddp": "ddp",
     "fsdp": Fsdp(),
     "fsdp, kept": Fsdp(wrap=["Block"], reshard_after_forward=False),
+    **{f"ZeRO {stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)},
 }
 
 
@@ -84,10 +85,10 @@ def job(strategy: str, epochs: int, micro_batch_size: int | None = None) -> Job:
 
 
 @pytest.fixture(scope="module")
-def plain_loop() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """50 steps as everybody would write them, in one process."""
+def plain_loop() -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
+    """50 steps as everybody would write them, in one process: each epoch's row, and the weights after it."""
     net, optimizer, loss_fn, train_set, val_set = parts()
-    rows, clipped = [], 0
+    epochs, clipped = [], 0
     for epoch in range(1, EPOCHS + 1):
         loss_sum = weight_sum = 0.0
         for chosen in epoch_order(NUM_TRAIN, SEED, epoch).split(BATCH):
@@ -101,15 +102,16 @@ def plain_loop() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
             loss_sum, weight_sum = loss_sum + loss.item() * weight, weight_sum + weight
         with torch.no_grad():
             val_loss = loss_fn(net(val_set.features), val_set.target).item()
-        rows.append({"train_loss": loss_sum / weight_sum, "val_loss": val_loss})
+        row = {"train_loss": loss_sum / weight_sum, "val_loss": val_loss}
+        epochs.append((row, {name: value.clone() for name, value in net.state_dict().items()}))
     assert 0 < clipped < 50
-    return rows, net.state_dict()
+    return epochs
 
 
-def assert_like(plain_loop: Any, folder: Any, rows: list[dict[str, Any]]) -> None:
-    expected_rows, expected_weights = plain_loop
-    assert len(rows) == len(expected_rows)
-    for row, expected in zip(rows, expected_rows, strict=True):
+def assert_like(plain_loop: Any, folder: Any, rows: list[dict[str, Any]], epochs: int) -> None:
+    assert len(rows) == epochs
+    expected_weights = plain_loop[epochs - 1][1]
+    for row, (expected, _) in zip(rows, plain_loop[:epochs], strict=True):
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-5), (row["epoch"], name)
     weights = torch.load(RunDir(folder).last_weights, weights_only=True)
@@ -123,15 +125,12 @@ def assert_like(plain_loop: Any, folder: Any, rows: list[dict[str, Any]]) -> Non
 def test_the_curve_is_that_of_a_plain_loop(strategy, world_size, plain_loop, tmp_path):
     results = train(world_size, tmp_path, job, strategy, EPOCHS, 2 if world_size == 3 else None)
     for rows, _ in results:
-        assert_like(plain_loop, tmp_path, rows)
+        assert_like(plain_loop, tmp_path, rows, EPOCHS)
 
 
-# Each of the two, at each size, is continued by the other and by both at other sizes.
-PAIRS = [
-    (before, after)
-    for before, after in itertools.product(itertools.product(("ddp", "fsdp"), (1, 2, 3)), repeat=2)
-    if before != after and (before[0] == "fsdp" or after[0] == "fsdp")
-]
+# Each strategy's checkpoint at each size is continued by three others; so each strategy and size reads as many.
+WRITERS = list(itertools.product(("ddp", "fsdp", "ZeRO 1", "ZeRO 2", "ZeRO 3"), (1, 2, 3)))
+PAIRS = [(WRITERS[i], WRITERS[(i + distance) % len(WRITERS)]) for i in range(len(WRITERS)) for distance in (4, 8, 12)]
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +150,20 @@ def begun(tmp_path_factory):
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_checkpoint_is_continued_by_another_strategy_or_number_of_ranks(before, after, begun, plain_loop, tmp_path):
     folder = Path(shutil.copytree(begun(*before), tmp_path / "run"))
-    results = train(after[1], folder, job, after[0], EPOCHS)
-    assert_like(plain_loop, folder, results[0][0])
+    results = train(after[1], folder, job, after[0], 4)
+    assert_like(plain_loop, folder, results[0][0], 4)
 
 
 def test_checkpoints_of_all_strategies_hold_the_same(begun):
     """Whole tensors by name, whoever has saved them."""
-    one, other = (content(saved(RunDir(begun(*by)))[-1])["shared"] for by in (("ddp", 1), ("fsdp", 3)))
-    assert list(one["model"]) == list(other["model"])
-    assert [*one["optimizer"]["state"]] == [*other["optimizer"]["state"]]
-    for name, state in one["optimizer"]["state"].items():
-        for key, value in state.items():
-            torch.testing.assert_close(other["optimizer"]["state"][name][key], value, rtol=1e-3, atol=1e-5)
+    one, *others = (content(saved(RunDir(begun(strategy, 3)))[-1])["shared"] for strategy, size in WRITERS if size == 3)
+    for other in others:
+        assert list(one["model"]) == list(other["model"])
+        assert [*one["optimizer"]["state"]] == [*other["optimizer"]["state"]]
+        for name, state in one["optimizer"]["state"].items():
+            assert list(state) == list(other["optimizer"]["state"][name])
+            for key, value in state.items():
+                torch.testing.assert_close(other["optimizer"]["state"][name][key], value, rtol=1e-3, atol=1e-5)
 
 
 # -- what a rank has --------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def overflow(rank: int, world_size: int) -> list[Any]:
     model.adopt(optimizer)
     precision = Precision("fp32", torch.device("cpu"))
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    update = Update(optimizer, precision)
+    update = Update(model, optimizer, precision)
     precision.scaled(net(torch.ones(1, 3)).sum()).backward()
     before = model.weights()
     if rank == 1:
@@ -319,13 +320,13 @@ REFUSED = {
     ),
     "a list": (Net, Fsdp(wrap=["ModuleList"]), "ModuleList is only a list of modules"),
     "tied": (tied_over_blocks, Fsdp(), "blocks.0.up.weight and blocks.1.up.weight are one parameter"),
-    "a number": (with_scalar, Fsdp(), "fsdp can't cut scale, a single number: give it the shape (1,)"),
+    "a number": (with_scalar, Fsdp(), "scale is a single number, which can't be cut: give it the shape (1,)"),
     "channels last": (
         lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
         Fsdp(),
-        "can't cut weight, whose numbers lie",
+        "weight can't be cut: its numbers lie",
     ),
-    "sparse": (lambda: nn.Embedding(4, 2, sparse=True), Fsdp(), "can't sum sparse gradients"),
+    "sparse": (lambda: nn.Embedding(4, 2, sparse=True), Fsdp(), "sparse gradients can't be summed"),
     "offload": (Net, Fsdp(offload=True), "there is no GPU here"),
 }
 
@@ -338,41 +339,48 @@ def test_models_that_can_not_be_cut(kind, tmp_path):
     assert says in str(error.value)
 
 
-def lbfgs(rank: int, world_size: int) -> str:
+def refused(rank: int, world_size: int, name: str) -> str:
     net = Net()
     with pytest.raises(UserError) as error:
-        Trainer(net, nn.MSELoss(), torch.optim.LBFGS(net.parameters()), strategy=Fsdp(), device="cpu")
+        Trainer(net, nn.MSELoss(), getattr(torch.optim, name)(net.parameters()), strategy=Fsdp(), device="cpu")
     return str(error.value)
 
 
-def test_lbfgs_is_refused():
-    assert "LBFGS takes all parameters as one vector" in run_ranks(1, lbfgs)[0]
+@pytest.mark.parametrize(
+    ("name", "says"), [("LBFGS", "LBFGS takes all parameters as one vector"), ("Adafactor", "Adafactor can't compute")]
+)
+def test_optimizers_that_need_whole_parameters(name, says):
+    assert says in run_ranks(1, refused, name)[0]
 
 
 # -- the command -------------------------------------------------------------------------------------
 
 
-def test_a_job_begins_with_fsdp_and_goes_on_with_ddp(project):
+def test_a_job_goes_from_strategy_to_strategy(project):
     project.job(fit={"epochs": 4})
+    (project.folder / "zero.json").write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
     project.run("launch", "--gpus", "1", "--run-dir", "whole", "job.yaml")
-    begun = project.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", "fit.strategy=fsdp", "fit.epochs=2")
+    begun = project.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", "fit.strategy=fsdp", "fit.epochs=1")
     assert begun.code == 0, begun.err
-    done = project.run("launch", "--gpus", "3", "--run-dir", "run", "--resume", "job.yaml")
-    assert done.code == 0, done.err
+    for gpus, *settings in (("2", "fit.strategy=deepspeed", "deepspeed=zero.json", "fit.epochs=3"), ("3",)):
+        done = project.run("launch", "--gpus", gpus, "--run-dir", "run", "--resume", "job.yaml", *settings)
+        assert done.code == 0, done.err
     rows, expected = (RunDir(project.folder / name).rows() for name in ("run", "whole"))
     for row, other in zip(rows, expected, strict=True):
         assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("setting", "code", "says"),
-    [
-        ("fsdp.wrap=Bloc", 1, "fsdp.wrap: the model has no module of class Bloc"),  # by the ranks, before training
-        ("fsdp.offload=true", 2, "fsdp.offload: keeps in the CPU's memory what a GPU has no room for"),
+    ("strategy", "setting", "code", "says"),
+    [  # those with code 1 are said by the ranks, before training
+        ("fsdp", "fsdp.wrap=Bloc", 1, "fsdp.wrap: the model has no module of class Bloc"),
+        ("fsdp", "fsdp.offload=true", 2, "fsdp.offload: keeps in the CPU's memory what a GPU has no room for"),
+        ("deepspeed", "deepspeed.zero_optimization.stag=2", 1, "deepspeed.zero_optimization.stag: unknown key"),
+        ("deepspeed", "deepspeed.train_batch_size=5", 2, "deepspeed.train_batch_size: is 5, where data.batch_size is"),
     ],
 )
-def test_wrong_settings(setting, code, says, project):
-    done = project.run("launch", "--gpus", "2", "job.yaml", "fit.strategy=fsdp", setting)
+def test_wrong_settings(strategy, setting, code, says, project):
+    done = project.run("launch", "--gpus", "2", "job.yaml", f"fit.strategy={strategy}", setting)
     assert done.code == code
     assert says in done.err
     assert "Traceback" not in done.err

@@ -16,11 +16,16 @@ from dtrain.errors import UserError
 from dtrain.job import Fsdp
 from dtrain.run import RunDir
 from dtrain.trainer.groups import group_parameters
+from dtrain.trainer.parallel import Parallel
 from dtrain.trainer.precision import Precision
 from dtrain.trainer.trainer import Trainer
 from dtrain.trainer.update import Update
+from dtrain.trainer.world import World
 
 CPU = torch.device("cpu")
+STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"])} | {
+    f"ZeRO {stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)
+}
 SIZE, BATCH, EPOCHS = 26, 8, 2
 BAD = 5  # a sample whose target is not finite
 OPTIONS = {
@@ -76,7 +81,7 @@ def plain_loop(option: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, None), (2, None), (3, 2)])
-@pytest.mark.parametrize("strategy", ["ddp", Fsdp(wrap=["Linear"])], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_plain_loop_is_reproduced(option, strategy, world_size, micro_batch_size, tmp_path):
     losses, weights = plain_loop(option)
     results = train(world_size, tmp_path, job, option, micro_batch_size, strategy)
@@ -127,18 +132,20 @@ def test_fp16_scales_the_loss_and_leaves_out_what_overflows():
     """torch's scaler does so on a CPU too, though fit.precision refuses that."""
     precision = Precision("fp32", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
-    weight = nn.Parameter(torch.ones(2))
-    update = Update(torch.optim.SGD([weight], lr=1.0), precision, clip_norm=0.5)
+    net = nn.Linear(2, 1, bias=False)
+    weight = net.weight
+    nn.init.ones_(weight)
+    update = Update(Parallel(net, World(0, 1, CPU)), torch.optim.SGD([weight], lr=1.0), precision, clip_norm=0.5)
     precision.scaled((weight * torch.tensor([3.0, 4.0])).sum()).backward()
-    assert weight.grad.tolist() == [3072.0, 4096.0]
+    assert weight.grad[0].tolist() == [3072.0, 4096.0]
     assert update.apply(1)
-    assert weight.tolist() == pytest.approx([0.7, 0.6])  # the gradient (3, 4), scaled down to the norm 0.5
+    assert weight[0].tolist() == pytest.approx([0.7, 0.6])  # the gradient (3, 4), scaled down to the norm 0.5
     assert precision.scaler.get_scale() == 2048.0
 
     before = precision.state_dict()
-    weight.grad = torch.tensor([math.inf, 0.0])
+    weight.grad = torch.tensor([[math.inf, 0.0]])
     update.apply(2)
-    assert weight.tolist() == pytest.approx([0.7, 0.6])
+    assert weight[0].tolist() == pytest.approx([0.7, 0.6])
     assert precision.scaler.get_scale() == 1024.0
     precision.load_state_dict(before)
     assert precision.scaler.get_scale() == 2048.0
@@ -148,8 +155,9 @@ def test_what_can_not_go_together():
     with pytest.raises(UserError, match="fp16 is for GPUs"):
         Precision("fp16", CPU)
     net = nn.Linear(2, 1)
+    model = Parallel(net, World(0, 1, CPU))
     with pytest.raises(UserError, match=r"LBFGS asks for gradients .* fit.clip_norm can't"):
-        Update(LBFGS(net.parameters()), Precision("fp32", CPU), clip_norm=1.0)
+        Update(model, LBFGS(net.parameters()), Precision("fp32", CPU), clip_norm=1.0)
 
 
 class Block(nn.Module):

@@ -67,7 +67,7 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:
         return None
-    weights = {name: full(value).clone() for name, value in trainer.net.state_dict().items()}
+    weights = {name: full(value).clone() for name, value in trainer.model.state_dict().items()}
     return history.to_dict("records"), weights
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.errors import UserError
-
-from .parallel import Parallel
+from .parallel import Parallel, has_sparse_gradients, require_all_used
 from .world import World
 
 
@@ -37,37 +35,9 @@ class DataParallel(Parallel):
         return self.module.no_sync()
 
     def require_all_used(self, loss: torch.Tensor) -> None:
-        # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
-        reached = None if self.module is self.bare else reached_leaves(loss)
-        if reached is None:
-            return
-        unused = [name for name, p in self.bare.named_parameters() if p.requires_grad and id(p) not in reached]
-        if unused:
-            shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-            raise UserError(
-                f"the loss does not depend on the parameters {shown}, and DDP needs a gradient of each on several "
-                "ranks; remove them from the model, or freeze them: requires_grad_(False)"
-            )
-
-
-def reached_leaves(loss: torch.Tensor) -> set[int] | None:
-    """The ids of the leaves of the loss's graph, those that get a gradient from it.
-
-    None where the graph holds a function written in Python, reentrant checkpointing for one: its backward pass may
-    reach leaves that the graph does not show.
-    """
-    seen, pending, leaves = set(), [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return None
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.add(id(leaf))
-        pending += [following for following, _ in node.next_functions]
-    return leaves
+        if self.module is not self.bare:
+            # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
+            require_all_used(self.bare, loss)
 
 
 def settle_buckets(wrapped: DistributedDataParallel) -> None:
@@ -84,10 +54,6 @@ def settle_buckets(wrapped: DistributedDataParallel) -> None:
         wrapped().backward()
     wrapped.module = net
     wrapped.zero_grad()
-
-
-def has_sparse_gradients(net: nn.Module) -> bool:
-    return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in net.modules())
 
 
 class _TouchAll(nn.Module):

@@ -24,8 +24,7 @@ from dtrain.errors import UserError
 from dtrain.job import Fsdp
 
 from .blocks import of_classes, repeated
-from .ddp import has_sparse_gradients
-from .parallel import Parallel
+from .parallel import Parallel, require_divisible
 from .weights import bare_state_dict
 from .world import World, ensure_group
 
@@ -52,7 +51,7 @@ class FullySharded(Parallel):
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
         if settings.offload and world.device.type == "cpu":
             raise UserError("fsdp.offload keeps in the CPU's memory what a GPU has no room for; there is no GPU here")
-        _require_divisible(self.bare)
+        require_divisible(self.bare)
         blocks = of_classes(self.bare, settings.wrap, "fsdp.wrap") if settings.wrap else repeated(self.bare)
         _require_apart(self.bare, blocks)
         # By the original parameters, as long as an optimizer has them.
@@ -89,9 +88,13 @@ class FullySharded(Parallel):
         for parameter in made.values():
             dist.broadcast(parameter.data, src=0)
 
-    def adopt(self, optimizer: Optimizer) -> None:
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            return
         if isinstance(optimizer, LBFGS):
             raise UserError("LBFGS takes all parameters as one vector, and fsdp leaves each rank a part: use ddp")
+        if type(optimizer).__name__ == "Adafactor":
+            raise UserError("torch's Adafactor can't compute with parts of parameters: use ddp")
         parts = dict(self.bare.named_parameters())
         for parameter, state in list(optimizer.state.items()):  # some have it before their first step
             if (name := self._names.get(parameter)) is not None:
@@ -134,27 +137,14 @@ class FullySharded(Parallel):
                 whole[name] = gathered.cpu()
         return whole
 
-    def parts(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.bare.named_parameters(remove_duplicate=False)}
+    def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        part = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
+        return None if part is None or part.shape != shape else torch.empty_like(part.detach(), dtype=dtype)
 
 
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on that device; its values are undefined where it was on the meta device."""
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-
-
-def _require_divisible(net: nn.Module) -> None:
-    """Raise UserError where a parameter can't be cut along its first dimension."""
-    for name, parameter in net.named_parameters():
-        if parameter.dim() == 0:
-            raise UserError(f"fit.strategy: fsdp can't cut {name}, a single number: give it the shape (1,), or use ddp")
-        if not parameter.is_contiguous():
-            raise UserError(
-                f"fit.strategy: fsdp can't cut {name}, whose numbers lie in another order than its dimensions "
-                "(channels_last, or a transposed tensor): make it contiguous, or use ddp"
-            )
-    if has_sparse_gradients(net):
-        raise UserError("fit.strategy: fsdp can't sum sparse gradients: Embedding(sparse=False), or use ddp")
 
 
 def _require_apart(net: nn.Module, blocks: Sequence[nn.Module]) -> None:

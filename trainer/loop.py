@@ -30,7 +30,6 @@ from .best import Best
 from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ema import Ema
-from .optimizer_state import load_named_state, named_state, parameter_groups
 from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
@@ -43,8 +42,8 @@ from .update import Update
 from .weights import mismatches
 from .world import World
 
-# In the paths of `shared_state`, the name of the parameter.
-_OF_PARAMETER = re.compile(r"(?:model|ema|optimizer/state)/([^/]+)(?:/[^/]+)?")
+# In the paths of `shared_state`, the section and the name of the parameter.
+_OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/state)?/([^/]+)(?:/[^/]+)?")
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
@@ -180,7 +179,7 @@ class Loop:
             self.step_by_closure(list(micro_batches))
         else:
             seen = copy.deepcopy(self.train_tally.state_dict()) if self.update.may_skip else None
-            self.optimizer.zero_grad()
+            self.model.zero_grad(self.optimizer)
             self.backward(micro_batches)
             is_done = self.update.apply(self.place.step + 1)
             if not is_done and seen is not None:
@@ -211,10 +210,10 @@ class Loop:
                     self.model.require_all_used(outcome.total)
                 self.heartbeat.enter(Phase.BACKWARD)
                 if outcome.weight is None:
-                    self.precision.scaled(outcome.total * scale).backward()
+                    self.model.backward(self.precision.scaled(outcome.total * scale))
                 else:
                     # How many units the batch has is known only after all its parts; see `divide_gradients`.
-                    self.precision.scaled(outcome.total).backward()
+                    self.model.backward(self.precision.scaled(outcome.total))
                     weight = outcome.weight if weight is None else weight + outcome.weight
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
@@ -246,7 +245,7 @@ class Loop:
         """Turn the gradients of the summed loss into those of its mean over all ranks' units. All ranks take part."""
         total = self.world.sum(weight)
         total = total.where(total != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self.model.gradients(self.optimizer)
         scale = (self.world.world_size / total).to(gradients[0].device, gradients[0].dtype)
         torch._foreach_mul_(gradients, scale)
 
@@ -391,8 +390,8 @@ class Loop:
             "place": asdict(self.place),
             "rows": self.rows,
             "lr": float(self.lr),
-            "model": self.model.bare.state_dict(),
-            "optimizer": named_state(self.optimizer, self.model.bare),
+            "model": self.model.state_dict(),
+            "optimizer": self.model.optimizer_state(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "best": self.best.state_dict(),
             "scaler": self.precision.state_dict(),
@@ -402,8 +401,7 @@ class Loop:
     def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Room for this rank's part of a tensor of `shared_state`; None for those that each rank has whole."""
         of_parameter = _OF_PARAMETER.fullmatch(path)
-        part = self.model.parts().get(of_parameter[1]) if of_parameter else None
-        return None if part is None or part.shape != shape else torch.empty_like(part, dtype=dtype)
+        return self.model.room(of_parameter[1], of_parameter[2], shape, dtype) if of_parameter else None
 
     def kinds(self) -> dict[str, str | None]:
         """The classes whose states mean nothing to others."""
@@ -412,7 +410,8 @@ class Loop:
 
     def misfit(self, shared: dict[str, Any]) -> str | None:
         """Why a shared state is not one of this run, if it is not."""
-        if problems := mismatches(shared["model"], self.model.bare.state_dict()):
+        shapes = {name: value.shape for name, value in shared["model"].items()}
+        if problems := mismatches(shapes, self.model.shapes()):
             return f"a checkpoint of another model: {'; '.join(problems)}"
         for part, kind in self.kinds().items():
             if shared["kinds"][part] != kind:
@@ -420,7 +419,7 @@ class Loop:
         if self.ema is not None and not shared.get("ema"):
             return "a checkpoint without an average of the weights, this run has one (ema)"
         groups = [group["params"] for group in shared["optimizer"]["param_groups"]]
-        if groups != parameter_groups(self.optimizer, self.model.bare):
+        if groups != self.model.parameter_groups(self.optimizer):
             return "a checkpoint whose optimizer has other parameters, or other groups of them"
         return None
 
@@ -441,13 +440,16 @@ class Loop:
         self.beat()
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Become what was saved: to the bit on as many ranks, to the same curve on another number."""
+        """Become what was saved: to the bit on as many ranks, to the same curve on another number.
+
+        All ranks take part.
+        """
         shared = snapshot.shared
         self.place = Place(**shared["place"])
         self.rows = shared["rows"]
         self.lr = shared["lr"]
-        self.model.bare.load_state_dict(shared["model"])
-        load_named_state(self.optimizer, self.model.bare, shared["optimizer"])
+        self.model.load_state_dict(shared["model"])
+        self.model.load_optimizer_state(self.optimizer, shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         self.best.load_state_dict(shared["best"])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from dtrain.errors import UserError
+
+from .optimizer_state import load_named_state, named_state, parameter_groups
 from .seeds import rng_kept
 from .weights import bare_state_dict
 from .world import World
@@ -33,8 +39,11 @@ class Parallel:
         self.bare = net
         self.module: nn.Module = net
 
-    def adopt(self, optimizer: Optimizer) -> None:
-        """Have an optimizer that was made of the model's parameters train what this rank has of them now."""
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        """Have an optimizer that was made of the model's parameters train what this rank has of them now.
+
+        All ranks take part. None: the model is only evaluated.
+        """
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
@@ -42,6 +51,31 @@ class Parallel:
 
     def require_all_used(self, loss: Tensor) -> None:
         """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to the parameters'. All ranks take part, at a batch's last micro-batch at least."""
+        loss.backward()
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        """Begin a step without gradients."""
+        optimizer.zero_grad()
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        """What this rank has of the batch's gradient, to be changed in place, between `backward` and `step`."""
+        return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The Euclidean norm of the whole gradient. All ranks take part where each has a part."""
+        norm = get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Make the optimizer's step; False where the strategy left it out, its gradients not being finite."""
+        optimizer.step()
+        return True
+
+    def drop_gradients(self) -> None:
+        """Make no step with these gradients."""
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -57,9 +91,38 @@ class Parallel:
         """
         return bare_state_dict(self.bare, instead)
 
-    def parts(self) -> dict[str, Tensor]:
-        """The parameters of which this rank has only a part, by name, as DTensors."""
-        return {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: whole tensors, or DTensors. All ranks take part."""
+        return self.bare.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what `state_dict` gave, on any number of ranks with any strategy. All ranks take part."""
+        self.bare.load_state_dict(state)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Those of `state_dict`'s tensors. No collective."""
+        return {name: value.shape for name, value in self.bare.state_dict().items()}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """`optimizer.state_dict()` with the names of the parameters instead of their numbers. All ranks take part."""
+        return named_state(optimizer, self.bare)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Become what `optimizer_state` gave, as `load_state_dict` does. All ranks take part."""
+        load_named_state(optimizer, self.bare, state)
+
+    def parameter_groups(self, optimizer: Optimizer) -> list[list[str]]:
+        """The names of the parameters of each group. No collective."""
+        return parameter_groups(optimizer, self.bare)
+
+    def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Room to read a checkpoint's tensor into, where this rank is to have a part of it: a DTensor.
+
+        Args:
+            section: "model", "optimizer" or "ema".
+            name: of the parameter that the tensor belongs to; a state of its optimizer may have another shape.
+        """
+        return None
 
     @contextlib.contextmanager
     def without_trace(self) -> Iterator[None]:
@@ -87,3 +150,55 @@ class Parallel:
                 dist.broadcast(flat, src=0)
                 for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(values.view_as(buffer))
+
+
+def require_all_used(net: nn.Module, loss: Tensor) -> None:
+    """Raise UserError where the loss does not depend on a parameter that is to be trained."""
+    reached = reached_leaves(loss)
+    if reached is None:
+        return
+    unused = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in reached]
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise UserError(
+            f"the loss does not depend on the parameters {shown}, and their gradients are to be averaged over the "
+            "ranks; remove them from the model, or freeze them: requires_grad_(False)"
+        )
+
+
+def reached_leaves(loss: torch.Tensor) -> set[int] | None:
+    """The ids of the leaves of the loss's graph, those that get a gradient from it.
+
+    None where the graph holds a function written in Python, reentrant checkpointing for one: its backward pass may
+    reach leaves that the graph does not show.
+    """
+    seen, pending, leaves = set(), [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return None
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+        pending += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def require_divisible(net: nn.Module) -> None:
+    """Raise UserError where a parameter can't be cut along its first dimension, or as a row of numbers."""
+    for name, parameter in net.named_parameters():
+        if parameter.dim() == 0:
+            raise UserError(f"{name} is a single number, which can't be cut: give it the shape (1,), or use ddp")
+        if not parameter.is_contiguous():
+            raise UserError(
+                f"{name} can't be cut: its numbers lie in another order than its dimensions (channels_last, or a "
+                "transposed tensor); make it contiguous, or use ddp"
+            )
+    if has_sparse_gradients(net):
+        raise UserError("sparse gradients can't be summed in parts: Embedding(sparse=False), or use ddp")
+
+
+def has_sparse_gradients(net: nn.Module) -> bool:
+    return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in net.modules())

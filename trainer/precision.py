@@ -36,6 +36,7 @@ class Precision:
         if name == "tf32":
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]  # unseen by mypy
+        self.name = name
         self._device = device.type
         self.dtype = _COARSE.get(name)  # of autocast, if any
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 Data = DataLoader[Any] | Source | Iterable[Any]
+Strategy = Literal["ddp"] | Fsdp | Mapping[str, Any]
 _fitted: set[Path] = set()  # the run folders that a Trainer of this process has written
 
 
@@ -67,7 +68,8 @@ class Trainer:
         seed: the order of samples, and each rank's random numbers, follow from it.
         device: "auto", "cpu" or "cuda".
         micro_batch_size: most samples in one forward pass of one rank.
-        strategy: "ddp", the whole model on each rank, or `Fsdp(...)`, a part of it on each.
+        strategy: "ddp", the whole model on each rank; `Fsdp(...)`, a part of it on each; or DeepSpeed's configuration,
+            a dict.
         activation_checkpointing: classes of modules whose activations are computed again in the backward pass.
         precision: "fp32", "tf32", "bf16" or "fp16", see `Precision`.
         clip_norm, clip_value: limits of the batch's gradient, by its norm or each of its numbers.
@@ -97,7 +99,7 @@ class Trainer:
         micro_batch_size: int | None = None,
         deterministic: bool = False,
         sync_batchnorm: bool = False,
-        strategy: Literal["ddp"] | Fsdp = "ddp",
+        strategy: Strategy = "ddp",
         activation_checkpointing: Sequence[str] = (),
         precision: precisions.Name = "fp32",
         clip_norm: float | None = None,
@@ -121,35 +123,40 @@ class Trainer:
         self.precision = precisions.Precision(precision, self.world.device)
         self._class = _full_name(net)
         recompute_activations(net, activation_checkpointing)
+        self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
+        self.ema = ema
+        self.micro_batch_size = micro_batch_size
         self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
         self.net = self.model.bare
         if isinstance(loss_fn, nn.Module):
             loss_fn.to(self.world.device)  # class weights are buffers
         plain = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
         self.step = self.precision.of(plain)
-        self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
-        self.ema = ema
         self.optimizer = optimizer
-        if optimizer is not None:
-            self.model.adopt(optimizer)
+        self.model.adopt(optimizer)
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.metrics = dict(metrics_dict or {})
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
-        self.micro_batch_size = micro_batch_size
         self.checkpoint_every = checkpoint_every
         self.keep = keep
         self._run_dir = run_dir
         self._resume = resume
 
-    def _parallel(self, net: nn.Module, strategy: Literal["ddp"] | Fsdp, *, sync_batchnorm: bool) -> Parallel:
+    def _parallel(self, net: nn.Module, strategy: Strategy, *, sync_batchnorm: bool) -> Parallel:
         if isinstance(strategy, Fsdp):
             from .fsdp import FullySharded
 
             dtype = self.precision.dtype
             return FullySharded(net, self.world, strategy, dtype, sync_batchnorm=sync_batchnorm)
+        if isinstance(strategy, Mapping):
+            from .zero import Zero
+
+            said: dict[str, Any] = {"micro_batch_size": self.micro_batch_size, "clip_norm": self.clip_norm}
+            said |= {"precision": self.precision.name, "ema": self.ema}
+            return Zero(net, self.world, strategy, said, sync_batchnorm=sync_batchnorm)
         return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
 
     def fit(
@@ -231,6 +238,7 @@ class Trainer:
 
     def _update(self, optimizer: Optimizer) -> Update:
         return Update(
+            self.model,
             optimizer,
             self.precision,
             clip_norm=self.clip_norm,

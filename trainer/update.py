@@ -7,12 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import LBFGS, Optimizer
 
 from dtrain.errors import UserError
 
+from .parallel import Parallel
 from .precision import Precision
 
 OnNonfinite = Literal["stop", "skip"]
@@ -33,6 +32,7 @@ class Update:
 
     def __init__(
         self,
+        model: Parallel,
         optimizer: Optimizer,
         precision: Precision,
         *,
@@ -45,6 +45,7 @@ class Update:
         asked |= {"fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
         if isinstance(optimizer, LBFGS) and (given := [name for name, value in asked.items() if value is not None]):
             raise UserError(f"LBFGS asks for gradients as often as it likes: {', '.join(given)} can't go with it")
+        self._model = model
         self._optimizer = optimizer
         self._scaler = precision.scaler
         self._clip_norm = clip_norm
@@ -65,23 +66,24 @@ class Update:
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        gradients = self._model.gradients(self._optimizer)
         if self._clip_norm is not None or self._on_nonfinite is not None:
-            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if isinstance(norm, DTensor):  # of this rank's parts; all ranks take part
-                norm = norm.full_tensor()
+            norm = self._model.norm(gradients)
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
                 return False
             if self._clip_norm is not None:
-                clip_grads_with_norm_(parameters, self._clip_norm, norm)
+                torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
         if self._clip_value is not None:
-            clip_grad_value_(parameters, self._clip_value)
-        if self._scaler is None:
-            self._optimizer.step()
-        else:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
+        if self._scaler is not None:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-        return True
+            return True
+        is_done = self._model.step(self._optimizer)
+        if not is_done:
+            self._report(f"step {step} is left out: its gradients are not finite")
+        return is_done
 
     def _leaves_out(self, norm: Tensor, step: int) -> bool:
         if bool(torch.isfinite(norm)):
@@ -92,6 +94,7 @@ class Update:
                 "or fit.clip_norm may help, and fit.on_nonfinite: skip leaves such batches out"
             )
         self._report(f"step {step} is left out: its gradients are not finite")
+        self._model.drop_gradients()
         if self._scaler is not None:
             self._scaler.update()
         return True

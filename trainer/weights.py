@@ -16,14 +16,19 @@ from dtrain.files import write_atomic
 WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
 
 
-def bare_state_dict(net: nn.Module, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+def bare_state_dict(
+    net: nn.Module, instead: Mapping[int, Tensor] | None = None, *, keep_vars: bool = False
+) -> dict[str, Tensor]:
     """The module's weights and buffers, not copied, without the names that torch.compile puts into them.
 
     Args:
         instead: what stands for a parameter, by its id.
+        keep_vars: whether the parameters themselves are wanted, as with `Module.state_dict`.
     """
-    values = net.state_dict(keep_vars=True).items()
-    return {_uncompiled(name): (instead or {}).get(id(value), value).detach() for name, value in values}
+    values = {_uncompiled(name): value for name, value in net.state_dict(keep_vars=True).items()}
+    if keep_vars:
+        return values
+    return {name: (instead or {}).get(id(value), value).detach() for name, value in values.items()}
 
 
 def bare_name(name: str) -> str:
@@ -76,13 +81,14 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     bare = _uncompiled if {_uncompiled(name) for name in weights} == {_uncompiled(name) for name in own} else bare_name
     stripped = {bare(name): value for name, value in weights.items()}
     names = {bare(name): name for name in own}
-    problems = mismatches(stripped, {short: own[name] for short, name in names.items()})
+    shapes = {name: value.shape for name, value in stripped.items()}
+    problems = mismatches(shapes, {short: own[name].shape for short, name in names.items()})
     if problems:
         raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
     net.load_state_dict({names[short]: value for short, value in stripped.items()})
 
 
-def mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def mismatches(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
     """How the tensors in a file differ from those of a model, by name and shape; a phrase for each difference."""
     problems = []
     if missing := [name for name in expected if name not in found]:
@@ -90,8 +96,8 @@ def mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> l
     if unknown := [name for name in found if name not in expected]:
         problems.append(f"{_some(unknown)} not in the model")
     for name in expected:
-        if name in found and found[name].shape != expected[name].shape:
-            shapes = f"{tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+        if name in found and found[name] != expected[name]:
+            shapes = f"{tuple(found[name])} in the file, {tuple(expected[name])} in the model"
             problems.append(f"{name} is {shapes}")
     return problems
 

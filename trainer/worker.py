@@ -22,7 +22,7 @@ from .data import Source
 from .groups import group_parameters
 from .seeds import derive_seed, seed_everything
 from .stop import Stopped
-from .trainer import Trainer
+from .trainer import Strategy, Trainer
 
 
 def main() -> int:
@@ -59,6 +59,7 @@ def build_trainer(job: Job) -> Trainer:
     groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
     optimizer: Any = instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
     metrics = {name: cast(Any, instantiate(target)) for name, target in job.metrics.items()}
+    strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
     return Trainer(
         net,
         None if job.loss is None else cast(Any, instantiate(job.loss)),
@@ -74,7 +75,7 @@ def build_trainer(job: Job) -> Trainer:
         micro_batch_size=job.fit.micro_batch_size,
         deterministic=job.fit.deterministic,
         sync_batchnorm=job.fit.sync_batchnorm,
-        strategy=job.fsdp if job.fit.strategy == "fsdp" else "ddp",
+        strategy=strategies[job.fit.strategy],
         activation_checkpointing=job.fit.activation_checkpointing,
         precision=job.fit.precision,
         clip_norm=job.fit.clip_norm,

@@ -1,0 +1,324 @@
+"""DeepSpeed's ZeRO: the optimizer's states in parts (stage 1), the gradients too (2), the parameters too (3).
+
+Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, SC 2020. Here are the places
+where DeepSpeed's engine meets the loop, and how its flat parts become whole tensors by name, and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor as dtensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
+
+from dtrain import zero_config
+from dtrain.errors import Problem, UserError, first_line
+
+from .optimizer_state import parameter_groups
+from .parallel import Parallel, require_all_used, require_divisible
+from .weights import bare_state_dict
+from .world import World, ensure_group
+
+# Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
+_NOT_BY_NUMBER = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """What of a parameter this rank's optimizer has: `length` of its numbers from `begin` on, at `flat[start]` on.
+
+    `flat` is what the optimizer trains: float32 numbers of a group's parameters, one after the other.
+    """
+
+    flat: Tensor
+    start: int
+    begin: int
+    length: int
+
+
+class Zero(Parallel):
+    """A model whose training DeepSpeed shares out. All ranks take part in `adopt`, which makes the engine.
+
+    Args:
+        config: DeepSpeed's own settings.
+        said: what the job says already, for `zero_config.disagreements`.
+
+    Raises:
+        UserError: settings that DeepSpeed or the job doesn't agree with, or a model that can't be cut.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        world: World,
+        config: Mapping[str, Any],
+        said: Mapping[str, Any],
+        *,
+        sync_batchnorm: bool = False,
+    ) -> None:
+        super().__init__(net, world, sync_batchnorm=sync_batchnorm)
+        if problems := list(zero_config.disagreements(config, **said)):
+            raise UserError(problems)
+        require_divisible(self.bare)
+        self._config = zero_config.filled(config, said["precision"])
+        self._stage = zero_config.stage(config)
+        self._engine: Any = None
+        self._groups: list[list[str]] = []  # the names of the optimizer's parameters
+        self._fragments: dict[nn.Parameter, _Fragment] = {}
+        ensure_group(world)
+        self._mesh = init_device_mesh("cpu", (world.world_size,))  # of what a checkpoint has in parts
+        self.forwards_together = self._stage == 3
+
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            self.bare.to(self.world.device)
+            for parameter in self.bare.parameters():
+                dist.broadcast(parameter.data, src=0)
+            return
+        if (name := type(optimizer).__name__) in _NOT_BY_NUMBER:
+            raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
+        self._groups = parameter_groups(optimizer, self.bare)
+        known = dict(self.bare.named_parameters())
+        if unknown := [name for group in self._groups for name in group if name not in known]:
+            raise UserError(f"the optimizer has parameters that are not the model's ({len(unknown)}): use ddp, or fsdp")
+        deepspeed = _deepspeed(self.world.device)
+        try:
+            if self._stage == 3:  # a parameter at a time: the device never holds the whole model
+                deepspeed.zero.Init(module=self.bare, config_dict_or_path=self._config)
+                for buffer in self.bare.buffers():
+                    buffer.data = buffer.data.to(self.world.device)
+            self._engine, *_ = deepspeed.initialize(model=self.bare, optimizer=optimizer, config=self._config)
+        except pydantic.ValidationError as error:
+            raise UserError([_problem(each) for each in error.errors()]) from None
+        except (AssertionError, ValueError) as error:  # how it says that settings contradict each other
+            raise UserError(Problem(first_line(error), "deepspeed")) from None
+        if self._stage and self._zero.optimizer is not optimizer:
+            raise UserError(f"DeepSpeed exchanges {name} for one of its own, without its groups: use ddp, or fsdp")
+        self.module = self._engine
+        if self._stage:
+            self._fragments = dict(self._find_fragments())
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's wrapper around the optimizer; of stage 0 the optimizer itself."""
+        return self._engine.optimizer
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def require_all_used(self, loss: Tensor) -> None:
+        require_all_used(self.bare, loss)  # it would take zeros for gradients, and decay the weights
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        """Nothing: DeepSpeed drops gradients when it has made its step."""
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        if self._stage == 0:
+            return [parameter.grad for parameter in self.bare.parameters() if parameter.grad is not None]
+        if self._zero.offload_optimizer if self._stage == 3 else self._zero.cpu_offload:
+            flats = {id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values()
+            return [flat.grad for flat in flats if flat.grad is not None]
+        return [part for parts in self._zero.averaged_gradients.values() for part in parts]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        own = super().norm(gradients)
+        if self._stage == 0:
+            return own
+        return self.world.sum(own.to(self.world.device).square()).sqrt()
+
+    def step(self, optimizer: Optimizer) -> bool:
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def drop_gradients(self) -> None:
+        if self._stage == 0:
+            self._engine.zero_grad()
+        else:
+            self._engine.step()  # which leaves out what is not finite, and is the only one who can drop it
+
+    # -- what is saved ---------------------------------------------------------------------------
+
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+        if self._stage < 3 or self._engine is None:
+            return super().weights(instead)
+        whole = {}
+        for name, value in bare_state_dict(self.bare, keep_vars=True).items():
+            with self._whole(value) as gathered:
+                if self.world.is_main:
+                    whole[name] = gathered.detach().cpu().clone()
+        return whole
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().state_dict()
+        state = {}
+        for name, value in self.bare.state_dict(keep_vars=True).items():
+            with self._whole(value) as gathered:
+                is_parameter = isinstance(value, nn.Parameter)
+                state[name] = self._part_of(gathered.detach()) if is_parameter else gathered
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._stage < 3:
+            super().load_state_dict(state)
+        else:
+            for name, value in self.bare.state_dict(keep_vars=True).items():
+                whole = _full(state[name])
+                with self._whole(value, modified=True) as gathered, torch.no_grad():
+                    gathered.copy_(whole)
+        if self._stage:
+            self._zero.refresh_fp32_params()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        values = self.bare.state_dict(keep_vars=True).items()
+        return {name: getattr(value, "ds_shape", value.shape) for name, value in values}
+
+    @contextlib.contextmanager
+    def _whole(self, value: Tensor, *, modified: bool = False) -> Iterator[Tensor]:
+        """The tensor with its values, gathered where ranks have parts. All ranks take part."""
+        if not hasattr(value, "ds_id"):
+            yield value
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value], modifier_rank=0 if modified else None):
+            yield value
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self._stage == 0:
+            return super().optimizer_state(optimizer)
+        state: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._trained():
+            fragment = self._fragments[parameter]
+            found = optimizer.state.get(fragment.flat, {})
+            state |= {name: {}} if found else {}
+            for key, value in found.items():
+                if isinstance(value, Tensor) and value.shape == fragment.flat.shape:
+                    state[name][key] = self._part_of(self._gathered(value, fragment, parameter))
+                elif isinstance(value, Tensor) and value.dim():
+                    raise UserError(
+                        f"{type(optimizer).__name__} keeps {key} in another shape than its parameters', which can't be "
+                        "put together from ZeRO's flat parts: use ddp"
+                    )
+                else:
+                    state[name][key] = value
+        groups = zip(optimizer.param_groups, self._groups, strict=True)
+        return {"state": state, "param_groups": [{**group, "params": names} for group, names in groups]}
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        if self._stage == 0:
+            super().load_optimizer_state(optimizer, state)
+            return
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        for name, parameter in self._trained():
+            fragment = self._fragments[parameter]
+            for key, value in state["state"].get(name, {}).items():
+                own = optimizer.state.setdefault(fragment.flat, {})
+                if isinstance(value, Tensor) and value.shape == self._shape(parameter):
+                    whole = _full(value).reshape(-1)
+                    flat = own.setdefault(key, torch.zeros_like(fragment.flat, dtype=whole.dtype, requires_grad=False))
+                    mine = whole[fragment.begin : fragment.begin + fragment.length]
+                    flat[fragment.start : fragment.start + fragment.length] = mine
+                else:
+                    group = optimizer.param_groups[self._group_of(name)]
+                    on_device = isinstance(value, Tensor) and (group.get("fused") or group.get("capturable"))
+                    own[key] = value.to(fragment.flat.device) if on_device else value
+
+    def parameter_groups(self, optimizer: Optimizer) -> list[list[str]]:
+        return self._groups
+
+    def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        known = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
+        is_cut = self._stage == 3 or (self._stage > 0 and section == "optimizer")
+        if not is_cut or known is None or self._shape(known) != shape:
+            return None
+        return dtensor.empty(*shape, dtype=dtype, device_mesh=self._mesh, placements=[Shard(0)])
+
+    # -- flat parts ------------------------------------------------------------------------------
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        known = dict(self.bare.named_parameters())
+        return [(name, known[name]) for group in self._groups for name in group if known[name].requires_grad]
+
+    def _group_of(self, name: str) -> int:
+        return next(number for number, group in enumerate(self._groups) if name in group)
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _find_fragments(self) -> Iterator[tuple[nn.Parameter, _Fragment]]:
+        zero: Any = self._zero
+        if self._stage == 3:  # each rank has as many numbers of each parameter; the last ones' end is padding
+            for _, parameter in self._trained():
+                number, start, length = zero.grad_position[zero.get_param_id(parameter)]
+                numel = self._shape(parameter).numel()
+                begin = min(self.world.rank * length, numel)
+                flat = zero.fp32_partitioned_groups_flat[number]
+                yield parameter, _Fragment(flat, start, begin, min(length, numel - begin))
+            return
+        # A group's parameters stand in a row, which is cut into as many parts as there are ranks.
+        groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+        for flat, (parameters, offsets) in zip(zero.single_partition_of_fp32_groups, groups, strict=True):
+            first, end = self.world.rank * flat.numel(), (self.world.rank + 1) * flat.numel()
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                here = min(max(offset, first), end)
+                length = max(min(offset + parameter.numel(), end) - here, 0)
+                yield parameter, _Fragment(flat, here - first, here - offset if length else 0, length)
+
+    def _gathered(self, flat: Tensor, fragment: _Fragment, parameter: nn.Parameter) -> Tensor:
+        """The whole of what ranks have of it in flat tensors like this one. All ranks take part."""
+        shape = self._shape(parameter)
+        whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.world.device)
+        mine = flat[fragment.start : fragment.start + fragment.length]
+        whole[fragment.begin : fragment.begin + fragment.length] = mine
+        dist.all_reduce(whole.view(torch.uint8))  # of bytes: each is zero on all ranks but one
+        return whole.view(shape)
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        """What this rank has of it in a checkpoint. No collective."""
+        part = distribute_tensor(whole.cpu(), self._mesh, [Shard(0)], src_data_rank=None)
+        return part.clone()  # else it would keep the whole one
+
+
+def _full(value: Tensor) -> Tensor:
+    """All of what a checkpoint has in parts. All ranks take part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _problem(error: Any) -> Problem:
+    path = ".".join(["deepspeed.zero_optimization", *map(str, error["loc"])])
+    return Problem("unknown key" if error["type"] == "extra_forbidden" else error["msg"], path)
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The library, imported for this device. Not before it is needed: it takes seconds, and looks for GPUs."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(f"fit.strategy: deepspeed needs the package deepspeed: {first_line(error)}") from None
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for half a minute
+    return deepspeed
