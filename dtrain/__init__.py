@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dtrain.job import Fsdp
     from dtrain.trainer import Trainer, load_weights
+    from dtrain.trainer.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
 
 __version__ = "0.1.0"
-__all__ = ["Trainer", "Fsdp", "load_weights", "__version__"]
+__all__ = [
+    "Trainer",
+    "Fsdp",
+    "load_weights",
+    "FocalLoss",
+    "MulticlassFocalLoss",
+    "SCELoss",
+    "WeightedMean",
+    "__version__",
+]
+_MODULES = {
+    "dtrain.trainer": ("Trainer", "load_weights"),
+    "dtrain.trainer.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
+    "dtrain.job": ("Fsdp",),
+}
 
 
 def __getattr__(name: str) -> object:
-    # They need torch (seconds to import); `dtrain --help` must not wait for it.
-    if name in ("Trainer", "load_weights"):
-        import dtrain.trainer
-
-        return getattr(dtrain.trainer, name)
-    if name == "Fsdp":
-        import dtrain.job
-
-        return dtrain.job.Fsdp
+    # Most need torch (seconds to import); `dtrain --help` must not wait for it.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -234,7 +235,24 @@ def _build(target: Target, where: str) -> tuple[object, list[Problem]]:
         return None, [Problem(f"{target.target}: {describe(error)}", where)]
 
 
+def build_metric(target: MetricTarget) -> Any:
+    """A metric; or, of a function of (predictions, target), the function, with its arguments bound."""
+    return bind_function(target) if _is_function_of_two(target) else instantiate(target)
+
+
+def _is_function_of_two(target: MetricTarget) -> bool:
+    """Whether the target is no class, and still wants two arguments beside its own."""
+    function = _resolve_callable(target.target)
+    signature = None if inspect.isclass(function) else _signature(function)
+    parameters = [] if signature is None else signature.parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len([p for p in needed if p.name not in target.arguments]) == 2
+
+
 def _check_metric(target: MetricTarget, where: str) -> list[Problem]:
+    with contextlib.suppress(UserError):  # of a wrong name, which is told below
+        if _is_function_of_two(target):
+            return check_target(target, 2, where)
     metric, problems = _build(target, where)
     if problems:
         return problems

@@ -16,6 +16,7 @@ from training import Job, Samples, epoch_order, train
 
 from dtrain.errors import UserError
 from dtrain.trainer.data import MicroBatch
+from dtrain.trainer.losses import FocalLoss, MulticlassFocalLoss, SCELoss
 from dtrain.trainer.step import supervised_step
 
 SEED, EPOCHS, BATCH, NUM_SAMPLES, CLASSES = 5, 2, 11, 34, 4  # last batch of 1: empty shares
@@ -86,6 +87,10 @@ CASES = {
     "bound function": Case(functools.partial(F.cross_entropy, weight=WEIGHT), class_weight, "ignored"),
     "own forward": Case(Focal(weight=WEIGHT)),
     "shape [1]": Case(lambda predictions, target: F.cross_entropy(predictions, target).reshape(1)),
+    "focal": Case(FocalLoss(), Tensor.numel, "probabilities"),
+    "focal over classes": Case(MulticlassFocalLoss(weight=WEIGHT), class_weight, "ignored tokens"),
+    "symmetric": Case(SCELoss(weight=WEIGHT), class_weight, "ignored"),
+    "symmetric sum": Case(SCELoss(weight=WEIGHT, reduction="sum")),
     "step counting": Case(nn.CrossEntropyLoss(), counted, "ignored", counting_step),
     "step weighting": Case(nn.CrossEntropyLoss(weight=WEIGHT), class_weight, "classes", weighting_step),
     "step without weight": Case(nn.MSELoss(), samples, "numbers", squares_step),
@@ -243,3 +248,51 @@ def test_a_loss_that_may_be_a_mean_is_believed(noise, dtype):
     drawn = torch.rand(())
     step_with(Counting(noise), 9, is_whole=True, dtype=dtype)
     assert torch.rand(()) == drawn  # looking has drawn nothing
+
+
+# -- what does not fit -------------------------------------------------------------------------------
+
+MISFITS: dict[str, tuple[Any, Tensor, Tensor, str]] = {
+    "logits": (
+        nn.BCELoss(),
+        torch.tensor([[0.5], [3.0]]),
+        torch.ones(2, 1),
+        "the loss BCELoss does not fit: predictions are not all in [0, 1]; predictions float32 [2, 1], target float32 "
+        "[2, 1]; BCEWithLogitsLoss takes logits",
+    ),
+    "dtype": (
+        nn.CrossEntropyLoss(),
+        torch.zeros(2, 3),
+        torch.ones(2),
+        "the loss CrossEntropyLoss does not fit: ",
+    ),
+    "shape": (
+        nn.BCEWithLogitsLoss(),
+        torch.zeros(2, 1),
+        torch.ones(2),
+        "predictions float32 [2, 1], target float32 [2]",
+    ),
+    "class": (
+        nn.CrossEntropyLoss(),
+        torch.zeros(2, 3),
+        torch.tensor([0, 3]),
+        "the loss CrossEntropyLoss does not fit: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_target_that_the_loss_can_not_take_is_named(kind):
+    loss_fn, predictions, target, says = MISFITS[kind]
+    step = supervised_step(loss_fn)
+    with pytest.raises(UserError) as error:
+        step(nn.Identity(), MicroBatch((predictions, target), 2, 2, True))
+    assert says in str(error.value)
+
+
+def test_a_users_own_error_stays_what_it_is():
+    def mine(predictions: Tensor, target: Tensor) -> Tensor:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        supervised_step(mine)(nn.Identity(), MicroBatch((torch.zeros(2), torch.zeros(2)), 2, 2, True))

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torchmetrics as tm
 from ranks import count_collectives, run_ranks
+from sklearn.metrics import roc_auc_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.utilities.compute import normalize_logits_if_needed
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from dtrain.errors import UserError
-from dtrain.trainer.metrics import MetricSet, keeps_samples
+from dtrain.trainer.metrics import FunctionMetric, MetricSet, keeps_samples
 from dtrain.trainer.reduce import reduce_states
 
 
@@ -72,7 +73,13 @@ def binary():
         "binned": tm.AUROC(task="binary", thresholds=20),
         "roc": tm.ROC(task="binary", thresholds=5),
         "acc": tm.Accuracy(task="binary"),
+        "function": FunctionMetric(area),
     }
+
+
+def area(predictions, target):
+    """As scikit-learn's users write it: numpy's functions take tensors."""
+    return roc_auc_score(target.numpy(), predictions.numpy())
 
 
 def regression():

@@ -198,6 +198,8 @@ metrics:
   auc: {_target_: torchmetrics.AUROC, task: binary}
   fine: {_target_: torchmetrics.AUROC, task: binary, activation: sigmoid}
   net: {_target_: torch.nn.Flatten}
+  function: {_target_: operator.sub}
+  other: {_target_: net.only, x: 1}
 """
 
 
@@ -219,6 +221,7 @@ def test_every_target_of_a_job_is_checked_and_placed(folder: Path):
         "job.yaml:14: metrics.auc: BinaryAUROC guesses from each batch whether it was given logits or "
         "probabilities; say activation: sigmoid or softmax (logits), or none (probabilities)",
         "job.yaml:16: metrics.net: Flatten is no metric: it lacks update, compute or reset",
+        "job.yaml:18: metrics.other.x: net.only takes no argument x",
     ]
 
 

@@ -80,11 +80,14 @@ def plain_loop(option: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, None), (2, None), (3, 2)])
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "micro_batch_size"),
+    [(name, *size) for name in ("ddp", "fsdp") for size in ((1, None), (2, None), (3, 2))]
+    + [(f"ZeRO {stage}", 2, 2) for stage in range(4)],
+)
 def test_a_plain_loop_is_reproduced(option, strategy, world_size, micro_batch_size, tmp_path):
     losses, weights = plain_loop(option)
-    results = train(world_size, tmp_path, job, option, micro_batch_size, strategy)
+    results = train(world_size, tmp_path, job, option, micro_batch_size, STRATEGIES[strategy])
     tolerance = 2e-2 if option == "bf16" else 1e-5  # bf16 has 8 bits, and rounds each part's gradient for itself
     for rows, found in results:
         assert [row["train_loss"] for row in rows] == pytest.approx(losses, rel=tolerance)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
@@ -32,9 +33,18 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.randn(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x + self.shift)
+
+
 def parts() -> tuple[nn.Module, Samples]:
     torch.manual_seed(SEED)
-    net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 7), nn.LayerNorm(7), nn.Linear(7, 1))
+    net = nn.Sequential(nn.Linear(4, 7), Shifted(), nn.Linear(7, 7), nn.LayerNorm(7), nn.Linear(7, 1))
     net[2].requires_grad_(False)
     return net, Samples(torch.randn(SIZE, 4), torch.randn(SIZE, 1))
 
@@ -47,6 +57,9 @@ def made_optimizer(net: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
 
 def job(config: str, stop_after: int | None = None, micro_batch_size: int | None = None) -> Job:
     net, samples = parts()
+    if dist.get_rank() > 0:  # rank 0's count
+        nn.init.zeros_(net[0].weight)
+        net[1].shift.zero_()
     optimizer, scheduler = made_optimizer(net)
 
     def stop(*_: Any) -> None:

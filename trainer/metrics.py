@@ -21,6 +21,7 @@ from dtrain.errors import UserError
 from dtrain.logits import guesses_logits
 
 from .reduce import Reduction, State, Value
+from .step import describe
 
 Result: TypeAlias = "float | list[Any]"
 
@@ -42,6 +43,30 @@ def keeps_samples(metric: Metric) -> bool:
     """Whether the metric has a list state, which grows with the samples that it sees."""
     states = [value for part in _parts(metric).values() for value in part.metric_state.values()]
     return any(isinstance(value, list) for value in states)
+
+
+class FunctionMetric(Metric):
+    """A function `f(predictions, target)` of all samples at once, as scikit-learn's are but for the order.
+
+    It gets CPU tensors, of the predictions and targets of a whole epoch.
+    """
+
+    predictions: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.add_state("predictions", default=[], dist_reduce_fx="cat")
+        self.add_state("target", default=[], dist_reduce_fx="cat")
+
+    def update(self, predictions: Tensor, target: Tensor) -> None:
+        self.predictions.append(predictions)
+        self.target.append(target)
+
+    def compute(self) -> Any:
+        value = self.function(dim_zero_cat(self.predictions).cpu(), dim_zero_cat(self.target).cpu())
+        return torch.as_tensor(value)
 
 
 class MetricSet:
@@ -94,7 +119,7 @@ class MetricSet:
                     activated[activation] = _ACTIVATIONS[activation](predictions)
                 metric.update(activated[activation], target)
             except _MISFITS as error:
-                given = f"predictions {_described(predictions)}, target {_described(target)}"
+                given = f"predictions {describe(predictions)}, target {describe(target)}"
                 self._refuse(name, error, f"; {given}, activation {activation}")
         self._num_updates += 1
         if self._guessing and isinstance(predictions, Tensor) and predictions.is_floating_point():
@@ -271,9 +296,3 @@ def _plain(result: Any) -> Result:
     if isinstance(result, list | tuple):
         return [_plain(each) for each in result]
     return float(result)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return type(value).__name__

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dtrain.errors import UserError
+from dtrain.errors import UserError, first_line
 
 from .data import MicroBatch
+from .losses import WeightedMean
 from .seeds import rng_kept
 
 UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
@@ -57,15 +58,33 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
         data = micro_batch.data
         if not isinstance(data, (tuple, list)) or len(data) != 2:
             raise UserError(
-                f"a sample must be (features, target), this dataset's batches are {_describe(data)}; "
+                f"a sample must be (features, target), this dataset's batches are {describe(data)}; "
                 "for anything else write `step: {_target_: module.function}`"
             )
         features, target = data
         predictions = model(features)
-        total, weight = total_loss(predictions, target, micro_batch)
+        try:
+            total, weight = total_loss(predictions, target, micro_batch)
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            _refuse(loss_fn, predictions, target, error)
+            raise
         return Outcome(total, weight, predictions, target)
 
     return _without_trace(step)
+
+
+def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> None:
+    """Raise UserError where a loss of torch's has met what it was not made for; nothing where it is the user's."""
+    is_torchs = type(loss_fn).__module__ == nn.CrossEntropyLoss.__module__
+    if not is_torchs or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        return
+    mend = "; BCEWithLogitsLoss takes logits" if isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions) else ""
+    given = f"predictions {describe(predictions)}, target {describe(target)}"
+    raise UserError(f"the loss {describe(loss_fn)} does not fit: {first_line(error)}; {given}{mend}") from error
+
+
+def _is_logits(predictions: Any) -> bool:
+    return isinstance(predictions, Tensor) and not bool(((predictions >= 0) & (predictions <= 1)).all())
 
 
 def user_step(function: UserStep) -> Step:
@@ -75,7 +94,7 @@ def user_step(function: UserStep) -> Step:
         result = function(model, micro_batch.data)
         if not isinstance(result, Mapping) or not isinstance(result.get("loss"), Tensor):
             raise UserError(
-                f"step must return a dict with a tensor `loss`, it returned {_describe(result)}; "
+                f"step must return a dict with a tensor `loss`, it returned {describe(result)}; "
                 "keys: loss, predictions, target, weight"
             )
         loss = _scalar(result["loss"], "the loss")
@@ -112,12 +131,16 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
     loss_fn = _as_module(loss_fn)
     reduction = getattr(loss_fn, "reduction", "mean")
     if reduction == "none":
-        raise UserError(f"{_describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
+        raise UserError(f"{describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
 
+    begun = False
     unchecked = type(loss_fn).__module__ != nn.CrossEntropyLoss.__module__  # torch's own are known to be means
 
     def mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        nonlocal unchecked
+        nonlocal unchecked, begun
+        if not begun and isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions):  # a GPU would not survive it
+            raise ValueError("predictions are not all in [0, 1]")
+        begun = True
         loss = _scalar(loss_fn(predictions, target), "the loss")
         if unchecked and part.samples > 1 and not part.is_whole and torch.is_grad_enabled():
             unchecked = False
@@ -125,6 +148,14 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
         # A loss that sums is not divided by the batch's size, so it is multiplied by it beforehand.
         return loss * (part.batch_samples if reduction == "sum" else part.samples), None
 
+    if isinstance(loss_fn, WeightedMean) and reduction == "mean":
+        units = loss_fn.units
+
+        def mean_of_units(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+            losses, weights = units(predictions, target)
+            return losses.sum(), weights.sum(dtype=torch.float64)
+
+        return mean_of_units
     if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or reduction != "mean":
         return mean
     if type(loss_fn).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
@@ -165,7 +196,7 @@ def _require_sum_of_parts(loss_fn: Any, reduction: str, predictions: Any, target
     if whole == again and not math.isclose(whole, sum(parts), rel_tol=2e-2 if is_coarse else 1e-3, abs_tol=1e-6):
         kind = "sum" if reduction == "sum" else "mean"
         raise UserError(
-            f"the loss {_describe(loss_fn)} of {samples} samples is {whole:.6g}, but its parts of {cut} and "
+            f"the loss {describe(loss_fn)} of {samples} samples is {whole:.6g}, but its parts of {cut} and "
             f"{samples - cut} make {sum(parts):.6g}: it is no {kind} over samples, and can't be computed in parts, on "
             "several ranks or in micro-batches; write it as a `step` that returns its `weight`, or train in one process"
         )
@@ -196,7 +227,10 @@ def _scalar(value: Tensor, name: str) -> Tensor:
     return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))  # sums need more than 16 bits
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What a value is, in a few words for a message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, Mapping):

@@ -60,7 +60,8 @@ class Trainer:
         net: the model, the same on all ranks (they get rank 0's weights).
         loss_fn: `loss_fn(predictions, target)`, a mean over samples; `None` when `step` makes the loss.
         optimizer: made of `net.parameters()`.
-        metrics_dict: torchmetrics metrics by name, updated with `(predictions, target)`.
+        metrics_dict: by name torchmetrics metrics, updated with `(predictions, target)`, or functions of the two,
+            called with those of all samples at an epoch's end.
         step: `step(model, batch) -> {loss, predictions, target, weight}`, for anything but `(features, target)`.
         scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
         activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
@@ -87,7 +88,7 @@ class Trainer:
         net: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         optimizer: Optimizer | None = None,
-        metrics_dict: Mapping[str, Metric] | None = None,
+        metrics_dict: Mapping[str, Metric | Callable[[Tensor, Tensor], Any]] | None = None,
         *,
         step: UserStep | None = None,
         scheduler: LRScheduler | None = None,
@@ -136,7 +137,7 @@ class Trainer:
         self.model.adopt(optimizer)
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
-        self.metrics = dict(metrics_dict or {})
+        self.metrics = as_metrics(metrics_dict or {})
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
@@ -317,8 +318,21 @@ class Trainer:
             parts["optimizer"] = {"_target_": _full_name(self.optimizer), **plain}
         if self.scheduler is not None:
             parts["scheduler"] = {"_target_": _full_name(self.scheduler), "interval": self.scheduler_interval}
-        parts["metrics"] = {key: {"_target_": _full_name(metric)} for key, metric in self.metrics.items()}
+        parts["metrics"] = {
+            key: {"_target_": _full_name(getattr(metric, "function", metric))} for key, metric in self.metrics.items()
+        }
         return yaml.safe_dump(parts, sort_keys=False)
+
+
+def as_metrics(given: Mapping[str, Any]) -> dict[str, Metric]:
+    """The metrics by name, functions of (predictions, target) made metrics."""
+    if not given:
+        return {}
+    from torchmetrics import Metric
+
+    from .metrics import FunctionMetric
+
+    return {name: each if isinstance(each, Metric) else FunctionMetric(each) for name, each in given.items()}
 
 
 def _report_end(keeper: Keeper, failure: BaseException | None) -> None:

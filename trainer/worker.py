@@ -16,13 +16,13 @@ from torch import nn
 from dtrain.job import Job, Target
 from dtrain.loading import load_job
 from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
-from dtrain.target import bind_function, instantiate, job_path
+from dtrain.target import bind_function, build_metric, instantiate, job_path
 
 from .data import Source
 from .groups import group_parameters
 from .seeds import derive_seed, seed_everything
 from .stop import Stopped
-from .trainer import Strategy, Trainer
+from .trainer import Strategy, Trainer, as_metrics
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def build_trainer(job: Job) -> Trainer:
     seed_everything(derive_seed("built", job.seed))
     groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
     optimizer: Any = instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
-    metrics = {name: cast(Any, instantiate(target)) for name, target in job.metrics.items()}
+    metrics = as_metrics({name: build_metric(target) for name, target in job.metrics.items()})
     strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
     return Trainer(
         net,

@@ -108,6 +108,7 @@ class Zero(Parallel):
         self.module = self._engine
         if self._stage:
             self._fragments = dict(self._find_fragments())
+        self.share_buffers()  # it has shared the parameters itself
 
     @property
     def _zero(self) -> Any:
