@@ -447,7 +447,7 @@ def test_results_are_floats_nested_lists_and_flat_names():
     [
         ("none", torch.rand(4, 3), "predictions float32 [4, 3], target int64 [4], activation none"),
         ("softmax", torch.rand(4), "predictions float32 [4], target int64 [4], activation softmax"),
-        ("softmax", {"a": 1}, "predictions dict, target int64 [4], activation softmax"),
+        ("softmax", {"a": 1}, "predictions a dict with keys a, target int64 [4], activation softmax"),
     ],
 )
 def test_a_metric_that_does_not_fit_its_task_is_named(activation, predictions, said):

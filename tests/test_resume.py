@@ -253,7 +253,11 @@ INTERRUPTIONS = {
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(world_size, name) for world_size in (1, 2, 3) for name in INTERRUPTIONS]
+    [
+        pytest.param(world_size, name, marks=[pytest.mark.campaign] * (world_size == 1))
+        for world_size in (1, 2, 3)
+        for name in INTERRUPTIONS
+    ]
     + [(4, "stop at a step"), (4, "kill at a step"), (4, "stop in validation")],
 )
 def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_size, name, uninterrupted, tmp_path):
@@ -274,7 +278,7 @@ def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_si
         for name in ("stop at a step", "stop in validation", "kill at a step", "kill in a save")
     ]
     + [
-        (f"ZeRO {stage}", world_size, name)
+        pytest.param(f"ZeRO {stage}", world_size, name, marks=[pytest.mark.campaign] * (stage != world_size))
         for stage in (1, 2, 3)
         for world_size, name in ((1, "stop at a step"), (2, "stop in validation"), (3, "kill at a step"))
     ],

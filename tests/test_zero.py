@@ -89,7 +89,12 @@ def plain_loop() -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, net.state_dict()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+IN_TEST = ("2", "1, in turns", "3, offloaded")  # the others are for `make faults`
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(each, marks=[pytest.mark.campaign] * (each not in IN_TEST)) for each in CONFIGS]
+)
 def test_a_plain_loop_is_reproduced_with_a_stop_in_between(config, plain_loop, tmp_path):
     """Groups with rates of their own, a scheduler, momentum, and frozen parameters; from two ranks to three."""
     assert train(2, tmp_path, job, config, 6) == [None, None]
