@@ -9,12 +9,16 @@ if TYPE_CHECKING:
     from dtrain.job import Fsdp
     from dtrain.trainer import Trainer, load_weights
     from dtrain.trainer.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
+    from dtrain.trainer.ranks import Ranks
+    from dtrain.trainer.summary import summary
 
 __version__ = "0.1.0"
 __all__ = [
     "Trainer",
     "Fsdp",
+    "Ranks",
     "load_weights",
+    "summary",
     "FocalLoss",
     "MulticlassFocalLoss",
     "SCELoss",
@@ -24,6 +28,8 @@ __all__ = [
 _MODULES = {
     "dtrain.trainer": ("Trainer", "load_weights"),
     "dtrain.trainer.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
+    "dtrain.trainer.ranks": ("Ranks",),
+    "dtrain.trainer.summary": ("summary",),
     "dtrain.job": ("Fsdp",),
 }
 

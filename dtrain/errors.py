@@ -45,6 +45,10 @@ class ResumeError(UserError):
     """There are checkpoints, and none that the run can continue from. In a rank too, the command exits with 2."""
 
 
+class RanksFailed(Exception):
+    """A rank has failed, which has been said: the command exits with 1."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that the user most likely meant, whatever its case; None where none is near."""
     by_lower = {choice.lower(): choice for choice in choices}

@@ -161,6 +161,8 @@ class Fit(Section):
     )
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of all gradients together.")
     clip_value: float | None = Field(default=None, gt=0, description="Largest number in a gradient, up and down.")
+    l1: float | None = Field(default=None, gt=0, description="Adds l1 sum |w| to the loss, over weights; no biases.")
+    l2: float | None = Field(default=None, gt=0, description="Adds l2/2 sum w^2 to the loss, over weights; no biases.")
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of a moving average of the weights, evaluated and saved beside."
     )
@@ -363,6 +365,8 @@ def contradictions(job: Job) -> list[Problem]:
             clip_norm=job.fit.clip_norm,
             precision=job.fit.precision,
             ema=job.fit.ema,
+            l1=job.fit.l1,
+            l2=job.fit.l2,
             optimizer={"_target_": job.optimizer.target, **job.optimizer.arguments},
         )
     for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):

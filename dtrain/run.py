@@ -54,6 +54,7 @@ class RunDir:
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
+        self.plots = self.path / "plots"
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.checkpoints / "latest"  # the name of the newest one
         self.env = self.path / "env.json"

@@ -52,6 +52,8 @@ def disagreements(
     clip_norm: float | None,
     precision: str,
     ema: float | None,
+    l1: float | None,
+    l2: float | None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> Iterator[Problem]:
     """What a section holds that DeepSpeed doesn't know, that is not its own here, or that the job says otherwise.
@@ -81,6 +83,11 @@ def disagreements(
     if optimizer is not None and "optimizer" in config:
         yield from _optimizer(config["optimizer"], optimizer)
     yield from _zero(config.get("zero_optimization", {}), ema)
+    for name, value in (("l1", l1), ("l2", l2)):
+        if value is not None:
+            message = "is for whole weights, of which ZeRO trains flat parts; use ddp or fsdp"
+            mend = ", or optimizer.groups with weight_decay" if name == "l2" else ""
+            yield Problem(message + mend, f"fit.{name}")
 
 
 def _precision(config: Mapping[str, Any], precision: str) -> Iterator[Problem]:

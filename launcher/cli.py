@@ -9,8 +9,11 @@ import sys
 import click
 
 from dtrain import __version__
-from dtrain.errors import UserError
+from dtrain.errors import RanksFailed, UserError
 from dtrain.run import EXIT_INTERRUPTED
+
+_GPUS = click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
+_WEIGHTS = click.option("--weights", type=click.Choice(["best", "last", "ema"]), default="best", show_default=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,7 +25,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("job")
 @click.argument("arguments", nargs=-1)
-@click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
+@_GPUS
 @click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="Machines; the command runs on each.")
 @click.option("--node-rank", type=int, default=0, metavar="K", help="Which of them this one is, from 0.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where node 0 is to be found.")
@@ -154,6 +157,63 @@ def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes:
 
 
 @cli.command()
+@click.argument("job")
+@click.argument("overrides", nargs=-1)
+def summary(job: str, overrides: tuple[str, ...]) -> int:
+    """Print the layers of JOB's model, with output shapes, parameters and memory."""
+    from .trained import summary
+
+    return summary(job, overrides)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1)
+@_GPUS
+@_WEIGHTS
+def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> int:
+    """Print loss and metrics of RUN's model on its validation set, as JSON.
+
+    OVERRIDES of its job name another set: data.val.split=test.
+    """
+    from .trained import Trained, evaluate
+
+    check_gpus(gpus)
+    return evaluate(Trained(run, overrides, weights), gpus)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("data")
+@click.argument("overrides", nargs=-1)
+@click.option("-o", "--out", metavar="FILE", help="An .npy or .csv; by default predictions.npy in RUN.")
+@_GPUS
+@_WEIGHTS
+def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gpus: str, weights: str) -> int:
+    """Write what RUN's model predicts for each sample of DATA, in its order, and print the file's name.
+
+    DATA is train or val, the sets of RUN's job (OVERRIDES may change them: data.val.split=test), or a file of features,
+    .npy or .csv, whose rows are the samples.
+    """
+    from .trained import Trained, predict
+
+    check_gpus(gpus)
+    return predict(Trained(run, overrides, weights), data, out, gpus)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--format", "form", type=click.Choice(["onnx", "safetensors", "pt"]), required=True)
+@click.option("-o", "--out", metavar="FILE", help="By default the job's name with the format's, here.")
+@_WEIGHTS
+def export(run: str, form: str, out: str | None, weights: str) -> int:
+    """Write RUN's model for others: ONNX, compared with PyTorch on real samples, or the weights alone."""
+    from .trained import Trained, export
+
+    return export(Trained(run, (), weights), form, out)
+
+
+@cli.command()
 def schema() -> int:
     """Print the JSON Schema of job.yaml, for editors."""
     import json
@@ -226,6 +286,8 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
+    except RanksFailed:
+        code = 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import UserError
-from dtrain.files import read_json, write_text
+from dtrain.files import read_json
 from dtrain.job import Job, LoadedJob
-from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
+from dtrain.run import EXIT_STOPPED, RunDir
 
-from .agent import run_ranks
-from .entry import Task
+from .aside import new_run, run_module, scratch_folder
 from .forks import start_fork_server
 from .launch import choose_processes, preload_for, threads_per_rank
 
 SIZES = (1, 2, 3)
 STOP_AFTER = 3  # steps, of 6 in an epoch
-
-
-class RehearsalFailed(Exception):
-    """A rank failed, which has been said."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +35,17 @@ class Difference:
 def check_exact(loaded: LoadedJob) -> int:
     """Rehearse a job that is right, on 1, 2 and 3 processes and through a stop, and print what differs.
 
-    0 if all was as promised, 1 if the stop left a trace on the CPU, or a rehearsal failed.
+    0 if all was as promised, 1 if the stop left a trace on the CPU.
+
+    Raises:
+        RanksFailed: a rehearsal failed.
     """
     from dtrain.loading import dump_job
 
     job = _on_enough_devices(loaded.job)
     start_fork_server(preload_for(dump_job(job)), threads_per_rank(max(SIZES)))
-    scratch = Path(tempfile.mkdtemp(prefix="dtrain-exact-"))
-    try:
-        code = _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.path.absolute().parent)))
-    except RehearsalFailed:
-        return 1  # the log that was named on the screen stays
-    except KeyboardInterrupt:
-        shutil.rmtree(scratch)
-        raise
-    shutil.rmtree(scratch)
-    return code
+    with scratch_folder() as scratch:
+        return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.path.absolute().parent)))
 
 
 def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
@@ -101,9 +89,7 @@ class _Rehearsals:
 
     def run(self, name: str, num_ranks: int, stop_after: int = 0) -> RunDir:
         """Rehearse to the end, through a stop where one is asked for."""
-        run = RunDir(self._folder / name)
-        run.create()
-        write_text(run.job, self._job)
+        run = new_run(self._folder / name, self._job)
         if not stop_after or self._start(run, num_ranks, stop_after) == EXIT_STOPPED:
             self._start(run, num_ranks, 0)
         return run
@@ -112,13 +98,9 @@ class _Rehearsals:
         arguments = (self._code, str(stop_after))
         # As many threads whatever the number of ranks: torch's sums depend on it.
         num_threads = threads_per_rank(max(SIZES))
-        task = Task(str(run), "dtrain.trainer.rehearsal", arguments, num_threads, is_module=True, is_job=True)
-        with run.lock():
-            code = run_ranks(task, num_ranks, run, quiet=True)
-        if code == EXIT_INTERRUPTED or (code == EXIT_STOPPED and not stop_after):
+        code = run_module(run, "dtrain.trainer.rehearsal", arguments, num_ranks, num_threads, (EXIT_STOPPED,))
+        if code == EXIT_STOPPED and not stop_after:
             raise KeyboardInterrupt
-        if code not in (0, EXIT_STOPPED):
-            raise RehearsalFailed
         return code
 
 

@@ -81,6 +81,10 @@ class Cluster:
     def cancel(self, job: str) -> None:
         self.run("scancel", job)
 
+    def near_limit(self, job: str) -> None:
+        """What Slurm does ahead of the time limit, for `--signal=B:USR2@...`."""
+        self.run("scancel", "--batch", "--signal=USR2", job)
+
     def kill_node(self, node: str) -> None:
         self._control("kill-node", node)
 

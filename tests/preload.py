@@ -9,7 +9,7 @@ for name in (
     *("torch", "torchmetrics", "pytest", "pandas", "dtrain.trainer.trainer", "dtrain.trainer.storage", "deepspeed"),
     # DeepSpeed's engines import the rest as they are made.
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3"),
-    "torch._inductor.compile_fx",
+    *("torch._inductor.compile_fx", "matplotlib.backends.backend_agg", "matplotlib.figure"),
 ):
     importlib.import_module(name)
 

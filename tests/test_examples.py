@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+from training import epoch_order
+
+import dtrain
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -106,24 +110,77 @@ def test_resnet(project):
     assert all("ema_acc" in row for row in rows)
 
 
-@pytest.mark.parametrize("gpus", ["plainly", "2"])
-def test_script(project, gpus):
-    script = shutil.copy(EXAMPLES / "script" / "train.py", project.folder)
-    if gpus == "plainly":
-        done = subprocess.run(
-            [sys.executable, script, "--epochs", "3"],
-            cwd=project.folder,
-            env=project.environment,
-            capture_output=True,
-            text=True,
-        )
-        code, out = done.returncode, done.stdout
-    else:
-        launched = project.run("launch", "--gpus", gpus, script, "--", "--epochs", "3")
-        code, out = launched.code, launched.out
-    assert code == 0
-    assert out.count("val_acc") == 1  # the history, printed once
-    (run,) = project.runs()
-    rows = project.run_dir(f"runs/{run.name}").rows()
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert rows[-1]["val_acc"] > 0.8
+def test_lenet(project, mnist_root):
+    """From the job to ONNX, on images that were not trained on."""
+    job = str(EXAMPLES / "mnist" / "lenet.yaml")
+    options = [*(f"data.{split}.root={mnist_root}" for split in ("train", "val")), "data.workers=0", "fit.epochs=2"]
+    done = project.run("launch", "--gpus", "2", "--run-dir", "run", job, *options)
+    assert done.code == 0, done.err
+    row = project.run_dir().rows()[-1]
+    confusion = np.array(row["val_confusion"])
+    assert (confusion.shape, confusion.sum()) == ((10, 10), 100)
+    assert confusion.trace() / 100 == pytest.approx(row["val_acc"])
+    assert (project.run_dir().plots / "val_confusion.png").exists()
+    done = project.run("export", "run", "--format", "onnx")
+    assert done.code == 0, done.err
+    assert "compared with PyTorch by onnxruntime on 8 samples" in done.err
+
+
+def test_rings(project):
+    """Focal loss, L1, L2 and AUC: a plain loop's numbers, on 3 processes; and their picture."""
+    folder = EXAMPLES / "rings"
+    done = project.run("launch", "--gpus", "3", "--run-dir", "run", str(folder / "job.yaml"), "fit.epochs=3")
+    assert done.code == 0, done.err
+    names = runpy.run_path(str(folder / "rings.py"))
+    (points, labels), (val_points, val_labels) = (names["rings"](split).tensors for split in ("train", "val"))
+    torch.manual_seed(0)
+    net = names["RingNet"]()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.002)
+    for epoch, row in enumerate(project.run_dir().rows(), start=1):
+        total = 0.0
+        for chosen in epoch_order(len(labels), 0, epoch).split(100):
+            p, y = torch.sigmoid(net(points[chosen])), labels[chosen]
+            loss = -(0.75 * y * (1 - p) ** 2 * p.log() + 0.25 * (1 - y) * p**2 * (1 - p).log()).mean()
+            total += loss.item() * len(chosen)
+            for name, weight in net.named_parameters():
+                if "bias" not in name:
+                    loss = loss + 1e-4 * weight.abs().sum() + 0.5e-4 * weight.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert row["train_loss"] == pytest.approx(total / len(labels), rel=1e-5)
+        with torch.no_grad():
+            assert row["val_auc"] == pytest.approx(roc_auc_score(val_labels, net(val_points)), abs=1e-5)
+    subprocess.run([sys.executable, folder / "scatter.py", project.run_dir().path], check=True)
+    assert (project.run_dir().path / "rings.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_regression(project):
+    """A million points cut short: the same line from one process and from three."""
+    folder, few = EXAMPLES / "regression", ["--points", "3001", "--steps", "400"]
+    alone = subprocess.run(
+        [sys.executable, folder / "train.py", *few], env=project.environment, capture_output=True, text=True, check=True
+    )
+    [line] = [line for line in alone.stdout.splitlines() if line.startswith("w = ")]
+    weights = [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
+    assert weights == pytest.approx([2.0, -3.0, 10.0], abs=0.1)
+    done = project.run("launch", "--gpus", "3", str(folder / "job.yaml"), f"script=[train.py, {', '.join(few)}]")
+    assert done.code == 0, done.err
+    assert line in done.out
+
+
+def test_matrix_product():
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "regression" / "matmul.py"], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"^cpu: [\d.]+ ms, [\d,]+ GFLOPS$", done.stdout, re.MULTILINE)
+
+
+def test_the_tutorials_network_has_their_number_of_parameters():
+    net = runpy.run_path(str(EXAMPLES / "mnist" / "net.py"))["MnistNet"]()
+    assert dtrain.summary(net, (1, 28, 28)).total_params == 320 + 51264 + 2080 + 330
+    # For 32x32 pixels of three colours and two classes the tutorials have one output.
+    net.layers[0], net.layers[-1] = torch.nn.Conv2d(3, 32, 3), torch.nn.Linear(32, 1)
+    found = dtrain.summary(net, (3, 32, 32))
+    assert found.total_params == 54_273
+    assert "Total params: 54,273" in str(found)

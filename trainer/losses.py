@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +16,7 @@ from dtrain.errors import UserError
 Reduction = Literal["mean", "sum", "none"]
 
 
-class WeightedMean(nn.Module):
+class WeightedMean(nn.Module, abc.ABC):
     """A loss that is the weighted mean of its units' losses: of samples, pixels, tokens.
 
     Over several ranks and micro-batches the sums of both travel, so that the mean is that of the whole batch. A
@@ -31,9 +32,9 @@ class WeightedMean(nn.Module):
             raise UserError(f"{type(self).__name__}: reduction must be mean, sum or none, it is {reduction!r}")
         self.reduction = reduction
 
+    @abc.abstractmethod
     def units(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Each unit's loss times its weight, and the weights, in one shape. A unit that doesn't count weighs 0."""
-        raise NotImplementedError
 
     def forward(self, predictions: Tensor, target: Tensor) -> Tensor:
         losses, weights = self.units(predictions, target)
@@ -48,7 +49,7 @@ class FocalLoss(WeightedMean):
     With p = sigmoid(logit): -alpha (1 - p)^gamma log(p) for target 1, -(1 - alpha) p^gamma log(1 - p) for 0; for a
     target between, both in its proportion. (Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.)
 
-    Shapes: predictions and target of any, the same; target in [0, 1], of a floating dtype.
+    Shapes: predictions and target of any, the same; target in [0, 1], of any dtype.
 
     Args:
         gamma: how much less what is easy counts; 0 is cross entropy.
@@ -65,11 +66,12 @@ class FocalLoss(WeightedMean):
         self.alpha = alpha
 
     def units(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if predictions.shape != target.shape or not target.is_floating_point():
+        if predictions.shape != target.shape:
             raise UserError(
-                f"FocalLoss wants a floating target of the predictions' shape {tuple(predictions.shape)}, it is "
-                f"{target.dtype} of {tuple(target.shape)}; for classes by number there is MulticlassFocalLoss"
+                f"FocalLoss wants a target of the predictions' shape {tuple(predictions.shape)}, it is "
+                f"{tuple(target.shape)}; for classes by number there is MulticlassFocalLoss"
             )
+        target = target.to(predictions.dtype)
         log_p, log_1_minus_p = F.logsigmoid(predictions), F.logsigmoid(-predictions)
         # Powers by way of the logarithm: the gradient of (1 - p)^gamma itself is infinite at p = 1 for gamma < 1.
         positive = -torch.exp(self.gamma * log_1_minus_p) * log_p
@@ -107,9 +109,9 @@ class _OverClasses(WeightedMean):
         weights = weights * counts
         return weights * self.of_classes(predictions, chosen.unsqueeze(1)).squeeze(1), weights
 
+    @abc.abstractmethod
     def of_classes(self, logits: Tensor, target: Tensor) -> Tensor:
         """Each unit's loss, of shape (N, 1, ...) as `target`."""
-        raise NotImplementedError
 
 
 class MulticlassFocalLoss(_OverClasses):

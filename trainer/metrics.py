@@ -69,6 +69,11 @@ class FunctionMetric(Metric):
         return torch.as_tensor(value)
 
 
+def as_metrics(given: Mapping[str, Metric | Callable[[Tensor, Tensor], Any]]) -> dict[str, Metric]:
+    """The metrics by name, functions of (predictions, target) made metrics."""
+    return {name: each if isinstance(each, Metric) else FunctionMetric(each) for name, each in given.items()}
+
+
 class MetricSet:
     """The metrics of one phase, training or validation, on one rank.
 

@@ -252,6 +252,8 @@ class Mirror:
             self._job_sent = True
         if ended and self._folder.best_weights.exists():
             self._client.log_artifact(self._run_id, str(self._folder.best_weights), "weights")
+        if ended and self._folder.plots.exists():
+            self._client.log_artifacts(self._run_id, str(self._folder.plots), "plots")
 
 
 def is_scalar(value: object) -> bool:

@@ -8,18 +8,17 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
-from dtrain.errors import UserError, nearest
+from dtrain.errors import UserError, first_line, nearest
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
@@ -28,25 +27,27 @@ from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import precision as precisions
 from .background import say
+from .batches import Data, batches_of
 from .best import Best
-from .data import Batches, IndexedBatches, Source
+from .data import Batches
 from .ddp import DataParallel
 from .ema import Ema
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .parallel import Parallel
+from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
-from .step import UserStep, supervised_step, user_step
+from .step import Step, UserStep, supervised_step, user_step
 from .stop import Stopped, signals_left_to_agent
-from .stream import LoaderShares, StreamBatches, StreamShares
+from .summary import summary
 from .tally import Tally
 from .update import OnNonfinite, Update
 from .world import join_world
 
 if TYPE_CHECKING:
     import pandas
+    import torchinfo
     from torchmetrics import Metric
 
-Data = DataLoader[Any] | Source | Iterable[Any]
 Strategy = Literal["ddp"] | Fsdp | Mapping[str, Any]
 _fitted: set[Path] = set()  # the run folders that a Trainer of this process has written
 
@@ -62,7 +63,8 @@ class Trainer:
         optimizer: made of `net.parameters()`.
         metrics_dict: by name torchmetrics metrics, updated with `(predictions, target)`, or functions of the two,
             called with those of all samples at an epoch's end.
-        step: `step(model, batch) -> {loss, predictions, target, weight}`, for anything but `(features, target)`.
+        step: `step(model, batch) -> {loss, predictions, target, weight}`, for anything but `(features, target)`;
+            may be given to `fit` instead.
         scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
         activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
         train_metrics: names of the metrics of the training predictions; by default all that do not keep samples.
@@ -74,6 +76,7 @@ class Trainer:
         activation_checkpointing: classes of modules whose activations are computed again in the backward pass.
         precision: "fp32", "tf32", "bf16" or "fp16", see `Precision`.
         clip_norm, clip_value: limits of the batch's gradient, by its norm or each of its numbers.
+        l1, l2: factors of sum |w| and sum w^2 / 2 over the weights, without biases and norms; see `Penalty`.
         on_nonfinite: "stop" or "skip": what to do with gradients that hold inf or nan.
         ema: decay of a moving average of the weights, see `Ema`; evaluated as ema_loss, ema_*, kept in weights/ema.pt.
         run_dir: the run's folder; by default that of `dtrain launch`, else a new one under runs/.
@@ -105,6 +108,8 @@ class Trainer:
         precision: precisions.Name = "fp32",
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        l1: float | None = None,
+        l2: float | None = None,
         on_nonfinite: OnNonfinite | None = None,
         ema: float | None = None,
         checkpoint_every: int | Literal["epoch"] = "epoch",
@@ -112,8 +117,8 @@ class Trainer:
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
-        if (step is None) == (loss_fn is None):
-            raise UserError("give Trainer either loss_fn or step")
+        if step is not None and loss_fn is not None:
+            raise UserError("step makes its own loss: give Trainer either loss_fn or step")
         if scheduler_interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
             raise UserError("ReduceLROnPlateau looks at an epoch's result: it can't have the interval step")
         if deterministic:
@@ -125,19 +130,28 @@ class Trainer:
         self._class = _full_name(net)
         recompute_activations(net, activation_checkpointing)
         self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
+        self.l1, self.l2 = l1, l2
         self.ema = ema
         self.micro_batch_size = micro_batch_size
         self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
         self.net = self.model.bare
         if isinstance(loss_fn, nn.Module):
             loss_fn.to(self.world.device)  # class weights are buffers
-        plain = supervised_step(loss_fn) if loss_fn is not None else user_step(cast(UserStep, step))
-        self.step = self.precision.of(plain)
+        self._step: Step | None = None
+        self.predict_step = self.precision.of(predict_features)
+        if loss_fn is not None:
+            self._step = self.precision.of(supervised_step(loss_fn))
+        elif step is not None:
+            self._take(step)
         self.optimizer = optimizer
         self.model.adopt(optimizer)
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
-        self.metrics = as_metrics(metrics_dict or {})
+        self.metrics: dict[str, Metric] = {}
+        if metrics_dict:
+            from .metrics import as_metrics
+
+            self.metrics = as_metrics(metrics_dict)
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
@@ -156,9 +170,23 @@ class Trainer:
             from .zero import Zero
 
             said: dict[str, Any] = {"micro_batch_size": self.micro_batch_size, "clip_norm": self.clip_norm}
-            said |= {"precision": self.precision.name, "ema": self.ema}
+            said |= {"precision": self.precision.name, "ema": self.ema, "l1": self.l1, "l2": self.l2}
             return Zero(net, self.world, strategy, said, sync_batchnorm=sync_batchnorm)
         return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
+
+    def _take(self, step: UserStep) -> None:
+        self._step = self.predict_step = self.precision.of(user_step(step))
+
+    @property
+    def step(self) -> Step:
+        """What a micro-batch does, with this precision.
+
+        Raises:
+            UserError: nobody has said.
+        """
+        if self._step is None:
+            raise UserError("Trainer knows no loss: give it loss_fn, or step, which makes one")
+        return self._step
 
     def fit(
         self,
@@ -169,6 +197,8 @@ class Trainer:
         patience: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        *,
+        step: UserStep | None = None,
     ) -> pandas.DataFrame:
         """Train, and return the history: one row an epoch, as in metrics.jsonl. All ranks take part.
 
@@ -179,10 +209,14 @@ class Trainer:
         Args:
             patience: epochs in a row without a better `monitor` after which training ends.
             monitor: by default val_loss, else train_loss.
+            step: what a batch does, in place of what Trainer was made with; `evaluate` and `predict` keep it.
         """
+        if step is not None:
+            self._take(step)
         loop = self.train(train_data, val_data, epochs, patience, monitor, mode)
         if ckpt_path is not None and self.world.is_main:
             shutil.copyfile(loop.run_dir.best_weights, ckpt_path)
+        self.draw(loop)
         import pandas
 
         return pandas.DataFrame(loop.rows)
@@ -199,6 +233,11 @@ class Trainer:
         """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part."""
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
+        for name, value in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: it counts epochs, from 1")
+        if mode not in ("min", "max"):
+            raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
         schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval)
         best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
         tallies = [self._tally("train")]
@@ -227,6 +266,20 @@ class Trainer:
             loop.run()
         return loop
 
+    def draw(self, loop: Loop) -> None:
+        """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
+        if not self.world.is_main:
+            return
+        from .plots import draw
+
+        confusions = [
+            name for name, metric in self.metrics.items() if type(metric).__name__.endswith("ConfusionMatrix")
+        ]
+        try:
+            draw(loop.run_dir.plots, loop.rows, loop.best.epoch, confusions)
+        except OSError as error:
+            say(f"{loop.run_dir}: can't draw plots/: {error.strerror or error}; all else is there")
+
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""
         tally = self._tally("val")
@@ -237,6 +290,34 @@ class Trainer:
                 evaluate_batch(self.model, self.step, batch, tally)
         return self.world.from_main(gather_values(self.world, [tally]))
 
+    def predict(self, data: Data) -> Tensor:
+        """The model's predictions for each sample once, in the order of the dataset's indices: [N, ...], on the CPU.
+
+        Samples may be `(features, target)` or features alone. All ranks take part, and get all of it; for more than
+        fits in memory there is `dtrain predict`.
+        """
+        own = list(self.predict_shares(data))
+        pieces = sorted((piece for pieces in self.world.gather(own) for piece in pieces), key=lambda piece: piece[0])
+        try:
+            return torch.cat([rows for _, rows in pieces])
+        except RuntimeError as error:
+            raise UserError(f"the samples' predictions don't go into one tensor: {first_line(error)}") from None
+
+    def predict_shares(self, data: Data) -> Iterator[tuple[int, Tensor]]:
+        """This rank's part of `predict`: rows of predictions, with the index of the first. All ranks take part."""
+        return predict_shares(self.model, self.predict_step, data, self.world, self.micro_batch_size)
+
+    def summary(self, input_shape: Sequence[int] | None = None, *, features: Any = None) -> torchinfo.ModelStatistics:
+        """The model's layers with their output shapes and parameters, and the memory that they take; to be printed.
+
+        Args:
+            input_shape: of one sample, without the batch's dimension; or else
+            features: a batch as the model takes it.
+        """
+        if self.model.forwards_together:
+            raise UserError("a model in parts can't be summed up on one rank: dtrain.summary(net, ...) before Trainer")
+        return summary(self.net, input_shape, features=features)
+
     def _update(self, optimizer: Optimizer) -> Update:
         return Update(
             self.model,
@@ -244,6 +325,8 @@ class Trainer:
             self.precision,
             clip_norm=self.clip_norm,
             clip_value=self.clip_value,
+            l1=self.l1,
+            l2=self.l2,
             on_nonfinite=self.on_nonfinite,
             report=say if self.world.is_main else lambda line: None,
         )
@@ -263,16 +346,7 @@ class Trainer:
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         fill_empty = training or self.model.forwards_together
-        if not isinstance(data, Source | DataLoader):
-            own = LoaderShares(data, self.world, self.seed)
-            if self.micro_batch_size is not None:
-                raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
-            return StreamBatches(own, self.world, fill_empty=fill_empty)
-        source = data if isinstance(data, Source) else Source.of(data)
-        if not source.is_stream:
-            return IndexedBatches(source, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
-        shares = StreamShares(source, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
-        return StreamBatches(shares, self.world, fill_empty=fill_empty)
+        return batches_of(data, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
 
     def _val_batches(self, data: Data | None) -> Batches | None:
         return None if data is None else self._batches(data, training=False)
@@ -322,17 +396,6 @@ class Trainer:
             key: {"_target_": _full_name(getattr(metric, "function", metric))} for key, metric in self.metrics.items()
         }
         return yaml.safe_dump(parts, sort_keys=False)
-
-
-def as_metrics(given: Mapping[str, Any]) -> dict[str, Metric]:
-    """The metrics by name, functions of (predictions, target) made metrics."""
-    if not given:
-        return {}
-    from torchmetrics import Metric
-
-    from .metrics import FunctionMetric
-
-    return {name: each if isinstance(each, Metric) else FunctionMetric(each) for name, each in given.items()}
 
 
 def _report_end(keeper: Keeper, failure: BaseException | None) -> None:

@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from dtrain.errors import UserError
 
 from .parallel import Parallel
+from .penalty import Penalty
 from .precision import Precision
 
 OnNonfinite = Literal["stop", "skip"]
@@ -23,6 +24,7 @@ class Update:
     Args:
         clip_norm: the gradients' Euclidean norm, over all parameters, is scaled down to it where it is larger.
         clip_value: each gradient's every number is limited to it, up and down.
+        l1, l2: see `Penalty`; a part of the gradient that is clipped.
         on_nonfinite: what to do with a batch whose gradients hold inf or nan: end the run, or leave it out.
         report: told of each batch that was left out.
 
@@ -38,11 +40,13 @@ class Update:
         *,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        l1: float | None = None,
+        l2: float | None = None,
         on_nonfinite: OnNonfinite | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
         asked: dict[str, object] = {"fit.clip_norm": clip_norm, "fit.clip_value": clip_value}
-        asked |= {"fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
+        asked |= {"fit.l1": l1, "fit.l2": l2, "fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
         if isinstance(optimizer, LBFGS) and (given := [name for name, value in asked.items() if value is not None]):
             raise UserError(f"LBFGS asks for gradients as often as it likes: {', '.join(given)} can't go with it")
         self._model = model
@@ -50,6 +54,7 @@ class Update:
         self._scaler = precision.scaler
         self._clip_norm = clip_norm
         self._clip_value = clip_value
+        self._penalty = Penalty(model.bare, l1, l2)
         self._on_nonfinite = on_nonfinite
         self._report = report
 
@@ -66,14 +71,15 @@ class Update:
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
+        self._penalty.add()
         gradients = self._model.gradients(self._optimizer)
         if self._clip_norm is not None or self._on_nonfinite is not None:
             norm = self._model.norm(gradients)
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
                 return False
-            if self._clip_norm is not None:
+            if self._clip_norm is not None and gradients:
                 torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
-        if self._clip_value is not None:
+        if self._clip_value is not None and gradients:
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
         if self._scaler is not None:
@@ -82,7 +88,7 @@ class Update:
             return True
         is_done = self._model.step(self._optimizer)
         if not is_done:
-            self._report(f"step {step} is left out: its gradients are not finite")
+            self._report_skipped(step)
         return is_done
 
     def _leaves_out(self, norm: Tensor, step: int) -> bool:
@@ -93,8 +99,11 @@ class Update:
                 f"the gradients of step {step} are not finite, their norm is {float(norm)}; a smaller learning rate "
                 "or fit.clip_norm may help, and fit.on_nonfinite: skip leaves such batches out"
             )
-        self._report(f"step {step} is left out: its gradients are not finite")
+        self._report_skipped(step)
         self._model.drop_gradients()
         if self._scaler is not None:
             self._scaler.update()
         return True
+
+    def _report_skipped(self, step: int) -> None:
+        self._report(f"step {step} is left out: its gradients are not finite")

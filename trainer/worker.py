@@ -22,7 +22,8 @@ from .data import Source
 from .groups import group_parameters
 from .seeds import derive_seed, seed_everything
 from .stop import Stopped
-from .trainer import Strategy, Trainer, as_metrics
+from .trainer import Strategy, Trainer
+from .weights import load_weights
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def fit(job: Job) -> None:
     """Build the job's parts and train. All ranks take part."""
     trainer = build_trainer(job)
     stopping = job.fit.early_stopping
-    trainer.train(
+    loop = trainer.train(
         build_source(job, job.data.train, training=True),
         None if job.data.val is None else build_source(job, job.data.val, training=False),
         epochs=job.fit.epochs,
@@ -49,16 +50,22 @@ def fit(job: Job) -> None:
         monitor=job.monitor,
         mode=job.monitor_mode,
     )
+    trainer.draw(loop)
 
 
-def build_trainer(job: Job) -> Trainer:
-    """The job's model, loss, optimizer, scheduler and metrics in a Trainer."""
+def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
+    """The job's model, loss, optimizer, scheduler and metrics in a Trainer.
+
+    Args:
+        trained: weights to load, in a Trainer that is to evaluate and predict: it has no optimizer.
+    """
     net = build_model(job)
+    if trained is not None and not any(parameter.is_meta for parameter in net.parameters()):
+        load_weights(net, trained)
     # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
     seed_everything(derive_seed("built", job.seed))
-    groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
-    optimizer: Any = instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
-    metrics = as_metrics({name: build_metric(target) for name, target in job.metrics.items()})
+    optimizer = None if trained is not None else build_optimizer(job, net)
+    metrics = {name: build_metric(target) for name, target in job.metrics.items()}
     strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
     return Trainer(
         net,
@@ -66,7 +73,7 @@ def build_trainer(job: Job) -> Trainer:
         optimizer,
         metrics,
         step=None if job.step is None else bind_function(job.step),
-        scheduler=None if job.scheduler is None else build_scheduler(job.scheduler, optimizer),
+        scheduler=None if job.scheduler is None or optimizer is None else build_scheduler(job.scheduler, optimizer),
         scheduler_interval=job.scheduler.interval if job.scheduler else "epoch",
         activations={name: target.activation for name, target in job.metrics.items()},
         train_metrics=_train_metrics(job, metrics),
@@ -80,6 +87,8 @@ def build_trainer(job: Job) -> Trainer:
         precision=job.fit.precision,
         clip_norm=job.fit.clip_norm,
         clip_value=job.fit.clip_value,
+        l1=job.fit.l1,
+        l2=job.fit.l2,
         on_nonfinite=job.fit.on_nonfinite,
         ema=job.fit.ema,
         checkpoint_every=job.checkpoint.every,
@@ -102,6 +111,12 @@ def build_model(job: Job) -> nn.Module:
     return build()
 
 
+def build_optimizer(job: Job, net: nn.Module) -> Any:
+    """The job's optimizer, of the model's parameters in their groups."""
+    groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
+    return instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
+
+
 def build_scheduler(target: Target, optimizer: Any) -> Any:
     """The scheduler, which may be made of others: each gets the optimizer."""
     return instantiate(target, optimizer, given={"optimizer": optimizer})
@@ -119,10 +134,11 @@ def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:
     """The metrics that run on training too: as asked, else those that do not keep all samples."""
     if not metrics:
         return []
-    from .metrics import keeps_samples
+    from .metrics import as_metrics, keeps_samples
 
     asked = {name: target.train for name, target in job.metrics.items()}
-    return [name for name, want in asked.items() if want or (want is None and not keeps_samples(metrics[name]))]
+    made = as_metrics(metrics)
+    return [name for name, want in asked.items() if want or (want is None and not keeps_samples(made[name]))]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""A training loop as PyTorch's tutorials have it, for one process: python plain_loop.py."""
+
+import torch
+from digits import DigitNet, digits
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import Accuracy, MeanMetric
+
+torch.manual_seed(0)
+train_data = DataLoader(digits("train"), batch_size=64, shuffle=True)
+val_data = DataLoader(digits("val"), batch_size=64)
+net = DigitNet()
+loss_fn = nn.CrossEntropyLoss()
+optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+accuracy = Accuracy(task="multiclass", num_classes=10)
+metrics = {"train_loss": MeanMetric(), "val_loss": MeanMetric(), "val_acc": accuracy}
+
+for epoch in range(1, 6):
+    net.train()
+    for images, labels in train_data:
+        loss = loss_fn(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        metrics["train_loss"].update(loss.detach(), len(labels))
+    net.eval()
+    with torch.no_grad():
+        for images, labels in val_data:
+            predictions = net(images)
+            metrics["val_loss"].update(loss_fn(predictions, labels), len(labels))
+            metrics["val_acc"].update(predictions, labels)
+    print(epoch, {name: float(metric.compute()) for name, metric in metrics.items()})
+    for metric in metrics.values():
+        metric.reset()
+torch.save(net.state_dict(), "net.pt")

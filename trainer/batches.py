@@ -1,0 +1,39 @@
+"""Whatever a rank is given to train on or to evaluate, as its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from dtrain.errors import UserError
+
+from .data import Batches, IndexedBatches, Source
+from .stream import LoaderShares, StreamBatches, StreamShares
+from .world import World
+
+Data = DataLoader[Any] | Source | Iterable[Any]
+
+
+def batches_of(
+    data: Data, world: World, seed: int, micro_batch_size: int | None = None, *, fill_empty: bool
+) -> Batches:
+    """This rank's batches of a DataLoader, of a dataset with or without indices, or of a loader of the user's own.
+
+    Args:
+        fill_empty: see `IndexedBatches`.
+
+    Raises:
+        UserError: what can't be read so.
+    """
+    if not isinstance(data, Source | DataLoader):
+        own = LoaderShares(data, world, seed)
+        if micro_batch_size is not None:
+            raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
+        return StreamBatches(own, world, fill_empty=fill_empty)
+    source = data if isinstance(data, Source) else Source.of(data)
+    if not source.is_stream:
+        return IndexedBatches(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+    shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+    return StreamBatches(shares, world, fill_empty=fill_empty)

@@ -1,0 +1,73 @@
+"""A model's predictions of a whole dataset: each sample once, in the set's own order, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dtrain.errors import UserError
+
+from .batches import Data
+from .data import IndexedBatches, MicroBatch, Source
+from .parallel import Parallel
+from .step import Outcome, Step, describe
+from .world import World
+
+
+def in_order(data: Data) -> Source:
+    """The same samples, in the order of their indices.
+
+    Raises:
+        UserError: samples without indices.
+    """
+    if isinstance(data, DataLoader):
+        data = Source.of(data)
+    if not isinstance(data, Source) or data.is_stream:
+        name = type(data.dataset if isinstance(data, Source) else data).__name__
+        raise UserError(f"{name} has no order: predict takes a DataLoader of samples with indices")
+    return replace(data, shuffle=False, sampler=None)
+
+
+def predict_features(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
+    """The model's predictions for `(features, target)`, for `(features,)`, or for features alone."""
+    data = micro_batch.data
+    features = data[0] if isinstance(data, (tuple, list)) and len(data) in (1, 2) else data
+    return Outcome(torch.zeros(()), None, model(features), None)
+
+
+@torch.no_grad()
+def predict_shares(
+    model: Parallel, step: Step, data: Data, world: World, micro_batch_size: int | None
+) -> Iterator[tuple[int, Tensor]]:
+    """This rank's predictions, on the CPU, each with the index of its first sample. All ranks take part.
+
+    Where the ranks call the model together, each yields equally often; nothing where it has no sample.
+
+    Raises:
+        UserError: predictions that are no tensor with a row for each sample.
+    """
+    fill_empty = model.forwards_together
+    batches = IndexedBatches(in_order(data), world, 0, micro_batch_size, fill_empty=fill_empty)
+    model.share_buffers()
+    with model.evaluating():
+        for number, batch in enumerate(batches.epoch(1)):
+            parts = [part for part in batches.shard.micro_batches(number) if part or fill_empty]
+            for part, micro_batch in zip(parts, batch.micro_batches, strict=True):
+                if part:
+                    rows = _rows(step(model.bare, micro_batch), len(part))
+                else:
+                    with model.without_trace():
+                        rows = _rows(step(model.bare, micro_batch), None)[:0]
+                yield part.start, rows.cpu()
+
+
+def _rows(outcome: Outcome, samples: int | None) -> Tensor:
+    rows = outcome.predictions
+    if not isinstance(rows, Tensor) or rows.dim() == 0 or len(rows) != (samples or len(rows)):
+        count = f" of {samples}" if samples else ""
+        raise UserError(f"predictions must be a tensor with a row for each sample{count}, they are {describe(rows)}")
+    return rows

@@ -1,0 +1,176 @@
+"""Ranks: what a script with a training loop of its own needs on several processes, a line for each.
+
+The loop stays the user's, and so do its checkpoints: `Trainer` has a loop that continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from dtrain.errors import UserError
+
+from .batches import Data, batches_of
+from .data import Batches, MicroBatch
+from .ddp import DataParallel
+from .metrics import MetricSet, Result, as_metrics
+from .reduce import reduce_states
+from .weights import bare_state_dict, save_weights
+from .world import join_world
+
+
+class Ranks:
+    """The processes that the script was started with: by `dtrain launch --gpus 4 train.py`, torchrun, or one by python.
+
+    Each process runs the whole script. What is computed does not depend on how many there are.
+
+    Args:
+        seed: the order of the samples follows from it and the epoch.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    def __init__(self, *, seed: int = 0, device: str = "auto") -> None:
+        self.world = join_world(device)
+        self.rank, self.world_size = self.world.rank, self.world.world_size
+        self.device = self.world.device
+        self._seed = seed
+        self._models: list[DataParallel] = []
+        self._part: MicroBatch | None = None  # what the loop has in hand
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the batch in hand counts. Where a short batch leaves this rank none, it gets two that don't."""
+        return self._part is None or self._part.samples > 0
+
+    def shard(self, data: Data) -> Sharded:
+        """The batches of a DataLoader, whose batch_size is that of all ranks together: each rank gets its share.
+
+        They arrive on the device. A rank's share of a short batch may be empty; it then computes with two samples that
+        count for nothing, since the others wait for its part in the gradient.
+        """
+        return Sharded(self, batches_of(data, self.world, self._seed, fill_empty=True))
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        """The model on this rank's device with rank 0's weights, its gradients averaged over the ranks: torch's DDP.
+
+        On one process it is the model itself. All ranks take part.
+        """
+        model = DataParallel(net, self.world)
+        model.share_buffers()
+        self._models.append(model)
+        return model.module
+
+    def weigh(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
+        """The part of this rank's mean loss in that of the whole batch: what `backward` is to be called on.
+
+        Ranks have shares of different sizes, whose mean losses must not count alike.
+
+        Args:
+            units: of how many the loss is the mean on this rank, where that is not its number of samples in a batch of
+                `shard`: tokens, say, or the sum of class weights. All ranks take part then, in a sum.
+
+        Raises:
+            UserError: no batch of `shard` is in hand, or no model's gradients are averaged.
+        """
+        if self.world_size > 1 and not self._models:
+            raise UserError("Ranks.weigh scales a loss for a model whose gradients are averaged: net = ranks.wrap(net)")
+        if units is None:
+            if (part := self._part) is None:
+                raise UserError("Ranks.weigh: iterate over the batches of ranks.shard(loader), or give `units`")
+            return loss * (part.samples * self.world_size / part.batch_samples)
+        own = torch.as_tensor(units, dtype=torch.float64, device=loss.device).detach() * float(self.has_samples)
+        total = self.world.sum(own)
+        share = own * self.world_size / total.where(total != 0, 1.0)
+        return loss.where(own != 0, 0.0) * share.to(loss.dtype)  # the mean of no units is nan
+
+    def synchronise(self, metrics: Mapping[str, Metric | Callable[[Tensor, Tensor], Any]]) -> dict[str, Synchronised]:
+        """Metrics whose `compute` is of all ranks' samples, each counted once.
+
+        Args:
+            metrics: torchmetrics' own, or functions of all (predictions, target).
+        """
+        return {name: Synchronised(self, name, metric) for name, metric in as_metrics(metrics).items()}
+
+    def save(self, net: nn.Module, path: str | os.PathLike[str]) -> None:
+        """Write the bare module's state_dict, on rank 0; when it returns, the file is there. All ranks take part."""
+        model = next((each for each in self._models if net in (each.module, each.bare)), None)
+        if model is None:
+            raise UserError(f"Ranks.save: this {type(net).__name__} is none that Ranks.wrap has returned")
+        model.share_buffers()
+        refused = ""
+        if self.world.is_main:
+            try:
+                save_weights(bare_state_dict(model.bare), Path(path))
+            except OSError as error:
+                refused = f"{path} can't be written: {error.strerror}"
+        if refused := self.world.from_main(refused):
+            raise UserError(refused)
+
+    def _epoch(self, batches: Batches, epoch: int) -> Iterator[Any]:
+        for model in self._models:
+            if not model.bare.training:  # about to be evaluated, alike on all ranks
+                model.share_buffers()
+        for batch in batches.epoch(epoch):
+            for part in batch.micro_batches:
+                self._part = part
+                with contextlib.ExitStack() as undone:
+                    for model in self._models if not part.samples else ():
+                        undone.enter_context(model.without_trace())
+                    yield part.data
+        self._part = None
+
+
+class Sharded:
+    """A rank's shares of a loader's batches. To iterate over it is an epoch; equally many batches on all ranks."""
+
+    def __init__(self, ranks: Ranks, batches: Batches) -> None:
+        self._ranks = ranks
+        self._batches = batches
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next iteration be this epoch (from 1), for a loop that continues."""
+        self._epoch = epoch - 1
+
+    def __len__(self) -> int:
+        if (steps := self._batches.num_steps) is None:
+            raise TypeError("a stream has no length")
+        return steps
+
+    def __iter__(self) -> Iterator[Any]:
+        self._epoch += 1
+        return self._ranks._epoch(self._batches, self._epoch)
+
+
+class Synchronised:
+    """A metric over all ranks."""
+
+    def __init__(self, ranks: Ranks, name: str, metric: Metric) -> None:
+        self._ranks = ranks
+        self._name = name
+        self._own = MetricSet({name: metric}, {}, ranks.device)
+
+    def update(self, predictions: Any, target: Any) -> None:
+        """Take in a batch of this rank. To MeanMetric the two are values and their weight. No collective."""
+        if self._ranks.has_samples:
+            self._own.update(predictions, target)
+
+    def compute(self) -> Result | dict[str, Result]:
+        """The value, on all ranks: a number, lists of numbers, or such by name. All ranks take part."""
+        kept = self._own.state_dict()
+        reduced = reduce_states(self._own.states())
+        values = {} if reduced is None else self._own.finish(reduced)
+        self._own.load_state_dict(kept)  # more may be added
+        values = self._ranks.world.from_main(values)
+        return values.get(self._name, values)
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._own.reset()
