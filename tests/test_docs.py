@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import re
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import yaml
 from dtrain.job import Job
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+STYLES = ROOT / "examples" / "styles"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     for link in links:
@@ -43,3 +46,33 @@ def test_every_source_file_has_its_place_in_the_architecture():
         for path in (ROOT / folder).glob("*.py"):
             if not path.name.startswith("__"):
                 assert path.name in text, path.name
+
+
+def diffs(page: str) -> list[list[str]]:
+    """The diffs that a page and its translation show."""
+    texts = [(ROOT / "docs" / folder / page).read_text() for folder in ("", "zh")]
+    return [text.split("```diff\n")[1].split("\n```")[0].splitlines() for text in texts]
+
+
+def test_the_diff_from_data_parallel_is_that_of_the_files():
+    before, after = ((STYLES / f"{name}.py").read_text().splitlines() for name in ("data_parallel", "own_loop"))
+    expected = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
+    for shown in diffs("dataparallel.md"):
+        assert shown == expected
+
+
+def test_the_diff_to_a_loop_of_ones_own_is_that_of_the_files():
+    before, after = ((STYLES / f"{name}_loop.py").read_text().splitlines() for name in ("plain", "own"))
+    expected = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[2:] and line[2] != '"']
+    for shown in diffs("own-loop.md"):
+        assert sorted(line for line in shown if line[:1] in ("+", "-")) == sorted(
+            line[0] + line[2:] for line in expected
+        )
+
+
+def test_every_test_that_the_tutorials_table_names_is_there():
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", (ROOT / "docs" / "tutorials.md").read_text())
+    assert named
+    for file, name in named:
+        tree = ast.parse((ROOT / file).read_text())
+        assert name in [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)], f"{file}::{name}"

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from training import epoch_order
 
+from dtrain import load_weights
+
 STYLES = Path(__file__).parents[1] / "examples" / "styles"
 EPOCHS = 5
 VALUES = ("train_loss", "val_loss", "val_acc")
@@ -102,6 +104,16 @@ def test_on_three_processes(target, project, plain):
 
 def test_the_plain_loop_learns(project):
     assert printed(python(project, "plain_loop.py"))[-1]["val_acc"] > 0.9
+
+
+def test_what_data_parallel_has_saved_loads(project):
+    """`module.` before each name, as the tutorials' script saves it."""
+    python(project, "data_parallel.py")
+    saved = torch.load(project.folder / "net.pt", weights_only=True)
+    net = runpy.run_path(str(STYLES / "digits.py"))["DigitNet"]()
+    assert saved.keys() == {f"module.{name}" for name in net.state_dict()}
+    load_weights(net, project.folder / "net.pt")
+    assert all(saved[f"module.{name}"].equal(value) for name, value in net.state_dict().items())
 
 
 def code(path):
