@@ -87,4 +87,13 @@ def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_v
     trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, metrics, device="cpu", run_dir=tmp_path / "run")
     with pytest.raises(UserError, match=f"monitor {monitor} names nothing.*{hint}"):
         trainer.fit(data, data if with_val else None, monitor=monitor)
+    for wrong, says in (
+        ({"patience": 0}, "patience is 0: it counts epochs, from 1"),
+        ({"epochs": 0}, "epochs is 0: it counts epochs, from 1"),
+        ({"mode": "maximum"}, "mode is 'maximum': min, where a smaller loss is better, or max"),
+    ):
+        with pytest.raises(UserError, match=says):
+            trainer.fit(data, **wrong)
+    with pytest.raises(UserError, match="Trainer knows no loss"):
+        Trainer(net, device="cpu").evaluate(data)
     assert not (tmp_path / "run").exists()

@@ -121,9 +121,8 @@ def parts(name: str) -> tuple[nn.Module, Any, TensorDataset]:
     if name == "SparseAdam":
         rest = [nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()]
     data = TensorDataset(torch.randint(6, (17, 2)), torch.randint(2, (17,)))
-    net = nn.Sequential(embedding, *rest)
-    few = {"max_iter": 4} if name == "LBFGS" else {}  # more of them follow rounding into other directions
-    target = OptimizerTarget(**{"_target_": f"torch.optim.{name}", "lr": 0.05, **few})
+    net = nn.Sequential(embedding, *rest).double()  # LBFGS follows rounding into other directions
+    target = OptimizerTarget(**{"_target_": f"torch.optim.{name}", "lr": 0.05})
     assert check_target(target, 1, "optimizer") == []
     return net, instantiate(target, net.parameters()), data
 
@@ -163,4 +162,4 @@ def test_every_optimizer_of_torchs_by_its_name(tmp_path):
         for name, found in weights.items():
             expected = plain_loop(name)
             apart = max(float((found[key] - value).norm() / value.norm()) for key, value in expected.items())
-            assert apart < (1e-2 if name == "Muon" else 1e-5), (name, apart)  # Muon computes in bfloat16
+            assert apart < (1e-2 if name == "Muon" else 1e-7), (name, apart)  # Muon computes in bfloat16

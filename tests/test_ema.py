@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import campaign
 from torch import nn
 from training import Job, Samples, differences, epoch_order, final_state, train
 
@@ -69,7 +70,7 @@ def plain_loop() -> tuple[list[dict[str, float]], list[dict[str, torch.Tensor]]]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [campaign(1), 3])
 def test_the_average_is_that_of_a_plain_loop(world_size, strategy, plain_loop, tmp_path):
     expected, averages = plain_loop
     rows = train(world_size, tmp_path, job, strategy)[0][0]

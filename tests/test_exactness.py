@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import campaign
 from ranks import run_ranks
 from torch import nn
 from torchmetrics import Accuracy, MeanSquaredError
@@ -73,8 +74,10 @@ def plain_loop(optimizer: str) -> tuple[list[dict[str, Any]], dict[str, torch.Te
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batches"),
+    [(1, 2), (2, 1), (3, 2), (4, 1), campaign(1, 1), campaign(2, 2), campaign(3, 1), campaign(4, 2)],
+)
 def test_any_number_of_ranks_trains_as_a_plain_loop_does(world_size, micro_batches, optimizer, tmp_path):
     largest_share = -(-BATCH // world_size)
     results = train(world_size, tmp_path, job, optimizer, -(-largest_share // micro_batches))

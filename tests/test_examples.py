@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from marks import campaign
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from training import epoch_order
@@ -80,24 +80,36 @@ def test_mnist(project, mnist_root):
     assert sum(value.numel() for value in weights.values()) == 320 + 51264 + 2080 + 330  # the tutorials' network
 
 
-def test_gpt_is_the_same_under_any_strategy(project):
-    """Tokens as the loss's unit, tied weights, a parameter group and warm-up, cut over 3 ranks and on one."""
+@pytest.fixture(scope="module")
+def gpt(new_project):
+    """Trains a small one by the name of its strategy; on one rank where there is nothing to cut."""
+    project = new_project("gpt")
     job, small = str(EXAMPLES / "gpt" / "job.yaml"), ["model.width=32", "model.depth=2"]
     small += ["data.batch_size=16", "fit.epochs=1"]
     small += [f"{where}.context=32" for where in ("model", "data.train", "data.val")]
     small += [f"data.{split}.modules=[argparse, ast, inspect]" for split in ("train", "val")]
-    zero = ["fit.strategy=deepspeed", "deepspeed.zero_optimization.stage=2"]
-    for name, ranks, settings in (("ddp", "1", []), ("fsdp", "3", ["fit.strategy=fsdp"]), ("deepspeed", "2", zero)):
-        done = project.run("launch", "--gpus", ranks, "--run-dir", name, job, *small, *settings)
+    settings = {"deepspeed": ["deepspeed.zero_optimization.stage=2"]}
+
+    def train(name, ranks):
+        strategy = [f"fit.strategy={name}", *settings.get(name, [])]
+        done = project.run("launch", "--gpus", ranks, "--run-dir", name, job, *small, *strategy)
         assert done.code == 0, done.err
-    [expected] = project.run_dir("ddp").rows()
-    assert expected["val_loss"] < 5.0  # of a uniform guess it is 5.5
-    for name in ("fsdp", "deepspeed"):
-        [row] = project.run_dir(name).rows()
-        assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
-        assert row["val_acc"] == pytest.approx(expected["val_acc"], rel=1e-3)
-        weights = torch.load(project.run_dir(name).best_weights, weights_only=True)
-        assert weights["head.weight"].shape == (256, 32)
+        return project.run_dir(name)
+
+    whole = train("ddp", "1")
+    assert whole.rows()[0]["val_loss"] < 5.0  # of a uniform guess it is 5.5
+    return whole, train
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("fsdp", "3"), campaign("deepspeed", "2")])
+def test_gpt_is_the_same_under_any_strategy(name, ranks, gpt):
+    """Tokens as the loss's unit, tied weights, a parameter group and warm-up, cut over ranks and on one."""
+    whole, train = gpt
+    run = train(name, ranks)
+    [expected], [row] = whole.rows(), run.rows()
+    assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    assert row["val_acc"] == pytest.approx(expected["val_acc"], rel=1e-3)
+    assert torch.load(run.best_weights, weights_only=True)["head.weight"].shape == (256, 32)
 
 
 def test_resnet(project):
@@ -126,10 +138,17 @@ def test_lenet(project, mnist_root):
     assert "compared with PyTorch by onnxruntime on 8 samples" in done.err
 
 
-def test_rings(project):
+def in_process(folder, script, *arguments, monkeypatch):
+    """Run an example as python does, without the seconds that imports take."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(folder / script), run_name="__main__")
+
+
+def test_rings(project, monkeypatch):
     """Focal loss, L1, L2 and AUC: a plain loop's numbers, on 3 processes; and their picture."""
     folder = EXAMPLES / "rings"
-    done = project.run("launch", "--gpus", "3", "--run-dir", "run", str(folder / "job.yaml"), "fit.epochs=3")
+    done = project.run("launch", "--gpus", "3", "--run-dir", "run", str(folder / "job.yaml"), "fit.epochs=2")
     assert done.code == 0, done.err
     names = runpy.run_path(str(folder / "rings.py"))
     (points, labels), (val_points, val_labels) = (names["rings"](split).tensors for split in ("train", "val"))
@@ -151,17 +170,15 @@ def test_rings(project):
         assert row["train_loss"] == pytest.approx(total / len(labels), rel=1e-5)
         with torch.no_grad():
             assert row["val_auc"] == pytest.approx(roc_auc_score(val_labels, net(val_points)), abs=1e-5)
-    subprocess.run([sys.executable, folder / "scatter.py", project.run_dir().path], check=True)
+    in_process(folder, "scatter.py", str(project.run_dir().path), monkeypatch=monkeypatch)
     assert (project.run_dir().path / "rings.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_regression(project):
+def test_regression(project, capsys, monkeypatch):
     """A million points cut short: the same line from one process and from three."""
     folder, few = EXAMPLES / "regression", ["--points", "3001", "--steps", "400"]
-    alone = subprocess.run(
-        [sys.executable, folder / "train.py", *few], env=project.environment, capture_output=True, text=True, check=True
-    )
-    [line] = [line for line in alone.stdout.splitlines() if line.startswith("w = ")]
+    in_process(folder, "train.py", *few, monkeypatch=monkeypatch)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("w = ")]
     weights = [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
     assert weights == pytest.approx([2.0, -3.0, 10.0], abs=0.1)
     done = project.run("launch", "--gpus", "3", str(folder / "job.yaml"), f"script=[train.py, {', '.join(few)}]")
@@ -169,11 +186,9 @@ def test_regression(project):
     assert line in done.out
 
 
-def test_matrix_product():
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "regression" / "matmul.py"], capture_output=True, text=True, check=True
-    )
-    assert re.search(r"^cpu: [\d.]+ ms, [\d,]+ GFLOPS$", done.stdout, re.MULTILINE)
+def test_matrix_product(capsys, monkeypatch):
+    in_process(EXAMPLES / "regression", "matmul.py", monkeypatch=monkeypatch)
+    assert re.search(r"^cpu: [\d.]+ ms, [\d,]+ GFLOPS$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_tutorials_network_has_their_number_of_parameters():

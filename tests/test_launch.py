@@ -159,7 +159,7 @@ def test_mlflow_has_one_run_for_the_job(run, store):
     history = client.get_metric_history(found.info.run_id, "val_acc")
     assert [(metric.step, metric.value) for metric in history] == [(row["step"], row["val_acc"]) for row in rows]
     artifacts = {file.path for file in client.list_artifacts(found.info.run_id)}
-    assert artifacts == {"job.yaml", "weights"}
+    assert artifacts == {"job.yaml", "weights", "plots"}
     assert [file.path for file in client.list_artifacts(found.info.run_id, "weights")] == ["weights/best.pt"]
 
 

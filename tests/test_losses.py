@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import campaign
 from torch import Tensor, nn
 from training import Job, Samples, epoch_order, train
 
@@ -160,7 +161,7 @@ def plain_loop(case: Case) -> tuple[list[float], float, dict[str, Tensor]]:
     return train_losses, losses(torch.arange(NUM_SAMPLES), training=False), net.state_dict()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [campaign(1), campaign(2), 3])
 @pytest.mark.parametrize("name", CASES)
 def test_a_loss_of_parts_is_the_loss_of_the_whole(name, world_size, tmp_path):
     results = train(world_size, tmp_path, job, name, 3)  # shares of 11, 6 or 4 samples: 4 or 2 micro-batches

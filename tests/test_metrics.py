@@ -14,6 +14,7 @@ import torchmetrics as tm
 from ranks import count_collectives, run_ranks
 from sklearn.metrics import roc_auc_score
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics.classification import MultilabelRankingLoss
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.utilities.compute import normalize_logits_if_needed
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
@@ -113,7 +114,19 @@ def images():
     }
 
 
-ACTIVATIONS = {classes: "softmax", binary: "sigmoid"}
+def labels():
+    options = {"task": "multilabel", "num_labels": 5}
+    return {
+        "acc": tm.Accuracy(**options),
+        "f1": tm.F1Score(average=None, **options),
+        "exact": tm.ExactMatch(**options),
+        "auroc": tm.AUROC(**options),
+        "confusion": tm.ConfusionMatrix(**options),
+        "ranking": MultilabelRankingLoss(num_labels=5),
+    }
+
+
+ACTIVATIONS = {classes: "softmax", binary: "sigmoid", labels: "sigmoid"}
 LENGTHS = {images: 40}
 
 
@@ -127,6 +140,9 @@ def data(kind):
         return (target + 0.1 * torch.rand(target.shape, generator=generator)).clamp(0, 1), target
     if kind in (regression, outputs):
         target = torch.randn((num, 2) if kind is outputs else (num,), generator=generator)
+        return target + torch.randn(target.shape, generator=generator), target
+    if kind is labels:
+        target = torch.randint(2, (num, 5), generator=generator)
         return target + torch.randn(target.shape, generator=generator), target
     num_classes = 5 if kind is classes else 2
     target = torch.randint(num_classes, (num,), generator=generator)
@@ -188,7 +204,7 @@ def epoch(rank, world_size, kind, shares):
     return finish(metrics)
 
 
-KINDS = [classes, binary, regression, outputs, images]
+KINDS = [classes, binary, labels, regression, outputs, images]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from command import PATIENCE_S
+from marks import campaign
 from mlflow import MlflowClient
 
 from dtrain.files import read_json
@@ -91,7 +92,7 @@ def test_a_stop_and_its_continuation(number, code, project, uninterrupted):
 
 
 @pytest.mark.mlflow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [campaign(signal.SIGTERM), signal.SIGUSR2])
 def test_what_a_cluster_sends_to_all_processes_means_the_agent(number, project, uninterrupted):
     """Slurm signals each process of a job: the fork server, the ranks, those that load their data, the tracker."""
     with project.running(*SIZE, *JOB, "data.workers=1") as command:
@@ -195,7 +196,10 @@ def test_a_running_run_has_one_writer(project):
 
 
 @pytest.mark.mlflow
-@pytest.mark.parametrize("options", [[], ["--no-preload"]], ids=["preload", "no-preload"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], id="preload"), campaign(["--no-preload"], id="no-preload")],
+)
 def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, project, store, uninterrupted):
     with project.running(*SIZE, *JOB, *options) as command:
         until_waiting(project, command)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import campaign
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -125,8 +126,8 @@ def assert_like(plain_loop: Any, folder: Any, rows: list[dict[str, Any]], epochs
     [
         *itertools.product(("ddp", "fsdp", "ZeRO 3"), (2, 3)),
         *(("fsdp, kept", 3), ("ZeRO 1", 2), ("ZeRO 2", 3)),
-        *(pytest.param(*each, marks=pytest.mark.campaign) for each in (("ZeRO 1", 3), ("ZeRO 2", 2), ("ZeRO 0", 3))),
-        *(pytest.param(each, 1, marks=pytest.mark.campaign) for each in ("ddp", "fsdp", "ZeRO 3")),
+        *(campaign(*each) for each in (("ZeRO 1", 3), ("ZeRO 2", 2), ("ZeRO 0", 3))),
+        *(campaign(each, 1) for each in ("ddp", "fsdp", "ZeRO 3")),
     ],
 )
 def test_the_curve_is_that_of_a_plain_loop(strategy, world_size, plain_loop, tmp_path):

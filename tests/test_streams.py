@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from command import JOB
+from marks import campaign
 from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -488,7 +489,10 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+IN_TEST = ("plain, its own state", "split, read again", "torchdata", "own, its state")
+
+
+@pytest.mark.parametrize("name", [*IN_TEST, *(campaign(name) for name in RESUMED if name not in IN_TEST)])
 def test_a_stream_goes_on_where_it_stopped_to_the_bit(name, uninterrupted, tmp_path):
     world_size, options, stops = RESUMED[name]
     for stop in stops:
@@ -516,8 +520,15 @@ def test_a_stream_with_a_state_is_not_read_again(split, state, tmp_path):
     assert reads == readers * (2 * NUM_SAMPLES - 3 * BATCH)
 
 
-@pytest.mark.parametrize("state", [None, "dataset"])
-@pytest.mark.parametrize(("before", "after"), [((2, 0), (3, 2)), ((3, 2), (1, 0)), ((1, 2), (2, 0))])
+@pytest.mark.parametrize(
+    ("before", "after", "state"),
+    [
+        ((2, 0), (3, 2), None),
+        ((3, 2), (1, 0), "dataset"),
+        campaign((1, 2), (2, 0), None),
+        campaign((2, 0), (3, 2), "dataset"),
+    ],
+)
 def test_a_plain_stream_goes_on_at_another_size(before, after, state, tmp_path):
     options = Options(Kind(state=state))
     order = [np.roll(range(NUM_SAMPLES), epoch if state else 0).tolist() for epoch in (1, 2)]

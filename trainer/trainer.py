@@ -167,11 +167,11 @@ class Trainer:
             dtype = self.precision.dtype
             return FullySharded(net, self.world, strategy, dtype, sync_batchnorm=sync_batchnorm)
         if isinstance(strategy, Mapping):
-            from .zero import Zero
+            from .zero import with_deepspeed
 
             said: dict[str, Any] = {"micro_batch_size": self.micro_batch_size, "clip_norm": self.clip_norm}
             said |= {"precision": self.precision.name, "ema": self.ema, "l1": self.l1, "l2": self.l2}
-            return Zero(net, self.world, strategy, said, sync_batchnorm=sync_batchnorm)
+            return with_deepspeed(net, self.world, strategy, said, sync_batchnorm=sync_batchnorm)
         return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
 
     def _take(self, step: UserStep) -> None:

@@ -47,8 +47,16 @@ class _Fragment:
     length: int
 
 
-class Zero(Parallel):
-    """A model whose training DeepSpeed shares out. All ranks take part in `adopt`, which makes the engine.
+def with_deepspeed(
+    net: nn.Module, world: World, config: Mapping[str, Any], said: Mapping[str, Any], *, sync_batchnorm: bool
+) -> Parallel:
+    """The model under DeepSpeed with the stage that its section asks for; arguments and errors as of `Engine`."""
+    kind = Zero if zero_config.stage(config) else Engine
+    return kind(net, world, config, said, sync_batchnorm=sync_batchnorm)
+
+
+class Engine(Parallel):
+    """A model that DeepSpeed trains, whole on each rank: stage 0. All ranks take part in `adopt`.
 
     Args:
         config: DeepSpeed's own settings.
@@ -74,11 +82,7 @@ class Zero(Parallel):
         self._config = zero_config.filled(config, said["precision"])
         self._stage = zero_config.stage(config)
         self._engine: Any = None
-        self._groups: list[list[str]] = []  # the names of the optimizer's parameters
-        self._fragments: dict[nn.Parameter, _Fragment] = {}
         ensure_group(world)
-        self._mesh = init_device_mesh("cpu", (world.world_size,))  # of what a checkpoint has in parts
-        self.forwards_together = self._stage == 3
 
     def adopt(self, optimizer: Optimizer | None) -> None:
         if optimizer is None:
@@ -88,32 +92,22 @@ class Zero(Parallel):
             return
         if (name := type(optimizer).__name__) in _NOT_BY_NUMBER:
             raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
-        self._groups = parameter_groups(optimizer, self.bare)
-        known = dict(self.bare.named_parameters())
-        if unknown := [name for group in self._groups for name in group if name not in known]:
+        groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
+        if unknown := [name for group in groups for name in group if name not in known]:
             raise UserError(f"the optimizer has parameters that are not the model's ({len(unknown)}): use ddp, or fsdp")
         deepspeed = _deepspeed(self.world.device)
         try:
-            if self._stage == 3:  # a parameter at a time: the device never holds the whole model
-                deepspeed.zero.Init(module=self.bare, config_dict_or_path=self._config)
-                for buffer in self.bare.buffers():
-                    buffer.data = buffer.data.to(self.world.device)
+            self._bring(deepspeed)
             self._engine, *_ = deepspeed.initialize(model=self.bare, optimizer=optimizer, config=self._config)
         except pydantic.ValidationError as error:
             raise UserError([_problem(each) for each in error.errors()]) from None
         except (AssertionError, ValueError) as error:  # how it says that settings contradict each other
             raise UserError(Problem(first_line(error), "deepspeed")) from None
-        if self._stage and self._zero.optimizer is not optimizer:
-            raise UserError(f"DeepSpeed exchanges {name} for one of its own, without its groups: use ddp, or fsdp")
         self.module = self._engine
-        if self._stage:
-            self._fragments = dict(self._find_fragments())
         self.share_buffers()  # it has shared the parameters itself
 
-    @property
-    def _zero(self) -> Any:
-        """DeepSpeed's wrapper around the optimizer; of stage 0 the optimizer itself."""
-        return self._engine.optimizer
+    def _bring(self, deepspeed: Any) -> None:
+        """Bring the model to the device before the engine is made, where that is not left to it."""
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -131,9 +125,52 @@ class Zero(Parallel):
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Nothing: DeepSpeed drops gradients when it has made its step."""
 
+    def step(self, optimizer: Optimizer) -> bool:
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def drop_gradients(self) -> None:
+        self._engine.zero_grad()
+
+
+class Zero(Engine):
+    """A model of which DeepSpeed leaves each rank a part to train: ZeRO's stages 1 to 3."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._groups: list[list[str]] = []  # the names of the optimizer's parameters
+        self._group_of: dict[str, int] = {}
+        self._parameters = dict(self.bare.named_parameters(remove_duplicate=False))
+        self._fragments: dict[nn.Parameter, _Fragment] = {}
+        self._mesh = init_device_mesh("cpu", (self.world.world_size,))  # of what a checkpoint has in parts
+        self.forwards_together = self._stage == 3
+
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        if optimizer is not None:  # by name now: the engine will exchange the parameters for flat parts
+            self._groups = parameter_groups(optimizer, self.bare)
+            self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
+        super().adopt(optimizer)
+        if optimizer is None:
+            return
+        if self._zero.optimizer is not optimizer:
+            name = type(optimizer).__name__
+            raise UserError(f"DeepSpeed exchanges {name} for one of its own, without its groups: use ddp, or fsdp")
+        self._fragments = dict(self._find_fragments())
+
+    def _bring(self, deepspeed: Any) -> None:
+        if self._stage == 3:  # a parameter at a time: the device never holds the whole model
+            deepspeed.zero.Init(module=self.bare, config_dict_or_path=self._config)
+            for buffer in self.bare.buffers():
+                buffer.data = buffer.data.to(self.world.device)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's wrapper around the optimizer."""
+        return self._engine.optimizer
+
+    # -- a step ----------------------------------------------------------------------------------
+
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        if self._stage == 0:
-            return [parameter.grad for parameter in self.bare.parameters() if parameter.grad is not None]
         if self._zero.offload_optimizer if self._stage == 3 else self._zero.cpu_offload:
             flats = {id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values()
             return [flat.grad for flat in flats if flat.grad is not None]
@@ -141,19 +178,10 @@ class Zero(Parallel):
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         own = super().norm(gradients)
-        if self._stage == 0:
-            return own
         return self.world.sum(own.to(self.world.device).square()).sqrt()
 
-    def step(self, optimizer: Optimizer) -> bool:
-        self._engine.step()
-        return bool(self._engine.was_step_applied())
-
     def drop_gradients(self) -> None:
-        if self._stage == 0:
-            self._engine.zero_grad()
-        else:
-            self._engine.step()  # which leaves out what is not finite, and is the only one who can drop it
+        self._engine.step()  # which leaves out what is not finite, and is the only one who can drop it
 
     # -- what is saved ---------------------------------------------------------------------------
 
@@ -185,8 +213,7 @@ class Zero(Parallel):
                 whole = _full(state[name])
                 with self._whole(value, modified=True) as gathered, torch.no_grad():
                     gathered.copy_(whole)
-        if self._stage:
-            self._zero.refresh_fp32_params()
+        self._zero.refresh_fp32_params()
 
     def shapes(self) -> dict[str, torch.Size]:
         values = self.bare.state_dict(keep_vars=True).items()
@@ -204,8 +231,6 @@ class Zero(Parallel):
             yield value
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._stage == 0:
-            return super().optimizer_state(optimizer)
         state: dict[str, dict[str, Any]] = {}
         for name, parameter in self._trained():
             fragment = self._fragments[parameter]
@@ -225,9 +250,6 @@ class Zero(Parallel):
         return {"state": state, "param_groups": [{**group, "params": names} for group, names in groups]}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        if self._stage == 0:
-            super().load_optimizer_state(optimizer, state)
-            return
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         for name, parameter in self._trained():
@@ -240,7 +262,7 @@ class Zero(Parallel):
                     mine = whole[fragment.begin : fragment.begin + fragment.length]
                     flat[fragment.start : fragment.start + fragment.length] = mine
                 else:
-                    group = optimizer.param_groups[self._group_of(name)]
+                    group = optimizer.param_groups[self._group_of[name]]
                     on_device = isinstance(value, Tensor) and (group.get("fused") or group.get("capturable"))
                     own[key] = value.to(fragment.flat.device) if on_device else value
 
@@ -248,8 +270,8 @@ class Zero(Parallel):
         return self._groups
 
     def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        known = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
-        is_cut = self._stage == 3 or (self._stage > 0 and section == "optimizer")
+        known = self._parameters.get(name)
+        is_cut = self._stage == 3 or section == "optimizer"
         if not is_cut or known is None or self._shape(known) != shape:
             return None
         return dtensor.empty(*shape, dtype=dtype, device_mesh=self._mesh, placements=[Shard(0)])
@@ -257,11 +279,8 @@ class Zero(Parallel):
     # -- flat parts ------------------------------------------------------------------------------
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        known = dict(self.bare.named_parameters())
-        return [(name, known[name]) for group in self._groups for name in group if known[name].requires_grad]
-
-    def _group_of(self, name: str) -> int:
-        return next(number for number, group in enumerate(self._groups) if name in group)
+        known = self._parameters
+        return [(name, known[name]) for name in self._group_of if known[name].requires_grad]
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
