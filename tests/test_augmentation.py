@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import campaign
 from ranks import run_ranks
 from torch.utils.data import Dataset, Subset
 from training import epoch_order
@@ -81,7 +82,7 @@ def test_each_sample_draws_numbers_of_its_own(expected):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "workers", "micro_batch_size"), [(1, 2, 2), (2, 0, None), (3, 2, None), (3, 0, 1)]
+    ("world_size", "workers", "micro_batch_size"), [campaign(1, 2, 2), campaign(2, 0, None), (3, 2, None), (3, 0, 1)]
 )
 def test_neither_ranks_nor_workers_nor_micro_batches_change_a_sample(world_size, workers, micro_batch_size, expected):
     ranks = run_ranks(world_size, load_as_rank, workers, micro_batch_size)

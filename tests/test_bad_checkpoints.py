@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
+import pytest
 from command import Command
 
 from dtrain.files import read_json
@@ -66,6 +67,7 @@ trainer.fit(DataLoader(data.points(40), batch_size=8, shuffle=True), epochs=int(
 """
 
 
+@pytest.mark.campaign
 def test_a_script_that_was_changed_does_not_continue_with_what_does_not_fit(project):
     project.write("train.py", SCRIPT)
     words = ("launch", "--gpus", "1", "--run-dir", "run", "train.py", "--")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import JOB, Project
+from marks import campaign
 
 UNREPEATABLE = """
 import os
@@ -76,7 +77,7 @@ def test_what_cannot_be_repeated_is_seen(project: Project):
     assert "each process has its own Dropout" in done.out
 
 
-@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("splits", [campaign(False), True])
 def test_streams_are_cut_too(splits, project: Project):
     project.write("stream.py", STREAM)
     project.job(data={"train": {"_target_": "stream.Points", "splits": splits}, "batch_size": 8})

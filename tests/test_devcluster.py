@@ -45,6 +45,7 @@ def test_an_array(cluster, tmp_path):
     assert not (tmp_path / "2").exists()
 
 
+@pytest.mark.campaign
 def test_a_preempted_job_is_asked_and_requeued(cluster, tmp_path):
     script = TWICE + "srun bash -c 'trap \"echo asked >> events; exit\" TERM; touch up; sleep 1000 & wait'; sleep 1000"
     gpus = ["--nodes=1", "--nodelist=node1", "--gpus-per-node=2"]

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from command import Project
+from marks import campaign
 
 HANGS = """
 import os
@@ -67,7 +68,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["forward", "loading", campaign("suspended"), campaign("loading process")])
 def test_the_rank_that_stands_is_named(name, project: Project):
     loading, says = CASES[name]
     project.write("hangs.py", HANGS)

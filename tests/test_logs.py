@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from marks import campaign
 
 import dtrain.output
 from dtrain.files import write_json
@@ -186,7 +187,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", ["lines", *(campaign(name) for name in ENDS if name != "lines")])
 def test_a_reader_that_goes_changes_nothing(name, project):
     """With nobody there to print to, the run goes on, and ends as it would have."""
     errors, end, code, state = ENDS[name]

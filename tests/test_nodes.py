@@ -99,6 +99,7 @@ def test_a_rank_that_fails_on_one_node_is_named_on_both(job):
     assert job.status()["error"]["rank"] == 2
 
 
+@pytest.mark.campaign
 def test_both_nodes_start_again_from_the_checkpoint(job):
     ends = run(job, "model.fault=boom_once", "fit.restarts=1", "checkpoint.every=1")
     for done in ends:

@@ -56,6 +56,7 @@ def test_a_run_that_was_started_again_is_as_one_that_never_failed(job):
     assert results(job, "run") == results(job, "whole")
 
 
+@pytest.mark.campaign
 def test_in_the_end_the_cause_is_the_headline(job):
     done = job.run(*LAUNCH, "model.failures=9")
     assert done.code == 1

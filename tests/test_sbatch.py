@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from dtrain.errors import UserError
 from dtrain.job import Slurm
+from dtrain.loading import load
 from dtrain.slurm.environment import Place, first_host, place
 from dtrain.slurm.jobs import QueuedJob, look_up
 from dtrain.slurm.render import Array, Gpus, Submission, render
@@ -162,6 +164,13 @@ def test_why_a_job_waits(reason, says):
     assert soon == f"{says}; expected to start 2026-11-22 01:30:00"
 
 
+MODEL = """
+model: {_target_: torch.nn.Linear, in_features: 4, out_features: 2}
+data: {train: {_target_: torch.utils.data.TensorDataset}, batch_size: 8}
+loss: {_target_: torch.nn.MSELoss}
+optimizer: {_target_: torch.optim.Adam}
+fit: {epochs: 1}
+""".strip()
 # By name: the section, and what is said of it.
 WRONG = {
     "unknown": ("{tme: 5}", "slurm.tme: is no option of sbatch; did you mean time?"),
@@ -180,17 +189,22 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_section_that_sbatch_would_not_take(name, project):
+def test_a_section_that_sbatch_would_not_take(name, tmp_path, monkeypatch):
     section, says = WRONG[name]
-    project.write("train.py", "")
-    project.write("by-script.yaml", f"name: x\nscript: train.py\nslurm: {section}\n")
-    text = (project.folder / "job.yaml").read_text() + f"slurm: {section}\n"
-    project.write("with-slurm.yaml", text)
-    for file in ("by-script.yaml", "with-slurm.yaml"):
-        done = project.run("launch", "--slurm", "--dry-run", file)
-        assert done.code == 2
-        assert says in done.err
-        assert "Traceback" not in done.err
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for kind in ("script: train.py", MODEL):
+        (tmp_path / "job.yaml").write_text(f"name: x\n{kind}\nslurm: {section}\n")
+        with pytest.raises(UserError) as refused:
+            load(tmp_path / "job.yaml")
+        assert f"job.yaml:{2 + len(kind.splitlines())}: {says}" in str(refused.value)
+
+
+def test_a_wrong_section_is_said_before_anything_is_submitted(project):
+    project.job(slurm={"tme": 5})
+    done = project.run("launch", "--slurm", "--dry-run", "job.yaml")
+    assert done.code == 2
+    assert "slurm.tme: is no option of sbatch; did you mean time?" in done.err
+    assert "Traceback" not in done.err
     assert not project.runs()
 
 

@@ -136,6 +136,7 @@ def test_a_preempted_run_continues(site, alone):
     assert site.history() == alone.history()
 
 
+@pytest.mark.campaign
 @pytest.mark.mlflow
 def test_a_sweep_is_an_array(site, alone):
     done = site.run(

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from training import epoch_order
 
-from dtrain import load_weights
+from dtrain import Ranks, Trainer, load_weights
 
 STYLES = Path(__file__).parents[1] / "examples" / "styles"
 EPOCHS = 5
@@ -126,6 +127,43 @@ def test_on_three_processes(target, project, plain):
 
 def test_the_plain_loop_learns(alone):
     assert printed(alone["plain_loop.py"])[-1]["val_acc"] > 0.9
+
+
+def any_network():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3))
+    data = TensorDataset(torch.randn(30, 6), torch.randint(3, (30,)))
+    loader = DataLoader(data, batch_size=8, shuffle=True)
+    return net, torch.optim.Adam(net.parameters(), lr=0.01), loader, DataLoader(data, batch_size=7)
+
+
+def step(model, batch):
+    features, target = batch
+    return {"loss": nn.functional.cross_entropy(model(features), target)}
+
+
+def test_any_network_on_one_process(tmp_path):
+    """With dropout and batch norm: what is drawn in a loop of one's own is what Trainer draws."""
+    net, optimizer, train_data, val_data = any_network()
+    ranks = Ranks(device="cpu")
+    wrapped, train_data, val_data = ranks.wrap(net), ranks.shard(train_data), ranks.shard(val_data)
+    for _ in range(3):
+        wrapped.train()
+        for batch in train_data:
+            optimizer.zero_grad()
+            ranks.weigh(step(wrapped, batch)["loss"]).backward()
+            optimizer.step()
+        wrapped.eval()
+        for batch in val_data:
+            step(wrapped, batch)
+    expected = net.state_dict()
+    for name, options in {"step": {"step": step}, "class": {}}.items():
+        net, optimizer, train_data, val_data = any_network()
+        loss_fn = None if options else nn.CrossEntropyLoss()
+        trainer = Trainer(net, loss_fn, optimizer, device="cpu", run_dir=tmp_path / name)
+        trainer.fit(train_data, val_data, epochs=3, **options)
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
 
 
 def test_what_data_parallel_has_saved_loads(tmp_path, monkeypatch):

@@ -76,6 +76,7 @@ def test_each_run_is_the_run_that_its_values_make(project):
     assert "--resume continues the sweep in it" in again.err
 
 
+@pytest.mark.campaign
 def test_a_sweep_that_was_stopped_continues(project):
     arguments = ("job.yaml", "optimizer.lr=0.1,0.02", "model.gate=3", "fit.epochs=1")
     with project.running("sweep", "--gpus", "2", "--run-dir", "all", *arguments) as command:

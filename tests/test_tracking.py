@@ -220,6 +220,7 @@ def test_a_server_that_comes_late_gets_everything(tmp_path, store):
     assert len((run.path / "log").read_text().splitlines()) == 1
 
 
+@pytest.mark.campaign
 def test_trackers_that_make_one_store_at_the_same_time(tmp_path):
     runs = [make_run(tmp_path / name, f"sqlite:///{tmp_path}/new/mlflow.db") for name in ("a", "b")]
     for run in runs:

@@ -12,10 +12,12 @@ import onnxruntime
 import pytest
 import torch
 from command import DATA, NET
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from dtrain import Trainer, load_weights, summary
+from dtrain import Fsdp, Trainer, load_weights, summary
 from dtrain.errors import UserError
 from dtrain.trainer import plots
 from dtrain.trainer.trained import Rows
@@ -174,7 +176,7 @@ def test_predictions_that_the_disk_does_not_take(trained):
     np.save(trained.folder / "many.npy", np.zeros((200_000, 4), np.float32))
     done = trained.shell("ulimit -f 1000; dtrain predict run many.npy -o big.npy data.batch_size=50000 --gpus 2")
     assert done.code == 1
-    assert "predictions of shape [200000, 2] take 1.6 MB, and " in done.last_lines
+    assert "predictions of shape [200000, 2] take 1.6 MB, for which " in done.last_lines
     assert "say another place with --out" in done.last_lines
     assert not [path for path in trained.folder.iterdir() if "big.npy" in path.name]
 
@@ -250,6 +252,48 @@ def test_summary_of_a_model():
         summary(net, (5,))
     with pytest.raises(UserError, match="summary needs the input_shape of a sample"):
         summary(net)
+
+
+STRATEGIES = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"]), "ZeRO 3": {"zero_optimization": {"stage": 3}}}
+
+
+def predict_and_evaluate(rank, world_size, strategy):
+    """Of five samples in batches of two: the third rank never has one."""
+    torch.manual_seed(rank)  # rank 0's weights count
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    trainer = Trainer(net, nn.CrossEntropyLoss(), strategy=STRATEGIES[strategy], device="cpu")
+    data = TensorDataset(torch.arange(15.0).view(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+    shuffled = DataLoader(data, batch_size=2, shuffle=True)
+    features_alone = DataLoader(TensorDataset(data.tensors[0]), batch_size=2)
+    predictions = trainer.predict(shuffled)
+    assert trainer.predict(features_alone).equal(predictions)
+    return predictions, trainer.evaluate(shuffled)["val_loss"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trainer_predicts_each_sample_once_in_the_sets_order(strategy):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        expected = net(torch.arange(15.0).view(5, 3))
+    loss = nn.functional.cross_entropy(expected, torch.tensor([0, 1, 1, 0, 1])).item()
+    for predictions, val_loss in run_ranks(3, predict_and_evaluate, strategy):
+        torch.testing.assert_close(predictions, expected, rtol=1e-5, atol=1e-6)
+        assert val_loss == pytest.approx(loss, rel=1e-5)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3)
+
+
+def test_what_cannot_be_predicted():
+    trainer = Trainer(nn.Linear(3, 2), device="cpu")
+    with pytest.raises(UserError, match="Stream has no order: predict takes a DataLoader of samples with indices"):
+        trainer.predict(DataLoader(Stream(), batch_size=2))
+    flat = Trainer(nn.Flatten(0), device="cpu")  # all samples' numbers in one row
+    with pytest.raises(UserError, match=r"a row for each sample of 2, they are float32 \[6\]"):
+        flat.predict(DataLoader(torch.zeros(2, 3), batch_size=2))
 
 
 # -- pictures --------------------------------------------------------------------------------------

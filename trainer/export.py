@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_json
 from dtrain.job import Job
-from dtrain.loading import load_job
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.target import job_path
 
 from .sample import Call, call_of, first_samples
 from .trainer import Trainer
 from .weights import bare_state_dict, save_weights
-from .worker import build_source, build_trainer
+from .worker import begin, build_source, build_trainer
 
 SAMPLES = 8  # with which the model is traced and compared
 
@@ -51,9 +47,7 @@ class Asked:
 
 def main() -> int:
     """Export; the exit code."""
-    run = RunDir(os.environ[RUN_DIR_VARIABLE])
-    job = load_job(run.job).job
-    job_path(Path(sys.argv[1]))
+    run, job = begin()
     asked = Asked(**json.loads(sys.argv[2]))
     trainer = build_trainer(job, Path(asked.weights))
     out, says = Path(asked.out), ""

@@ -5,28 +5,21 @@ Run as `python -m dtrain.trainer.overview CODE`, as dtrain.trainer.worker is. It
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
 from dtrain.errors import UserError
 from dtrain.files import write_text
-from dtrain.loading import load_job
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.target import job_path
 
 from .sample import call_of, first_samples
 from .summary import summary
-from .worker import build_source, build_trainer
+from .worker import begin, build_source, build_trainer
 
 SAMPLES = 1
 
 
 def main() -> int:
     """Write the summary; the exit code."""
-    run = RunDir(os.environ[RUN_DIR_VARIABLE])
-    job = load_job(run.job).job
-    job_path(Path(sys.argv[1]))
+    run, job = begin()
     trainer = build_trainer(job)
     batch, samples = first_samples(build_source(job, job.data.train, training=False), SAMPLES)
     args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)

@@ -22,6 +22,7 @@ from .data import Batches, MicroBatch
 from .ddp import DataParallel
 from .metrics import MetricSet, Result, as_metrics
 from .reduce import reduce_states
+from .seeds import derive_seed, seed_everything
 from .weights import bare_state_dict, save_weights
 from .world import join_world
 
@@ -32,7 +33,8 @@ class Ranks:
     Each process runs the whole script. What is computed does not depend on how many there are.
 
     Args:
-        seed: the order of the samples follows from it and the epoch.
+        seed: the order of the samples follows from it and the epoch, and what a rank draws (dropout) from it and the
+            rank: before its first batch, each is seeded.
         device: "auto", "cpu" or "cuda".
     """
 
@@ -43,6 +45,7 @@ class Ranks:
         self._seed = seed
         self._models: list[DataParallel] = []
         self._part: MicroBatch | None = None  # what the loop has in hand
+        self._is_seeded = False
 
     @property
     def has_samples(self) -> bool:
@@ -114,17 +117,23 @@ class Ranks:
             raise UserError(refused)
 
     def _epoch(self, batches: Batches, epoch: int) -> Iterator[Any]:
+        if not self._is_seeded:  # the model is made, alike everywhere; from here on ranks draw masks of their own
+            seed_everything(derive_seed("rank", self._seed, self.rank))
+            self._is_seeded = True
         for model in self._models:
             if not model.bare.training:  # about to be evaluated, alike on all ranks
                 model.share_buffers()
-        for batch in batches.epoch(epoch):
-            for part in batch.micro_batches:
-                self._part = part
-                with contextlib.ExitStack() as undone:
-                    for model in self._models if not part.samples else ():
-                        undone.enter_context(model.without_trace())
-                    yield part.data
-        self._part = None
+        outer = self._part  # of a loop around this one
+        try:
+            for batch in batches.epoch(epoch):
+                for part in batch.micro_batches:
+                    self._part = part
+                    with contextlib.ExitStack() as undone:
+                        for model in self._models if not part.samples else ():
+                            undone.enter_context(model.without_trace())
+                        yield part.data
+        finally:
+            self._part = outer
 
 
 class Sharded:

@@ -9,12 +9,10 @@ layers or data.
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,13 +23,11 @@ from torch.utils.data import IterableDataset, Sampler, Subset
 from dtrain.files import write_json
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Job
-from dtrain.loading import load_job
-from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
-from dtrain.target import job_path
+from dtrain.run import EXIT_STOPPED, RunDir
 
 from .data import Source
 from .stop import Stopped
-from .worker import build_source, build_trainer
+from .worker import begin, build_source, build_trainer
 
 BATCHES = 5  # whole ones in an epoch, and a half one
 EPOCHS = 2
@@ -39,9 +35,7 @@ EPOCHS = 2
 
 def main() -> int:
     """Rehearse this rank's part; the exit code."""
-    run = RunDir(os.environ[RUN_DIR_VARIABLE])
-    job = load_job(run.job).job
-    job_path(Path(sys.argv[1]))
+    run, job = begin()
     try:
         rehearse(job, run, stop_after=int(sys.argv[2]))
     except Stopped:

@@ -24,13 +24,10 @@ from torch.utils.data import Dataset
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_json
 from dtrain.job import Job
-from dtrain.loading import load_job
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.target import job_path
 
 from .data import Source
 from .trainer import Trainer
-from .worker import build_source, build_trainer
+from .worker import begin, build_source, build_trainer
 
 CHUNK = 65_536  # rows that are written as text at once
 
@@ -52,9 +49,7 @@ class Asked:
 
 def main() -> int:
     """Do this rank's part; the exit code."""
-    run = RunDir(os.environ[RUN_DIR_VARIABLE])
-    job = load_job(run.job).job
-    job_path(Path(sys.argv[1]))
+    run, job = begin()
     asked = Asked(**json.loads(sys.argv[2]))
     trainer = build_trainer(job, Path(asked.weights))
     if asked.data is None or asked.out is None:
@@ -168,7 +163,7 @@ def _reserve(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
             os.posix_fallocate(handle.fileno(), 0, handle.tell() + num_bytes)
     except OSError as error:
         what = f"predictions of shape {list(shape)} take {num_bytes / 1e6:,.1f} MB"
-        return f"{what}, and {file.parent.parent} does not: {error.strerror}; say another place with --out"
+        return f"{what}, for which {file.parent.parent} has no room: {error.strerror}; say another place with --out"
     return ""
 
 

@@ -28,14 +28,20 @@ from .weights import load_weights
 
 def main() -> int:
     """Train this rank's part of the run; the exit code."""
-    run = RunDir(os.environ[RUN_DIR_VARIABLE])
-    job = load_job(run.job).job
-    job_path(Path(sys.argv[1]))
+    _, job = begin()
     try:
         fit(job)
     except Stopped:
         return EXIT_STOPPED
     return 0
+
+
+def begin() -> tuple[RunDir, Job]:
+    """The run of which this process is a rank, and its job, whose modules can be imported from here on."""
+    run = RunDir(os.environ[RUN_DIR_VARIABLE])
+    job = load_job(run.job).job
+    job_path(Path(sys.argv[1]))
+    return run, job
 
 
 def fit(job: Job) -> None:
