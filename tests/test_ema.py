@@ -19,7 +19,7 @@ from dtrain.run import RUN_DIR_VARIABLE, RunDir
 SEED, DECAY, BATCH, EPOCHS, NUM_TRAIN, NUM_VAL = 2, 0.8, 8, 3, 30, 13
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp",
-    "fsdp": Fsdp(wrap=["Linear"]),
+    "fsdp": Fsdp(),  # all parameters are the root's, which an evaluation leaves gathered
     "ZeRO 2": {"zero_optimization": {"stage": 2}},
 }
 

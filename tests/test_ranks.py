@@ -180,6 +180,20 @@ def test_gradients_that_nobody_averages():
     assert all("net = ranks.wrap(net)" in said for said in run_ranks(2, unwrapped))
 
 
+def added_to(rank: int, world_size: int) -> Any:
+    """A value, and the one after more samples on one of the ranks."""
+    metric = Ranks(device="cpu").synchronise({"loss": MeanMetric()})["loss"]
+    metric.update(torch.tensor(float(rank)), 1)
+    first = metric.compute()
+    if rank == 1:
+        metric.update(torch.tensor(4.0), 2)
+    return first, metric.compute()
+
+
+def test_a_value_is_of_all_that_has_been_added():
+    assert run_ranks(2, added_to) == [(0.5, (0 + 1 + 2 * 4) / 4)] * 2
+
+
 def remembering(rank: int, world_size: int) -> Any:
     """A wrapper of a metric, which remembers its best, on ranks of which one sees nothing at first."""
     ranks = Ranks(device="cpu")

@@ -150,6 +150,7 @@ class MetricSet:
             _set_state(part, state, value)
         for part in self._parts.values():
             part._update_count = max(part.update_count, 1)  # no warning where this rank had no sample
+            part._computed = None  # what it may remember is of this rank's samples, or of fewer
         results: dict[str, Result] = {}
         for name, metric in self._metrics.items():
             try:
