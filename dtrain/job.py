@@ -373,7 +373,7 @@ def contradictions(job: Job) -> list[Problem]:
         if is_given and job.fit.strategy != section:
             problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
     if job.monitor not in job.reported:
-        hint = did_you_mean(job.monitor, job.reported) or f"there are {', '.join(job.reported)}"
+        hint = " ".join(filter(None, [did_you_mean(job.monitor, job.reported), f"known: {', '.join(job.reported)}"]))
         path = "fit.early_stopping.monitor"
         if job.monitor.startswith("val_") and not job.data.val:
             hint = "without data.val there is no validation"

@@ -171,7 +171,10 @@ INVALID = {
     ),
     "monitor of nothing": (
         GOOD.replace("val_loss", "val_los"),
-        ["job.yaml:12: fit.early_stopping.monitor: nothing is reported as val_los; did you mean val_loss?"],
+        [
+            "job.yaml:12: fit.early_stopping.monitor: nothing is reported as val_los; did you mean val_loss? "
+            "known: train_loss, val_loss"
+        ],
     ),
     "monitor without validation": (
         GOOD.replace("  val:", "  #"),
@@ -269,7 +272,8 @@ def test_all_mistakes_are_told_at_once_those_of_targets_too():
         "job.yaml:2: sede: unknown key; did you mean seed?",
         "job.yaml:5: data.train.x._target_: collections has no OrderDict; did you mean OrderedDict?",
         "job.yaml:7: data.batch_size: expected a whole number, found 'big'",
-        "job.yaml:12: fit.early_stopping.monitor: nothing is reported as val_los; did you mean val_loss?",
+        "job.yaml:12: fit.early_stopping.monitor: nothing is reported as val_los; did you mean val_loss? "
+        "known: train_loss, val_loss",
     ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dtrain.errors import UserError, first_line, nearest
+from dtrain.errors import UserError, did_you_mean, first_line
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
@@ -421,8 +421,7 @@ def _refuse_second_fit(run: RunDir) -> None:
 def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
     names = [name for tally in tallies for name in tally.names]
     if monitor not in names:
-        close = nearest(monitor, names)
-        hint = f"did you mean {close}?" if close else f"there are {', '.join(names)}"
+        hint = " ".join(filter(None, [did_you_mean(monitor, names), f"known: {', '.join(names)}"]))
         raise UserError(f"monitor {monitor} names nothing that is reported; {hint}")
 
 
