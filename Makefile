@@ -46,8 +46,7 @@ cluster-down:  ## End it, and all that runs on it
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("dtrain needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# Without --no-compile pip compiles a gigabyte of modules, of which Python compiles those that it imports.
-	$(BIN)/python -m pip install --no-compile -e '.[test]'
+	$(BIN)/python -m pip install -e '.[test]'
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
