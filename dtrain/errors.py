@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -60,6 +60,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
     """`nearest` as a hint."""
     choice = nearest(word, choices)
     return f"did you mean {choice}?" if choice else None
+
+
+def among(word: str, choices: Sequence[str]) -> str:
+    """All choices as a hint, the nearest first."""
+    return " ".join(filter(None, [did_you_mean(word, choices), f"known: {', '.join(choices)}"]))
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from dtrain import sbatch, zero_config
-from dtrain.errors import Problem, did_you_mean
+from dtrain.errors import Problem, among
 from dtrain.heartbeat import HANG_TIMEOUT_S
 
 
@@ -373,7 +373,7 @@ def contradictions(job: Job) -> list[Problem]:
         if is_given and job.fit.strategy != section:
             problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
     if job.monitor not in job.reported:
-        hint = " ".join(filter(None, [did_you_mean(job.monitor, job.reported), f"known: {', '.join(job.reported)}"]))
+        hint = among(job.monitor, job.reported)
         path = "fit.early_stopping.monitor"
         if job.monitor.startswith("val_") and not job.data.val:
             hint = "without data.val there is no validation"

@@ -55,6 +55,7 @@ class RunDir:
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
         self.plots = self.path / "plots"
+        self.answer = self.path / "answer.txt"  # of ranks that do something beside a run, for their command
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.checkpoints / "latest"  # the name of the newest one
         self.env = self.path / "env.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -250,9 +249,12 @@ def _is_function_of_two(target: MetricTarget) -> bool:
 
 
 def _check_metric(target: MetricTarget, where: str) -> list[Problem]:
-    with contextlib.suppress(UserError):  # of a wrong name, which is told below
-        if _is_function_of_two(target):
-            return check_target(target, 2, where)
+    try:
+        is_function = _is_function_of_two(target)
+    except UserError:  # a wrong name, which is told below
+        is_function = False
+    if is_function:
+        return check_target(target, 2, where)
     metric, problems = _build(target, where)
     if problems:
         return problems

@@ -34,16 +34,12 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     """
     from dtrain.job import LoadedScript
     from dtrain.loading import load
-    from dtrain.target import check_job
 
     loaded = load(path, overrides)
     if isinstance(loaded, LoadedScript):
         _check_script(loaded, exact)
         return _check_slurm(loaded, slurm) if slurm else 0
-    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
-        problems = check_job(loaded, loaded.path.absolute().parent)
-    if problems:
-        raise UserError(problems)
+    require_right(loaded, loaded.path.absolute().parent)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")
     if slurm is not None:
@@ -53,6 +49,16 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     from .exact import check_exact
 
     return check_exact(loaded)
+
+
+def require_right(loaded: LoadedJob, code: Path) -> None:
+    """Raise UserError with all that is wrong with the job's targets; `code` holds its modules, which are imported."""
+    from dtrain.target import check_job
+
+    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
+        problems = check_job(loaded, code)
+    if problems:
+        raise UserError(problems)
 
 
 def _check_script(loaded: LoadedScript, exact: bool) -> None:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +20,7 @@ from dtrain.provenance import environment, snapshot
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 
 from .agent import run_ranks
+from .check import require_right
 from .cores import usable_cores
 from .entry import Task
 from .forks import start_fork_server
@@ -85,7 +86,6 @@ def launch(request: Request) -> int:
 
 def _launch_job(request: Request, loaded: LoadedJob) -> int:
     from dtrain.loading import dump_job
-    from dtrain.target import check_job
 
     job = loaded.job
     run = find_run(request, job.name)
@@ -96,14 +96,8 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     code = run.code if continues else loaded.path.absolute().parent
     if request.preload and not request.dry_run:
         start_fork_server(preload_for(dump_job(job)), threads_per_rank(expected_ranks(request.gpus)))
-    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
-        problems = check_job(loaded, code)
-    if problems:
-        raise UserError(problems)
-    num_ranks, device = choose_processes(request.gpus, job.launch.device)
-    if device == "cpu" and (problems := list(only_for_gpus(job, num_ranks))):
-        raise UserError([loaded.at(problem) for problem in problems])
-    text = _resolved(job, device)
+    num_ranks, device = check_and_choose(loaded, code, request.gpus)
+    text = resolved(job, device)
     if request.dry_run:
         print(text, end="")
         print(f"would train on {num_ranks} {device} processes, in {run}", file=sys.stderr)
@@ -119,6 +113,15 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         forked=request.preload,
     )
     return _start(request, run, task, num_ranks, text, None if continues else code, job.fit.restarts)
+
+
+def check_and_choose(loaded: LoadedJob, code: Path, gpus: str) -> tuple[int, Literal["cpu", "cuda"]]:
+    """`choose_processes` for a job that is right; raises UserError where it is not, or these devices can't do it."""
+    require_right(loaded, code)
+    num_ranks, device = choose_processes(gpus, loaded.job.launch.device)
+    if device == "cpu" and (problems := list(only_for_gpus(loaded.job, num_ranks))):
+        raise UserError([loaded.at(problem) for problem in problems])
+    return num_ranks, device
 
 
 def only_for_gpus(job: Job, num_ranks: int) -> Iterator[Problem]:
@@ -174,7 +177,7 @@ def _launch_program(
     if preload and not request.dry_run:
         start_fork_server(preload_for(program.source), threads_per_rank(expected_ranks(request.gpus)))
     num_ranks, device = choose_processes(request.gpus, device_asked)
-    text = _resolved(loaded.job, device) if loaded else None
+    text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
         print(text or "", end="")
         print(f"would run {program.name} on {num_ranks} {device} processes, in {run}", file=sys.stderr)
@@ -207,7 +210,7 @@ def preload_for(text: str) -> list[str]:
     return [*PRELOAD, *(module for word, modules in PRELOAD_FOR.items() if word in text for module in modules)]
 
 
-def _resolved(job: Job | ScriptJob, device: Literal["cpu", "cuda"]) -> str:
+def resolved(job: Job | ScriptJob, device: Literal["cpu", "cuda"]) -> str:
     """What the run folder's job.yaml holds: defaults and overrides included."""
     from dtrain.loading import dump_job
 

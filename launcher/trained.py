@@ -7,23 +7,21 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import Problem, UserError, did_you_mean
-from dtrain.files import read_json
 from dtrain.job import Fsdp, LoadedJob, LoadedScript
 from dtrain.loading import dump_job, load
 from dtrain.run import RunDir
-from dtrain.target import check_job
 
 from .aside import new_run, run_module, scratch_folder
 from .forks import start_fork_server
-from .launch import choose_processes, expected_ranks, only_for_gpus, preload_for, threads_per_rank
+from .launch import check_and_choose, expected_ranks, preload_for, resolved, threads_per_rank
 
-FORMATS = ("onnx", "safetensors", "pt")
+HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
 WEIGHTS = ("best", "last", "ema")
 TABLES = (".npy", ".csv")
 
@@ -37,13 +35,17 @@ class Trained:
     weights: str = "best"
 
     @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.run)
+
+    @property
     def file(self) -> Path:
         """The weights.
 
         Raises:
             UserError: there are none.
         """
-        run = RunDir(self.run)
+        run = self.run_dir
         files = dict(zip(WEIGHTS, (run.best_weights, run.last_weights, run.ema_weights), strict=True))
         if not run.job.exists():
             raise UserError(f"{run} holds no run: expected a run folder, such as those under runs/")
@@ -59,11 +61,9 @@ class Trained:
         Raises:
             UserError: what is wrong with it now.
         """
-        run = RunDir(self.run)
-        text = ("launch.device=auto", *self.overrides)
-        loaded = load(run.job, text)
+        loaded = load(self.run_dir.job, (*HERE, *self.overrides))
         if isinstance(loaded, LoadedScript):
-            raise UserError(f"{run} is the run of a script, which alone knows its model: {loaded.job.program}")
+            raise UserError(f"{self.run} is the run of a script, which alone knows its model: {loaded.job.program}")
         return loaded
 
 
@@ -72,9 +72,7 @@ def evaluate(trained: Trained, gpus: str) -> int:
     weights, loaded = trained.file, trained.load()
     if loaded.job.data.val is None:
         raise UserError("the job has no data.val to evaluate on; say one: data.val._target_=data.test")
-    asked = {"weights": str(weights)}
-    with _ran("dtrain.trainer.trained", loaded, RunDir(trained.run).code, asked, gpus) as run:
-        print(json.dumps(read_json(run.path / "values.json")))
+    print(_ask("dtrain.trainer.trained", loaded, trained.run_dir.code, gpus, {"weights": str(weights)}))
     return 0
 
 
@@ -91,13 +89,12 @@ def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
         data = str(file.absolute())
     elif data == "val" and loaded.job.data.val is None:
         raise UserError("the job has no data.val; say one: data.val._target_=data.test")
-    target = Path(out) if out is not None else RunDir(trained.run).path / "predictions.npy"
+    target = Path(out) if out is not None else trained.run_dir.path / "predictions.npy"
     if target.suffix not in TABLES:
         raise UserError(f"--out {target}: expected a name that ends in {' or '.join(TABLES)}")
     with _new_file(target) as filled:
         asked = {"weights": str(weights), "data": data, "out": str(filled)}
-        with _ran("dtrain.trainer.trained", loaded, RunDir(trained.run).code, asked, gpus):
-            pass
+        _ask("dtrain.trainer.trained", loaded, trained.run_dir.code, gpus, asked)
     print(target)
     return 0
 
@@ -111,21 +108,18 @@ def export(trained: Trained, form: str, out: str | None) -> int:
     target = Path(out or f"{loaded.job.name}.{form}")
     with _new_file(target) as filled:
         asked = {"weights": str(weights), "format": form, "out": str(filled)}
-        whole = _whole(loaded)
-        with _ran("dtrain.trainer.export", whole, RunDir(trained.run).code, asked, "1") as run:
-            if says := (read_json(run.path / "exported.json") or {}).get("says"):
-                print(says, file=sys.stderr)
+        if says := _ask("dtrain.trainer.export", _whole(loaded), trained.run_dir.code, "1", asked):
+            print(says, file=sys.stderr)
     print(target)
     return 0
 
 
 def summary(path: str, overrides: Sequence[str]) -> int:
     """Print a job's layers, their output shapes and parameters."""
-    loaded = load(path, ("launch.device=auto", *overrides))
+    loaded = load(path, (*HERE, *overrides))
     if isinstance(loaded, LoadedScript):
         raise UserError(loaded.at(Problem("builds its own model: dtrain.summary(net, ...) in it sums it up", "script")))
-    with _ran("dtrain.trainer.overview", _whole(loaded), loaded.path.absolute().parent, None, "1") as run:
-        print((run.path / "summary.txt").read_text(encoding="utf-8"), end="")
+    print(_ask("dtrain.trainer.overview", _whole(loaded), loaded.path.absolute().parent, "1"))
     return 0
 
 
@@ -138,28 +132,20 @@ def _whole(loaded: LoadedJob) -> LoadedJob:
     return LoadedJob(loaded.path, loaded.places, job.model_copy(update=update))
 
 
-@contextmanager
-def _ran(module: str, loaded: LoadedJob, code: Path, asked: dict[str, str] | None, gpus: str) -> Iterator[RunDir]:
-    """The scratch run folder in which the module has run, for as long as the block lasts.
+def _ask(module: str, loaded: LoadedJob, code: Path, gpus: str, asked: Mapping[str, str] | None = None) -> str:
+    """What the module has answered, run on so many ranks beside the run whose modules are in `code`.
 
     Raises:
         UserError: the job is wrong.
         RanksFailed: a rank failed, which has been said.
     """
     start_fork_server(preload_for(dump_job(loaded.job)), threads_per_rank(expected_ranks(gpus)))
-    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
-        problems = check_job(loaded, code)
-    if problems:
-        raise UserError(problems)
-    num_ranks, device = choose_processes(gpus, loaded.job.launch.device)
-    if device == "cpu" and (problems := list(only_for_gpus(loaded.job, num_ranks))):
-        raise UserError([loaded.at(problem) for problem in problems])
-    launch = loaded.job.launch.model_copy(update={"device": device})
+    num_ranks, device = check_and_choose(loaded, code, gpus)
     arguments = (str(code.absolute()), *([] if asked is None else [json.dumps(asked)]))
     with scratch_folder() as scratch:
-        run = new_run(scratch / "run", dump_job(loaded.job.model_copy(update={"launch": launch})))
+        run = new_run(scratch / "run", resolved(loaded.job, device))
         run_module(run, module, arguments, num_ranks, threads_per_rank(num_ranks))
-        yield run
+        return run.answer.read_text(encoding="utf-8") if run.answer.exists() else ""
 
 
 @contextmanager

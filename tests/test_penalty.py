@@ -12,7 +12,7 @@ from training import Job, Samples, epoch_order, train
 from dtrain import Trainer
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
-from dtrain.trainer.penalty import penalised
+from dtrain.trainer.penalty import Penalty, penalised
 
 L1, L2 = 0.01, 0.05
 SIZE, BATCH, EPOCHS = 26, 8, 2
@@ -91,6 +91,10 @@ def test_which_parameters_are_weights():
 
 
 def test_what_cannot_have_it():
+    sparse = nn.Embedding(4, 2, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    with pytest.raises(UserError, match="sparse=False"):
+        Penalty(sparse, l2=0.1).add()
     net = nn.Linear(4, 1)
     for strategy, optimizer, says in (
         ({"zero_optimization": {"stage": 1}}, torch.optim.SGD(net.parameters()), "fit.l1: is for whole weights"),

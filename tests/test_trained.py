@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from dtrain import Fsdp, Trainer, load_weights, summary
 from dtrain.errors import UserError
 from dtrain.trainer import plots
+from dtrain.trainer.export import _differences
 from dtrain.trainer.trained import Rows
 
 SIZE = 13  # samples to predict, in batches of 8: an uneven one for each of 2 and 3 ranks
@@ -50,9 +51,13 @@ CONFUSION = {"_target_": "torchmetrics.ConfusionMatrix", "task": "multiclass", "
 def trained(new_project):
     """A run of two epochs, with a confusion matrix, in the folder `run`."""
     project = new_project("trained")
-    project.job(metrics={"confusion": CONFUSION}, launch={"device": "cpu"})
+    # The first epoch is to be the best one, so that its weights are not the last.
+    fit = {"epochs": 2, "early_stopping": {"monitor": "val_loss", "mode": "max"}}
+    project.job(metrics={"confusion": CONFUSION}, launch={"device": "cpu"}, fit=fit)
     done = project.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
     assert done.code == 0, done.err
+    first, second = project.run_dir().rows()
+    assert first["val_loss"] > second["val_loss"]
     (project.folder / "job.yaml").unlink()  # the run folder is enough
     for name in ("net.py", "data.py"):
         (project.folder / name).unlink()
@@ -133,7 +138,7 @@ def test_nothing_is_overwritten(trained):
 REFUSED = {
     "no-run": (["evaluate", "nowhere"], "nowhere holds no run: expected a run folder"),
     "weights": (["evaluate", "run", "--weights", "ema"], "ema.pt does not exist; there are best, last: --weights best"),
-    "no-val": (["evaluate", "run", "data.val=null"], "the job has no data.val to evaluate on; say one"),
+    "no-val": (["evaluate", "run", "data.val=null", "fit.early_stopping=null"], "the job has no data.val to evaluate on; say one"),
     "override": (["evaluate", "run", "data.val.sise=3"], "data.points takes no argument sise; did you mean size?"),
     "no-file": (["predict", "run", "missing.npy"], "missing.npy: no such file"),
     "no-set": (["predict", "run", "vla"], "vla: expected features in a file, .npy or .csv, did you mean val?"),
@@ -192,7 +197,7 @@ def test_export_weights(trained):
         assert os.stat(trained.folder / f"tiny.{form}").st_mode & 0o777 == 0o644
 
 
-def test_export_onnx(trained, expected):
+def test_export_onnx(trained, expected, module):
     done = trained.run("export", "run", "--format", "onnx")
     assert (done.code, done.out) == (0, "tiny.onnx\n"), done.err
     assert "compared with PyTorch by onnxruntime on 8 samples and on 1" in done.err
@@ -201,6 +206,9 @@ def test_export_onnx(trained, expected):
     for count in (1, SIZE):  # any number of samples
         [found] = session.run(None, {"features": points[:count].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), predictions[:count], rtol=1e-5, atol=1e-5)
+    other = module[0].Net()  # as if the exporter had made a mistake
+    with pytest.raises(UserError, match="onnxruntime computes something else than PyTorch for "):
+        list(_differences(trained.folder / "tiny.onnx", other, {"x": points}, SIZE))
 
 
 def test_a_model_that_onnx_cannot_express(project):
@@ -318,6 +326,8 @@ def test_what_is_drawn():
         "val": [(1, 2.0), (2, 1.0)],
         "ema": [(1, 3.0), (2, 3.0)],
     }
+    figure = plots._curves({name: {"val": [(1, 1.0)]} for name in "abcd"}, best_epoch=1)
+    assert [axes.axison for axes in figure.axes] == [True] * 4 + [False] * 2  # of two rows of three
 
 
 # -- rows of files ---------------------------------------------------------------------------------

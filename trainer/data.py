@@ -98,6 +98,7 @@ class MicroBatch:
     batch_samples: int  # of the whole batch that it is a part of, over all ranks
     is_last: bool = True  # of this rank's parts of the batch
     is_whole: bool = True  # the whole batch at once: no other rank, no other micro-batch has a part in it
+    is_regular: bool = True  # its tensors begin with `samples` samples; a collate function of the user's may do else
 
 
 @dataclass(frozen=True)

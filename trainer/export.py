@@ -1,11 +1,12 @@
 """A trained model in a file for others: its weights alone, or as ONNX, compared with PyTorch on real samples.
 
 Run as `python -m dtrain.trainer.export CODE ASKED`, as dtrain.trainer.worker is on one rank, ASKED being `Asked` in
-JSON. It leaves exported.json in the run folder: what it has to say.
+JSON. Its answer is how ONNX compares.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dtrain.errors import UserError, first_line
-from dtrain.files import write_json
+from dtrain.files import write_text
 from dtrain.job import Job
 
 from .sample import Call, call_of, first_samples
@@ -50,18 +51,24 @@ def main() -> int:
     run, job = begin()
     asked = Asked(**json.loads(sys.argv[2]))
     trainer = build_trainer(job, Path(asked.weights))
-    out, says = Path(asked.out), ""
-    try:
-        if asked.format == "onnx":
-            says = export_onnx(trainer, job, out)
-        elif asked.format == "safetensors":
+    out = Path(asked.out)
+    if asked.format == "onnx":
+        write_text(run.answer, export_onnx(trainer, job, out))
+    elif asked.format == "safetensors":
+        with _writing(out):
             export_safetensors(trainer.net, out)
-        else:
+    else:
+        with _writing(out):
             save_weights(bare_state_dict(trainer.net), out)
-    except OSError as error:
-        raise UserError(f"the export does not fit into {out.parent.parent}: {error.strerror}; use --out") from None
-    write_json(run.path / "exported.json", {"says": says})
     return 0
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out.name} can't be written to {out.parent.parent}: {error.strerror}; use --out") from None
 
 
 def export_safetensors(net: nn.Module, out: Path) -> None:
@@ -89,15 +96,14 @@ def export_onnx(trainer: Trainer, job: Job, out: Path) -> str:
         program = torch.onnx.export(
             net, kwargs=arguments, dynamic_shapes=shapes, input_names=inputs, dynamo=True, verbose=False
         )
-        assert program is not None
-        program.save(out)
-    except OSError:
-        raise
     except Exception as error:  # the exporter raises whatever it, or the model under it, has met
         raise UserError(
             f"the model can't be exported to ONNX: {_cause(error)}; what its forward does must not depend on the "
             "values of tensors. --format safetensors takes any model"
         ) from None
+    assert program is not None  # as with dynamo=True
+    with _writing(out):
+        program.save(out)
     largest = max(_differences(out, net, arguments, samples))
     return f"compared with PyTorch by onnxruntime on {samples} samples and on 1: they differ by {largest:.1e} at most"
 

@@ -1,6 +1,6 @@
 """One rank that sums up a job's model, with the job's first samples.
 
-Run as `python -m dtrain.trainer.overview CODE`, as dtrain.trainer.worker is. It leaves summary.txt in the run folder.
+Run as `python -m dtrain.trainer.overview CODE`, as dtrain.trainer.worker is. Its answer is the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> int:
     args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)
     if kwargs or len(args) != 1:
         raise UserError("the model is called with several arguments; a summary is of models that take one")
-    write_text(run.path / "summary.txt", f"{summary(trainer.net, features=args[0])}\n")
+    write_text(run.answer, str(summary(trainer.net, features=args[0])))
     return 0
 
 

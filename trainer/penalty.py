@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -32,15 +33,17 @@ class Penalty:
         Raises:
             UserError: a sparse gradient, which has no place for it.
         """
-        for weight in self._weights:
-            if weight.grad is None:  # frozen, or without effect on this loss
-                continue
-            if weight.grad.is_sparse:
-                raise UserError("fit.l1 and fit.l2 reach all numbers of a weight, a sparse gradient some: sparse=False")
-            if self._l1:
-                weight.grad.add_(weight.detach().sign(), alpha=self._l1)
-            if self._l2:
-                weight.grad.add_(weight.detach(), alpha=self._l2)
+        # A weight without a gradient is frozen, or without effect on this loss.
+        pairs = [(weight.grad, weight.detach()) for weight in self._weights if weight.grad is not None]
+        if not pairs:
+            return
+        gradients, weights = map(list, zip(*pairs, strict=True))
+        if any(gradient.is_sparse for gradient in gradients):
+            raise UserError("fit.l1 and fit.l2 reach all numbers of a weight, a sparse gradient some: sparse=False")
+        if self._l1:
+            torch._foreach_add_(gradients, [weight.sign() for weight in weights], alpha=self._l1)
+        if self._l2:
+            torch._foreach_add_(gradients, weights, alpha=self._l2)
 
 
 def penalised(net: nn.Module) -> Iterator[nn.Parameter]:

@@ -58,7 +58,7 @@ def _curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], bes
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (name, phases) in zip(grid, panels.items(), strict=False):
         for phase, points in phases.items():
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=phase)
@@ -67,7 +67,7 @@ def _curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], bes
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
 

@@ -9,22 +9,25 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from dtrain.errors import UserError
 
 from .batches import Data, batches_of
 from .data import Batches, MicroBatch
 from .ddp import DataParallel
-from .metrics import MetricSet, Result, as_metrics
 from .reduce import reduce_states
 from .seeds import derive_seed, seed_everything
 from .weights import bare_state_dict, save_weights
 from .world import join_world
+
+if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
+    from torchmetrics import Metric
+
+    from .metrics import MetricSet, Result
 
 
 class Ranks:
@@ -99,7 +102,10 @@ class Ranks:
         Args:
             metrics: torchmetrics' own, or functions of all (predictions, target).
         """
-        return {name: Synchronised(self, name, metric) for name, metric in as_metrics(metrics).items()}
+        from .metrics import MetricSet, as_metrics
+
+        made = as_metrics(metrics)
+        return {name: Synchronised(self, name, MetricSet({name: made[name]}, {}, self.device)) for name in made}
 
     def save(self, net: nn.Module, path: str | os.PathLike[str]) -> None:
         """Write the bare module's state_dict, on rank 0; when it returns, the file is there. All ranks take part."""
@@ -159,12 +165,16 @@ class Sharded:
 
 
 class Synchronised:
-    """A metric over all ranks."""
+    """A metric over all ranks.
 
-    def __init__(self, ranks: Ranks, name: str, metric: Metric) -> None:
+    Args:
+        own: of this rank's samples, with the metric of that name alone.
+    """
+
+    def __init__(self, ranks: Ranks, name: str, own: MetricSet) -> None:
         self._ranks = ranks
         self._name = name
-        self._own = MetricSet({name: metric}, {}, ranks.device)
+        self._own = own
 
     def update(self, predictions: Any, target: Any) -> None:
         """Take in a batch of this rank. To MeanMetric the two are values and their weight. No collective."""

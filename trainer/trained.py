@@ -1,6 +1,7 @@
 """One rank that puts a trained model to use: to evaluate it, or to predict with it.
 
-Run as `python -m dtrain.trainer.trained CODE ASKED`, as dtrain.trainer.worker is, ASKED being `Asked` in JSON.
+Run as `python -m dtrain.trainer.trained CODE ASKED`, as dtrain.trainer.worker is, ASKED being `Asked` in JSON. The
+answer are the values.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dtrain.errors import UserError, first_line
-from dtrain.files import write_json
+from dtrain.files import write_text
 from dtrain.job import Job
 
 from .data import Source
@@ -38,12 +39,12 @@ class Asked:
 
     Attributes:
         weights: the file of them.
-        data: "train" or "val", or a file of features; None: evaluate on the validation set.
-        out: the file that the predictions go to, .npy or .csv, in a folder that holds nothing else.
+        data: "train" or "val", or a file of features to predict from.
+        out: the file that the predictions go to, .npy or .csv, in a folder that holds nothing else; None: evaluate.
     """
 
     weights: str
-    data: str | None = None
+    data: str = "val"
     out: str | None = None
 
 
@@ -52,13 +53,12 @@ def main() -> int:
     run, job = begin()
     asked = Asked(**json.loads(sys.argv[2]))
     trainer = build_trainer(job, Path(asked.weights))
-    if asked.data is None or asked.out is None:
-        assert job.data.val is not None
-        values = trainer.evaluate(build_source(job, job.data.val, training=False))
-        if trainer.world.is_main:
-            write_json(run.path / "values.json", values)
-    else:
+    if asked.out is not None:
         write_predictions(trainer, source_of(job, asked.data), Path(asked.out))
+        return 0
+    values = trainer.evaluate(source_of(job, asked.data))
+    if trainer.world.is_main:
+        write_text(run.answer, json.dumps(values))
     return 0
 
 

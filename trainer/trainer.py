@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dtrain.errors import UserError, did_you_mean, first_line
+from dtrain.errors import UserError, among, first_line
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
@@ -233,8 +233,8 @@ class Trainer:
         """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part."""
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
-        for name, value in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
-            if value < 1:
+        for name, value in (("epochs", epochs), ("patience", patience)):
+            if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it counts epochs, from 1")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
@@ -421,8 +421,7 @@ def _refuse_second_fit(run: RunDir) -> None:
 def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
     names = [name for tally in tallies for name in tally.names]
     if monitor not in names:
-        hint = " ".join(filter(None, [did_you_mean(monitor, names), f"known: {', '.join(names)}"]))
-        raise UserError(f"monitor {monitor} names nothing that is reported; {hint}")
+        raise UserError(f"monitor {monitor} names nothing that is reported; {among(monitor, names)}")
 
 
 def _be_deterministic() -> None:

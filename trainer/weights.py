@@ -16,19 +16,18 @@ from dtrain.files import write_atomic
 WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
 
 
-def bare_state_dict(
-    net: nn.Module, instead: Mapping[int, Tensor] | None = None, *, keep_vars: bool = False
-) -> dict[str, Tensor]:
-    """The module's weights and buffers, not copied, without the names that torch.compile puts into them.
+def bare_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """What a module's state_dict holds, parameters as such, without the names that torch.compile puts into theirs."""
+    return {_uncompiled(name): value for name, value in net.state_dict(keep_vars=True).items()}
+
+
+def bare_state_dict(net: nn.Module, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+    """The module's weights and buffers by their bare names, not copied.
 
     Args:
         instead: what stands for a parameter, by its id.
-        keep_vars: whether the parameters themselves are wanted, as with `Module.state_dict`.
     """
-    values = {_uncompiled(name): value for name, value in net.state_dict(keep_vars=True).items()}
-    if keep_vars:
-        return values
-    return {name: (instead or {}).get(id(value), value).detach() for name, value in values.items()}
+    return {name: (instead or {}).get(id(value), value).detach() for name, value in bare_tensors(net).items()}
 
 
 def bare_name(name: str) -> str:

@@ -27,7 +27,7 @@ from dtrain.errors import Problem, UserError, first_line
 
 from .optimizer_state import parameter_groups
 from .parallel import Parallel, require_all_used, require_divisible
-from .weights import bare_state_dict
+from .weights import bare_tensors
 from .world import World, ensure_group
 
 # Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
@@ -82,6 +82,7 @@ class Engine(Parallel):
         self._config = zero_config.filled(config, said["precision"])
         self._stage = zero_config.stage(config)
         self._engine: Any = None
+        self._groups: list[list[str]] = []  # the names of the optimizer's parameters, before the engine exchanges them
         ensure_group(world)
 
     def adopt(self, optimizer: Optimizer | None) -> None:
@@ -92,8 +93,8 @@ class Engine(Parallel):
             return
         if (name := type(optimizer).__name__) in _NOT_BY_NUMBER:
             raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
-        groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
-        if unknown := [name for group in groups for name in group if name not in known]:
+        self._groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
+        if unknown := [name for group in self._groups for name in group if name not in known]:
             raise UserError(f"the optimizer has parameters that are not the model's ({len(unknown)}): use ddp, or fsdp")
         deepspeed = _deepspeed(self.world.device)
         try:
@@ -132,13 +133,15 @@ class Engine(Parallel):
     def drop_gradients(self) -> None:
         self._engine.zero_grad()
 
+    def parameter_groups(self, optimizer: Optimizer) -> list[list[str]]:
+        return self._groups
+
 
 class Zero(Engine):
     """A model of which DeepSpeed leaves each rank a part to train: ZeRO's stages 1 to 3."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._groups: list[list[str]] = []  # the names of the optimizer's parameters
         self._group_of: dict[str, int] = {}
         self._parameters = dict(self.bare.named_parameters(remove_duplicate=False))
         self._fragments: dict[nn.Parameter, _Fragment] = {}
@@ -146,15 +149,13 @@ class Zero(Engine):
         self.forwards_together = self._stage == 3
 
     def adopt(self, optimizer: Optimizer | None) -> None:
-        if optimizer is not None:  # by name now: the engine will exchange the parameters for flat parts
-            self._groups = parameter_groups(optimizer, self.bare)
-            self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
         super().adopt(optimizer)
         if optimizer is None:
             return
         if self._zero.optimizer is not optimizer:
             name = type(optimizer).__name__
             raise UserError(f"DeepSpeed exchanges {name} for one of its own, without its groups: use ddp, or fsdp")
+        self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
         self._fragments = dict(self._find_fragments())
 
     def _bring(self, deepspeed: Any) -> None:
@@ -189,7 +190,7 @@ class Zero(Engine):
         if self._stage < 3 or self._engine is None:
             return super().weights(instead)
         whole = {}
-        for name, value in bare_state_dict(self.bare, keep_vars=True).items():
+        for name, value in bare_tensors(self.bare).items():
             with self._whole(value) as gathered:
                 if self.world.is_main:
                     whole[name] = gathered.detach().cpu().clone()
@@ -265,9 +266,6 @@ class Zero(Engine):
                     group = optimizer.param_groups[self._group_of[name]]
                     on_device = isinstance(value, Tensor) and (group.get("fused") or group.get("capturable"))
                     own[key] = value.to(fragment.flat.device) if on_device else value
-
-    def parameter_groups(self, optimizer: Optimizer) -> list[list[str]]:
-        return self._groups
 
     def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         known = self._parameters.get(name)
