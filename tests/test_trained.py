@@ -138,7 +138,10 @@ def test_nothing_is_overwritten(trained):
 REFUSED = {
     "no-run": (["evaluate", "nowhere"], "nowhere holds no run: expected a run folder"),
     "weights": (["evaluate", "run", "--weights", "ema"], "ema.pt does not exist; there are best, last: --weights best"),
-    "no-val": (["evaluate", "run", "data.val=null", "fit.early_stopping=null"], "the job has no data.val to evaluate on; say one"),
+    "no-val": (
+        ["evaluate", "run", "data.val=null", "fit.early_stopping=null"],
+        "the job has no data.val to evaluate on; say one",
+    ),
     "override": (["evaluate", "run", "data.val.sise=3"], "data.points takes no argument sise; did you mean size?"),
     "no-file": (["predict", "run", "missing.npy"], "missing.npy: no such file"),
     "no-set": (["predict", "run", "vla"], "vla: expected features in a file, .npy or .csv, did you mean val?"),
