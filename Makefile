@@ -36,6 +36,8 @@ bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/checkpoint.py
+	$(BIN)/python bench/step.py
+	$(BIN)/python bench/step.py --ranks 2
 
 cluster-up:  ## A Slurm cluster of two nodes on this machine (needs root), to try things out: source .devcluster/env.sh
 	$(PYTHON) slurm/devcluster/cluster.py up
