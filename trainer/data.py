@@ -9,7 +9,6 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -26,6 +25,7 @@ from dtrain.errors import UserError
 from .loading_processes import leave_signals, start_loading
 from .seeds import derive_seed, loading_apart, seed_loading
 from .sharding import IndexBatches, Indices, Order, Shard, in_order, shuffled
+from .transfer import to_device
 from .world import World
 
 
@@ -237,10 +237,3 @@ def _drawn(sampler: Iterable[int], num_samples: int, seed: int, epoch: int, worl
         name = type(sampler).__name__
         raise UserError(f"{name} has drawn {len(indices)} samples for epoch {epoch}, its length is {num_samples}")
     return indices.__getitem__
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The tensors of nested dicts, lists and tuples on the device; the rest as it is."""
-    if device.type == "cpu":
-        return batch
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)

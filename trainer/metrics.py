@@ -22,6 +22,7 @@ from dtrain.logits import guesses_logits
 
 from .reduce import Reduction, State, Value
 from .step import describe
+from .transfer import map_tensors
 
 Result: TypeAlias = "float | list[Any]"
 
@@ -115,7 +116,7 @@ class MetricSet:
     @torch.no_grad()
     def update(self, predictions: Any, target: Any) -> None:
         """Take in one batch of this rank, which must not be empty. No collective, no wait for the device."""
-        predictions, target = tree_map_only(Tensor, Tensor.detach, (predictions, target))
+        predictions, target = map_tensors(Tensor.detach, (predictions, target))
         activated: dict[str, Any] = {}
         for name, metric in self._metrics.items():
             activation = self._activations[name]

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dtrain.errors import UserError
 
 from .data import MicroBatch
 from .step import Outcome, Step
+from .transfer import map_tensors
 
 Name = Literal["fp32", "tf32", "bf16", "fp16"]
 _COARSE = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +49,7 @@ class Precision:
         def computed(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
             with torch.autocast(self._device, self.dtype):
                 outcome = step(model, micro_batch)
-            return replace(outcome, predictions=tree_map_only(Tensor, _widened, outcome.predictions))
+            return replace(outcome, predictions=map_tensors(_widened, outcome.predictions))
 
         return computed
 

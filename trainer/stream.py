@@ -13,15 +13,15 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from dtrain.errors import UserError
 
-from .data import Batch, MicroBatch, Source, to_device
+from .data import Batch, MicroBatch, Source
 from .loading_processes import leave_signals, start_loading
 from .reading import Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
+from .transfer import num_samples, to_device
 from .world import World
 
 
@@ -262,10 +262,9 @@ class LoaderShares:
 
 
 def _num_samples(batch: Any) -> int:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor) and leaf.dim():
-            return len(leaf)
-    raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a dimension of samples")
+    if (samples := num_samples(batch)) is None:
+        raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a dimension of samples")
+    return samples
 
 
 def _apart(workers: int) -> AbstractContextManager[None]:

@@ -42,7 +42,7 @@ class Tally:
         if self.metrics is not None:
             if outcome.predictions is None or outcome.target is None:
                 raise UserError("metrics need `predictions` and `target` in what step returns")
-            self.metrics.update(_detached(outcome.predictions), outcome.target)
+            self.metrics.update(outcome.predictions, outcome.target)
 
     def mean_loss(self) -> float:
         """This rank's mean loss so far. Waits for the device: not for every step."""
@@ -88,7 +88,3 @@ class Tally:
         self._weight.copy_(torch.stack([state["weight"] for state in states]).sum())
         if self.metrics is not None:
             self.metrics.load_state_dict(self.metrics.merge([state["metrics"] for state in states]))
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

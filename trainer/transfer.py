@@ -1,0 +1,175 @@
+"""The tensors of a batch, in whatever holds them: found, exchanged, counted, cut, and brought to a device.
+
+A batch may be a tensor, or any nesting of mappings, sequences, dataclasses, attrs classes and what is registered as a
+pytree, subclasses included. An object with a method `to` of its own moves itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections import UserList, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dtrain.errors import UserError, first_line
+
+Build = Callable[[Sequence[Any]], Any]
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of a batch, in its order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif (apart := _apart(value)) is not None:
+        for member in apart[0]:
+            yield from tensors(member)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nesting with other tensors. What holds none is handed on as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return _with_members(functools.partial(map_tensors, function), value)
+
+
+def num_samples(batch: Any) -> int | None:
+    """The first dimension of a batch's first tensor that has one; None where there is none."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    members = (_apart(batch) or ([], None))[0]
+    return next((count for member in members if (count := num_samples(member)) is not None), None)
+
+
+def is_by_rows(batch: Any, samples: int) -> bool:
+    """Whether there are tensors, and each begins with so many samples."""
+    found = list(tensors(batch))
+    return bool(found) and all(tensor.ndim and len(tensor) == samples for tensor in found)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device.
+
+    Raises:
+        UserError: an object that holds tensors and does not say how it is moved, or whose class does not allow it.
+    """
+    return batch if device.type == "cpu" else _moved(batch, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if not isinstance(value, type) and callable(getattr(value, "to", None)):
+        moved = value.to(device, non_blocking=True) if _takes_non_blocking(type(value)) else value.to(device)
+        return value if moved is None else moved  # it may move its tensors in place
+    if _apart(value) is None and _hides_tensors(value):
+        raise UserError(
+            f"a batch holds a {type(value).__name__}, whose tensors can't be brought to {device}: give it a method "
+            "to(device), make it a dataclass, or let the collate function return tensors, dicts, lists and tuples"
+        )
+    return _with_members(lambda member: _moved(member, device), value)
+
+
+@functools.lru_cache
+def _takes_non_blocking(kind: Any) -> bool:
+    try:
+        parameters = inspect.signature(kind.to).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return False
+    return any(each.name == "non_blocking" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _hides_tensors(value: Any) -> bool:
+    """Whether an object's own attributes, or the members of a set, are tensors."""
+    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    members = [getattr(value, name, None) for name in slots] + list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, set | frozenset):
+        members += value
+    return any(True for member in members for _ in tensors(member))
+
+
+def _names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
+
+
+def _with_members(function: Callable[[Any], Any], value: Any) -> Any:
+    """The value with what the function makes of its members; itself where that changes none."""
+    if (apart := _apart(value)) is None:
+        return value
+    members, build = apart
+    others = [function(member) for member in members]
+    if all(other is member for other, member in zip(others, members, strict=True)):
+        return value
+    try:
+        return build(others)
+    except Exception as error:  # a class of the user's, whose constructor or methods may raise anything
+        raise UserError(
+            f"a {type(value).__name__} can't be made again with other tensors: {type(error).__name__}: "
+            f"{first_line(error)}; use a dict, a tuple or a dataclass"
+        ) from error
+
+
+def _apart(value: Any) -> tuple[list[Any], Build] | None:
+    """The members of what holds others, and how to make its like of other members; None of anything else."""
+    if isinstance(value, str | bytes | int | float | None):
+        return None
+    if isinstance(value, Mapping):
+        return list(value.values()), functools.partial(_mapping, value)
+    if isinstance(value, tuple):
+        return list(value), getattr(type(value), "_make", type(value))
+    if isinstance(value, list | deque | UserList):
+        return list(value), functools.partial(_sequence, value)
+    names = _fields(value)
+    if names is not None:
+        return [getattr(value, name) for name in names], functools.partial(_record, value, names)
+    members, spec = tree_flatten(value, is_leaf=lambda node: node is not value)
+    is_leaf = len(members) == 1 and members[0] is value
+    return None if is_leaf else (members, lambda others: tree_unflatten(others, spec))
+
+
+def _fields(value: Any) -> list[str] | None:
+    """The names of what a dataclass or an attrs class declares."""
+    if isinstance(value, type):
+        return None
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    elif (declared := getattr(type(value), "__attrs_attrs__", None)) is not None:
+        names = [field.name for field in declared]
+    else:
+        return None
+    return [name for name in names if hasattr(value, name)]
+
+
+def _mapping(value: Any, members: Sequence[Any]) -> Any:
+    if not isinstance(value, MutableMapping):
+        return type(value)(dict(zip(value, members, strict=True)))  # type: ignore[call-arg]
+    made = copy.copy(value)  # a subclass may have more than its items
+    attributes = getattr(made, "__dict__", {})
+    for (key, before), member in zip(value.items(), members, strict=True):
+        made[key] = member
+        if attributes.get(key) is before:  # dicts whose items are attributes too
+            attributes[key] = member
+    return made
+
+
+def _sequence(value: Any, members: Sequence[Any]) -> Any:
+    made = copy.copy(value)
+    for i, member in enumerate(members):
+        made[i] = member
+    return made
+
+
+def _record(value: Any, names: Sequence[str], members: Sequence[Any]) -> Any:
+    made = copy.copy(value)
+    for name, member in zip(names, members, strict=True):
+        object.__setattr__(made, name, member)  # frozen or not
+    return made
