@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,13 @@ class MetricTarget(Target):
 
 
 class SchedulerTarget(Target):
-    """A learning-rate scheduler; `interval` is ours, the rest are its arguments."""
+    """A learning-rate scheduler; `interval` and `monitor` are ours, the rest are its arguments."""
 
     interval: Literal["epoch", "step"] = Field(default="epoch", description="When it steps.")
+    monitor: str | None = Field(
+        default=None,
+        description="What one such as ReduceLROnPlateau looks at; by default what decides which weights are best.",
+    )
 
 
 class Group(Section):
@@ -372,13 +377,45 @@ def contradictions(job: Job) -> list[Problem]:
     for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
         if is_given and job.fit.strategy != section:
             problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
-    if job.monitor not in job.reported:
-        hint = among(job.monitor, job.reported)
-        path = "fit.early_stopping.monitor"
-        if job.monitor.startswith("val_") and not job.data.val:
-            hint = "without data.val there is no validation"
-        problems.append(Problem(f"nothing is reported as {job.monitor}", path, hint=hint))
+    problems += _wrong_monitor(job, job.monitor, "fit.early_stopping.monitor")
+    if job.scheduler and job.scheduler.monitor:
+        problems += _wrong_monitor(job, job.scheduler.monitor, "scheduler.monitor")
+    problems += _wrong_plateau(job)
+    settings = [("optimizer", job.optimizer.arguments)]
+    settings += [(f"optimizer.groups.{i}", group.model_extra or {}) for i, group in enumerate(job.optimizer.groups)]
+    for path, given in settings:
+        if "lr" in given and not _is_rate(given["lr"], job.optimizer.target):
+            problems.append(Problem(f"expected a positive number, found {given['lr']!r}", f"{path}.lr"))
     return problems + wrong_slurm_options(job)
+
+
+def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
+    if monitor in job.reported:
+        return []
+    hint = among(monitor, job.reported)
+    if monitor.startswith("val_") and not job.data.val:
+        hint = "without data.val there is no validation"
+    return [Problem(f"nothing is reported as {monitor}", path, hint=hint)]
+
+
+def _wrong_plateau(job: Job) -> list[Problem]:
+    """A scheduler that would take a better value for a worse one."""
+    if job.scheduler is None or job.scheduler.target.rpartition(".")[2] != "ReduceLROnPlateau":
+        return []
+    mode, watched = job.scheduler.arguments.get("mode", "min"), job.scheduler.monitor or job.monitor
+    known = job.monitor_mode if watched == job.monitor else "min" if watched.endswith("_loss") else mode
+    if mode == known or mode not in ("min", "max"):
+        return []
+    better = "less" if known == "min" else "more"
+    message = f"its mode is {mode}, and it looks at {watched}, of which {better} is better"
+    return [Problem(message, "scheduler", hint=f"mode: {known}, or another value as scheduler.monitor")]
+
+
+def _is_rate(value: object, optimizer: str) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 <= value < math.inf
+    # A tensor may be made by a target; and optimizers that find their own rate take null for it.
+    return isinstance(value, dict) or (value is None and not optimizer.startswith("torch."))
 
 
 def wrong_slurm_options(job: Job | ScriptJob) -> list[Problem]:

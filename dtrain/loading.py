@@ -56,6 +56,8 @@ _DRAWN_FROM = {
     "loss": ("loss", "step"),
     "step": ("loss", "step"),
     "fit.early_stopping.monitor": ("metrics", "data.val", "fit.early_stopping"),
+    "scheduler.monitor": ("metrics", "data.val", "fit.early_stopping", "scheduler"),
+    "scheduler": ("metrics", "data.val", "fit.early_stopping", "scheduler"),
 }
 
 _MAY_DIFFER = re.compile(

@@ -18,26 +18,31 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import UserError
 from dtrain.heartbeat import Beat, Heartbeat, Phase
 from dtrain.run import Row, RunDir
 
-from .background import Background, Disk
+from .background import Background, Disk, say
 from .best import Best
 from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ema import Ema
+from .learning import Learning
+from .optimizer_state import require_torchs
+from .optimizers import is_two_step, judged, needs_closure, start_training, stop_training
 from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
+from .scheduler import Interval, after_epoch, state_of
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
 from .step import Step
-from .stop import StopAgreement, Stopped
+from .stop import DOUBT, StopAgreement, Stopped
 from .tally import Tally
+from .tree import require_data
 from .update import Update
 from .weights import mismatches
 from .world import World
@@ -63,7 +68,8 @@ class Schedule:
     epochs: int
     checkpoint_every: int | Literal["epoch"] = "epoch"
     keep: int = 2
-    scheduler_interval: Literal["epoch", "step"] = "epoch"
+    scheduler_interval: Interval = "epoch"
+    scheduler_monitor: str = ""  # what a scheduler is fed that wants a value
 
 
 class Loop:
@@ -96,10 +102,12 @@ class Loop:
         self.scheduler = scheduler
         self.train_batches, self.val_batches = batches
         self.tallies = tallies
+        self.by_closure = needs_closure(optimizer)
         self.train_tally = tallies[0]
         self.ema = ema
         self.best = best
         self.schedule = schedule
+        self.learning = Learning(model, optimizer, say if world.is_main else lambda line: None)
         self.seed = seed
         self.place = Place()
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
@@ -124,6 +132,8 @@ class Loop:
         """
         try:
             with self.background:
+                start_training(self.optimizer)
+                self.require_savable()
                 self.resume()
                 while not self.is_over:
                     # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
@@ -133,6 +143,8 @@ class Loop:
                     self.validate()
                     # All ranks: what each has added up meets on rank 0, which reports it back to all.
                     row = self.report()
+                    # All ranks: whether anything is learned is seen from the same row.
+                    self.learning.judge(row)
                     # All ranks: the decision what is best is the same everywhere, made from the same row.
                     improved = self.finish_epoch(row)
                     # All ranks copy, and go on while the copies are written; rank 0 writes the results.
@@ -142,6 +154,7 @@ class Loop:
                         checkpoint=self.schedule.checkpoint_every == "epoch" or self.is_over,
                     )
                 self.settle()
+                stop_training(self.optimizer)
                 self.beat()
         finally:
             self.heartbeat.enter(Phase.DONE)
@@ -156,11 +169,14 @@ class Loop:
     def train_epoch(self) -> None:
         """The rest of the epoch's steps. All ranks take part."""
         self.model.bare.train()
+        self.learning.begin(self.place.step)
         began, samples_before = time.perf_counter(), self.samples_done
         for batch in self.train_batches.epoch(self.place.epoch, self.place.step_in_epoch):
             step_began = time.perf_counter()
-            self.stop.ask()
+            self.stop.ask(in_doubt=self.learning.take_doubt())
             self.train_step(batch.micro_batches)
+            if not self.samples_done:  # the optimizer has a state from now on
+                self.require_savable()
             self.samples_done += batch.samples
             self.place.step += 1
             self.place.step_in_epoch += 1
@@ -173,9 +189,9 @@ class Loop:
     def train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
         """One optimizer step, by the gradient of the whole batch's mean, whatever its split. All ranks take part."""
         is_done = True
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0].get("lr", float("nan"))
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
-        if isinstance(self.optimizer, LBFGS):
+        if self.by_closure:
             self.step_by_closure(list(micro_batches))
         else:
             seen = copy.deepcopy(self.train_tally.state_dict()) if self.update.may_skip else None
@@ -206,6 +222,11 @@ class Loop:
             with self.model.accumulating(last=micro_batch.is_last), undone:
                 self.heartbeat.enter(Phase.FORWARD)
                 outcome = self.step(self.model.module, micro_batch)
+                if not outcome.total.requires_grad:
+                    raise UserError(
+                        "the loss does not depend on the model: on the way to it something was detached (detach(), "
+                        "item(), numpy, torch.no_grad, argmax), and nothing can be learned from it"
+                    )
                 if not self.samples_done:  # in this process's first step
                     self.model.require_all_used(outcome.total)
                 self.heartbeat.enter(Phase.BACKWARD)
@@ -229,6 +250,7 @@ class Loop:
         """
         evaluations = itertools.count()
 
+        @torch.enable_grad()  # type: ignore[untyped-decorator]
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             totals, weight = self.backward(micro_batches, counted=next(evaluations) == 0)
@@ -239,6 +261,8 @@ class Loop:
             mean: Tensor = sums[0] / sums[1].where(sums[1] != 0, 1.0)
             return mean
 
+        if is_two_step(self.optimizer):
+            closure()  # it begins with the batch's gradient
         self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stub says float, its LBFGS takes a tensor
 
     def divide_gradients(self, weight: Tensor) -> None:
@@ -253,7 +277,9 @@ class Loop:
         """After a step: stop if any rank was asked to, save if it is time. All ranks take part."""
         every = self.schedule.checkpoint_every
         signal_number = self.stop.agreed()
-        if signal_number:
+        if signal_number == DOUBT:
+            self.learning.require_finite(self.place.step)
+        elif signal_number:
             self.stop_here(signal_number)
         if every != "epoch" and self.place.step % every == 0:
             self.save(results=False)
@@ -267,7 +293,8 @@ class Loop:
         self.heartbeat.enter(Phase.VALIDATING)
         before = rng_state(self.world.device)
         for tally in self.tallies[1:]:
-            signal_number = self.evaluate(self.val_batches, tally)
+            with judged(self.optimizer):
+                signal_number = self.evaluate(self.val_batches, tally)
             if signal_number:
                 # The run will continue with the whole validation: with the random numbers that it began with.
                 set_rng_state(before, self.world.device)
@@ -309,10 +336,7 @@ class Loop:
         self.rows.append(row)
         improved = self.best.update(row)
         if self.scheduler is not None and self.schedule.scheduler_interval == "epoch":
-            if isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step(row[self.best.monitor])
-            else:
-                self.scheduler.step()
+            after_epoch(self.scheduler, row, self.schedule.scheduler_monitor)
         for tally in self.tallies:
             tally.reset()
         self.place = Place(self.place.epoch + 1, 0, self.place.step)
@@ -332,9 +356,10 @@ class Loop:
         began = time.monotonic()
         jobs = []
         if results:
-            weights = self.weights(improved=improved)
-            if self.world.is_main:  # first, since the checkpoint has a link to the best weights
-                jobs.append(self.results.snapshot(weights, self.rows))
+            with judged(self.optimizer):
+                weights = self.weights(improved=improved)
+                if self.world.is_main:  # first, since the checkpoint has a link to the best weights
+                    jobs.append(self.results.snapshot(weights, self.rows))
         if checkpoint:
             own = {
                 "rng": rng_state(self.world.device),
@@ -392,11 +417,18 @@ class Loop:
             "lr": float(self.lr),
             "model": self.model.state_dict(),
             "optimizer": self.model.optimizer_state(self.optimizer),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler": None if self.scheduler is None else state_of(self.scheduler),
             "best": self.best.state_dict(),
             "scaler": self.precision.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
+
+    def require_savable(self) -> None:
+        """Raise UserError where a checkpoint can't hold what optimizer and scheduler have. No collective."""
+        require_data("scheduler", self.scheduler, None if self.scheduler is None else state_of(self.scheduler))
+        state = self.optimizer.state_dict()
+        require_torchs(self.optimizer, state)
+        require_data("optimizer", self.optimizer, state)
 
     def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Room for this rank's part of a tensor of `shared_state`; None for those that each rank has whole."""
@@ -487,6 +519,7 @@ class Loop:
         if self.world.is_main and self.train_tally.samples and now - self._looked_at > LOOK_EVERY_S:
             self._looked_at = now
             self._shown_loss = self.train_tally.mean_loss()
+            self.learning.see(self._shown_loss)
         batches = self.val_batches if validated and self.val_batches else self.train_batches
         self.heartbeat.beat(
             Beat(

@@ -10,17 +10,49 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.errors import UserError
+
+_HELD = "held"  # in a state, the key of those of the optimizers that it holds
+
 
 def named_state(optimizer: Optimizer, net: nn.Module) -> dict[str, Any]:
     """`optimizer.state_dict()`, in which each parameter is called what `net` calls it."""
     state, names = optimizer.state_dict(), _names(optimizer, net)
-    return _renamed(state, dict(enumerate(names)))
+    require_torchs(optimizer, state)
+    named = _renamed(state, dict(enumerate(names)))
+    if inner := held(optimizer):
+        named[_HELD] = {attribute: named_state(each, net) for attribute, each in inner.items()}
+    return named
+
+
+def require_torchs(optimizer: Any, state: Any) -> None:
+    """Raise UserError for a state_dict that is not built as torch's are."""
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise UserError(
+            f"{type(optimizer).__name__}.state_dict() has no state and param_groups, as torch's optimizers have them: "
+            "a checkpoint can't tell whose state it is"
+        )
 
 
 def load_named_state(optimizer: Optimizer, net: nn.Module, state: dict[str, Any]) -> None:
     """Become what `named_state` gave."""
+    inner = {
+        attribute: (each, each.param_groups is optimizer.param_groups) for attribute, each in held(optimizer).items()
+    }
     numbers = {name: number for number, name in enumerate(_names(optimizer, net))}
-    optimizer.load_state_dict(_renamed(state, numbers))
+    optimizer.load_state_dict(_renamed({key: value for key, value in state.items() if key != _HELD}, numbers))
+    for attribute, (each, shares_groups) in inner.items():
+        load_named_state(each, net, state[_HELD][attribute])
+        if shares_groups:
+            each.param_groups = optimizer.param_groups
+
+
+def held(optimizer: Any) -> dict[str, Optimizer]:
+    """The optimizers that an optimizer leaves its steps to, by its attribute: a sharpness-aware one, a lookahead.
+
+    Their states are saved beside its own, which often leaves them out.
+    """
+    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
 
 
 def parameter_groups(optimizer: Optimizer, net: nn.Module) -> list[list[str]]:

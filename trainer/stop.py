@@ -16,6 +16,8 @@ from dtrain.signals import leave_to_agent
 
 from .world import World
 
+DOUBT = 1 << 10  # agreed on as signals are, and above all of them: whether the weights are numbers
+
 
 class Stopped(SystemExit):
     """Training ended at a step boundary, on a signal, with a checkpoint saved. A script that lets it pass exits 75."""
@@ -51,14 +53,14 @@ class StopAgreement:
         self._request = torch.zeros(1, dtype=torch.int64)
         self._asked: dist.Work | None = None
 
-    def ask(self) -> None:
-        """All ranks take part (without waiting)."""
-        self._request[0] = self._heartbeat.stop
+    def ask(self, *, in_doubt: bool = False) -> None:
+        """All ranks take part (without waiting). With `in_doubt` of any of them, all agree on DOUBT."""
+        self._request[0] = DOUBT if in_doubt else self._heartbeat.stop
         if self._group is not None:
             self._asked = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def agreed(self) -> int:
-        """The signal's number, the same on all ranks; 0 to go on. After `ask`."""
+        """The signal's number, the same on all ranks, or DOUBT; 0 to go on. After `ask`."""
         if self._asked is not None:
             self._asked.wait()
             self._asked = None

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import UserError, among, first_line
 from dtrain.files import write_text
@@ -32,10 +32,13 @@ from .best import Best
 from .data import Batches
 from .ddp import DataParallel
 from .ema import Ema
+from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler
 from .loop import Loop, Schedule, evaluate_batch, gather_values
+from .optimizers import require_learning
 from .parallel import Parallel
 from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
+from .scheduler import Interval, check_length, is_fed, require_mode
 from .step import Step, UserStep, supervised_step, user_step
 from .stop import Stopped, signals_left_to_agent
 from .summary import summary
@@ -66,6 +69,7 @@ class Trainer:
         step: `step(model, batch) -> {loss, predictions, target, weight}`, for anything but `(features, target)`;
             may be given to `fit` instead.
         scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
+        scheduler_monitor: what one such as ReduceLROnPlateau looks at; by default what `fit` monitors.
         activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
         train_metrics: names of the metrics of the training predictions; by default all that do not keep samples.
         seed: the order of samples, and each rank's random numbers, follow from it.
@@ -95,7 +99,8 @@ class Trainer:
         *,
         step: UserStep | None = None,
         scheduler: LRScheduler | None = None,
-        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        scheduler_interval: Interval = "epoch",
+        scheduler_monitor: str | None = None,
         activations: Mapping[str, str | None] | None = None,
         train_metrics: list[str] | None = None,
         seed: int = 0,
@@ -119,8 +124,13 @@ class Trainer:
     ) -> None:
         if step is not None and loss_fn is not None:
             raise UserError("step makes its own loss: give Trainer either loss_fn or step")
-        if scheduler_interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
-            raise UserError("ReduceLROnPlateau looks at an epoch's result: it can't have the interval step")
+        require_model(net)
+        require_loss(loss_fn)
+        require_metrics(metrics_dict)
+        require_optimizer(optimizer, net, loss_fn)
+        require_scheduler(scheduler, optimizer)
+        if scheduler is not None and is_fed(scheduler) and scheduler_interval == "step":
+            raise UserError(f"{type(scheduler).__name__} looks at an epoch's result: it can't have the interval step")
         if deterministic:
             _be_deterministic()
         self.world = join_world(device)
@@ -147,6 +157,7 @@ class Trainer:
         self.model.adopt(optimizer)
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
+        self.scheduler_monitor = scheduler_monitor
         self.metrics: dict[str, Metric] = {}
         if metrics_dict:
             from .metrics import as_metrics
@@ -238,13 +249,20 @@ class Trainer:
                 raise UserError(f"{name} is {value}: it counts epochs, from 1")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
-        schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval)
+        require_learning(self.optimizer, is_scheduled=self.scheduler is not None)
         best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
         tallies = [self._tally("train")]
         if val_data is not None:
             tallies += [self._tally("val")] + [self._tally("ema")] * (self.ema is not None)
         _check_monitor(best.monitor, tallies)
+        watched = self.scheduler_monitor or best.monitor
+        schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval, watched)
         batches = self._batches(train_data, training=True), self._val_batches(val_data)
+        if self.scheduler is not None:
+            _check_monitor(watched, tallies)
+            require_mode(self.scheduler, watched, self._known_mode(watched, best))
+            steps = batches[0].num_steps
+            check_length(self.scheduler, self.scheduler_interval, epochs, steps, self._warn)
         update = self._update(self.optimizer)
         with self._run() as run:
             loop = Loop(
@@ -330,6 +348,20 @@ class Trainer:
             on_nonfinite=self.on_nonfinite,
             report=say if self.world.is_main else lambda line: None,
         )
+
+    def _warn(self, line: str) -> None:
+        if self.world.is_main:
+            say(f"warning: {line}")
+
+    def _known_mode(self, name: str, best: Best) -> str | None:
+        """Whether less or more of a reported value is better, as far as anybody has said: min or max."""
+        if name == best.monitor:
+            return best.mode
+        metric = name.partition("_")[2]
+        if metric == "loss":
+            return "min"
+        higher = getattr(self.metrics.get(metric), "higher_is_better", None)
+        return None if higher is None else "max" if higher else "min"
 
     def _tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
         if not self.metrics:

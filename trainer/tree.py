@@ -41,6 +41,15 @@ def flatten(state: Any, prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
+def require_data(name: str, owner: Any, state: Any) -> None:
+    """Raise UserError where `flatten` would refuse the state of the run's part of that name."""
+    try:
+        flatten(state, f"{name}/")
+    except UserError as error:
+        kind = type(owner).__name__
+        raise UserError(f"{error}; give {kind} a state_dict of such, and a load_state_dict") from None
+
+
 def unflatten(tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
     """The state of which `flatten` made the tensors. What is no such text raises whatever its parser meets."""
     return _decode(json.loads(bytes(tensors[prefix + TEXT].numpy())), tensors)

@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 
+from .optimizers import needs_closure, refused_without_closure
 from .parallel import Parallel
 from .penalty import Penalty
 from .precision import Precision
@@ -29,7 +30,7 @@ class Update:
         report: told of each batch that was left out.
 
     Raises:
-        UserError: LBFGS, which makes its gradients itself, with any of it.
+        UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Update:
     ) -> None:
         asked: dict[str, object] = {"fit.clip_norm": clip_norm, "fit.clip_value": clip_value}
         asked |= {"fit.l1": l1, "fit.l2": l2, "fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
-        if isinstance(optimizer, LBFGS) and (given := [name for name, value in asked.items() if value is not None]):
-            raise UserError(f"LBFGS asks for gradients as often as it likes: {', '.join(given)} can't go with it")
+        given = [name for name, value in asked.items() if value is not None]
+        if given and needs_closure(optimizer):
+            name = type(optimizer).__name__
+            raise UserError(f"{name} asks for gradients as often as it likes: {', '.join(given)} can't go with it")
         self._model = model
         self._optimizer = optimizer
         self._scaler = precision.scaler
@@ -86,7 +89,12 @@ class Update:
             self._scaler.step(self._optimizer)
             self._scaler.update()
             return True
-        is_done = self._model.step(self._optimizer)
+        try:
+            is_done = self._model.step(self._optimizer)
+        except Exception as error:  # an optimizer of the user's own may raise anything
+            if (refused := refused_without_closure(self._optimizer, error)) is not None:
+                raise refused from error
+            raise
         if not is_done:
             self._report_skipped(step)
         return is_done

@@ -81,6 +81,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         step=None if job.step is None else bind_function(job.step),
         scheduler=None if job.scheduler is None or optimizer is None else build_scheduler(job.scheduler, optimizer),
         scheduler_interval=job.scheduler.interval if job.scheduler else "epoch",
+        scheduler_monitor=job.scheduler.monitor if job.scheduler else None,
         activations={name: target.activation for name, target in job.metrics.items()},
         train_metrics=_train_metrics(job, metrics),
         seed=job.seed,

@@ -26,6 +26,7 @@ from dtrain import zero_config
 from dtrain.errors import Problem, UserError, first_line
 
 from .optimizer_state import parameter_groups
+from .optimizers import has_modes, needs_closure
 from .parallel import Parallel, require_all_used, require_divisible
 from .weights import bare_tensors
 from .world import World, ensure_group
@@ -91,7 +92,12 @@ class Engine(Parallel):
             for parameter in self.bare.parameters():
                 dist.broadcast(parameter.data, src=0)
             return
-        if (name := type(optimizer).__name__) in _NOT_BY_NUMBER:
+        name = type(optimizer).__name__
+        if name != "LBFGS" and (needs_closure(optimizer) or has_modes(optimizer)):
+            raise UserError(
+                f"{name} wants more of a loop than step() (a closure, train() and eval()): use ddp, or fsdp"
+            )
+        if name in _NOT_BY_NUMBER:
             raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
         self._groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
         if unknown := [name for group in self._groups for name in group if name not in known]:

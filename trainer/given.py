@@ -1,0 +1,87 @@
+"""What a Trainer is given, looked at before it is used: is it of the kind that is meant?
+
+The problems' paths are job.yaml's keys, which a script's arguments are close to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dtrain.errors import Problem, UserError
+
+
+def require_model(net: Any) -> None:
+    """Raise UserError for what is no torch.nn.Module."""
+    _require_instance(net, "model", "give it an object of that class")
+    if not isinstance(net, nn.Module):
+        raise UserError(Problem(f"{_name(net)} is no model: it is no torch.nn.Module", "model"))
+
+
+def require_loss(loss_fn: Any) -> None:
+    """Raise UserError for what can't be called as loss(predictions, target)."""
+    if loss_fn is None:
+        return
+    _require_instance(loss_fn, "loss", f"give it an object, such as {getattr(loss_fn, '__name__', '')}()")
+    if not callable(loss_fn):
+        raise UserError(
+            Problem(f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)", "loss")
+        )
+
+
+def require_metrics(metrics: Any) -> None:
+    """Raise UserError for metrics that are not by name."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        message = f"a {_name(metrics)} of metrics has no names to report them under: give a dict, " + "{'acc': metric}"
+        raise UserError(Problem(message, "metrics"))
+
+
+def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
+    """Raise UserError for what is no optimizer of this model's parameters, or of its loss's."""
+    if optimizer is None:
+        return
+    example = f"{getattr(optimizer, '__name__', '')}(net.parameters(), lr=...)"
+    _require_instance(optimizer, "optimizer", f"give it an object, such as {example}")
+    _require_methods(optimizer, "optimizer", ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups"))
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = [*net.parameters(), *(loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ())]
+    if not {id(parameter) for parameter in held} & {id(parameter) for parameter in own}:
+        raise UserError(
+            Problem(
+                f"none of the {len(held)} parameters of this {_name(optimizer)} is one of the {_name(net)}'s that "
+                "is to be trained: make the optimizer of its parameters, after the last change to the model",
+                "optimizer",
+            )
+        )
+
+
+def require_scheduler(scheduler: Any, optimizer: Any) -> None:
+    """Raise UserError for what is no scheduler of this optimizer."""
+    if scheduler is None:
+        return
+    _require_instance(scheduler, "scheduler", "give it an object, made of the optimizer")
+    if isinstance(scheduler, Optimizer):
+        raise UserError(Problem(f"{_name(scheduler)} is an optimizer, no scheduler of one", "scheduler"))
+    _require_methods(scheduler, "scheduler", ("step", "state_dict", "load_state_dict"))
+    own = getattr(scheduler, "optimizer", optimizer)
+    # By its groups, which an optimizer that wraps another one shares with it.
+    if {id(group) for group in own.param_groups}.isdisjoint(id(group) for group in optimizer.param_groups):
+        message = f"this {_name(scheduler)} changes the learning rates of another optimizer than the one that trains"
+        raise UserError(Problem(f"{message} ({_name(optimizer)}): make it of that one", "scheduler"))
+
+
+def _require_instance(value: Any, path: str, instead: str) -> None:
+    if isinstance(value, type):
+        raise UserError(Problem(f"{value.__name__} is given as a class: {instead}", path))
+
+
+def _require_methods(value: Any, kind: str, names: tuple[str, ...]) -> None:
+    if lacking := [name for name in names if not hasattr(value, name)]:
+        raise UserError(Problem(f"{_name(value)} is no {kind}: it lacks {', '.join(lacking)}", kind))
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__
