@@ -27,9 +27,8 @@ def require_loss(loss_fn: Any) -> None:
         return
     _require_instance(loss_fn, "loss", f"give it an object, such as {getattr(loss_fn, '__name__', '')}()")
     if not callable(loss_fn):
-        raise UserError(
-            Problem(f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)", "loss")
-        )
+        message = f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)"
+        raise UserError(Problem(message, "loss"))
 
 
 def require_metrics(metrics: Any) -> None:
@@ -40,7 +39,7 @@ def require_metrics(metrics: Any) -> None:
 
 
 def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
-    """Raise UserError for what is no optimizer of this model's parameters, or of its loss's."""
+    """Raise UserError for what is no optimizer of this model's parameters, or its loss's, or has only frozen ones."""
     if optimizer is None:
         return
     example = f"{getattr(optimizer, '__name__', '')}(net.parameters(), lr=...)"
@@ -56,6 +55,9 @@ def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
                 "optimizer",
             )
         )
+    if not any(parameter.requires_grad for parameter in held):
+        message = f"all parameters of this {_name(optimizer)} are frozen (requires_grad is False): nothing is trained"
+        raise UserError(Problem(message, "optimizer"))
 
 
 def require_scheduler(scheduler: Any, optimizer: Any) -> None:

@@ -72,21 +72,13 @@ def judged(optimizer: Any) -> Iterator[None]:
                 parameter.copy_(before)
 
 
-def require_learning(optimizer: Optimizer, *, is_scheduled: bool) -> None:
-    """Raise UserError where nothing would be trained: no learning rate that is one, no parameter that may change."""
+def require_rates(optimizer: Optimizer, *, is_scheduled: bool) -> None:
+    """Raise UserError where no learning rate is one that anything can be trained with."""
     rates = [group["lr"] for group in optimizer.param_groups if isinstance(group.get("lr"), int | float | Tensor)]
     if wrong := [float(rate) for rate in rates if not (math.isfinite(rate) and rate >= 0)]:
         raise UserError(Problem(f"a learning rate is {wrong[0]}: it must be a positive number", "optimizer.lr"))
     if rates and not any(rates) and not is_scheduled:
         raise UserError(Problem("the learning rate is 0, and no scheduler raises it", "optimizer.lr"))
-    if not any(parameter.requires_grad for parameter in _parameters(optimizer)):
-        raise UserError(
-            Problem(
-                f"all parameters of this {type(optimizer).__name__} are frozen (requires_grad is False): nothing would "
-                "be trained",
-                "optimizer",
-            )
-        )
 
 
 def refused_without_closure(optimizer: Optimizer, error: Exception) -> UserError | None:

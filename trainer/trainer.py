@@ -34,7 +34,7 @@ from .ddp import DataParallel
 from .ema import Ema
 from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler
 from .loop import Loop, Schedule, evaluate_batch, gather_values
-from .optimizers import require_learning
+from .optimizers import require_rates
 from .parallel import Parallel
 from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
@@ -249,7 +249,7 @@ class Trainer:
                 raise UserError(f"{name} is {value}: it counts epochs, from 1")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
-        require_learning(self.optimizer, is_scheduled=self.scheduler is not None)
+        require_rates(self.optimizer, is_scheduled=self.scheduler is not None)
         best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
         tallies = [self._tally("train")]
         if val_data is not None:
