@@ -24,6 +24,7 @@ from dtrain.errors import UserError
 from dtrain.job import Fsdp
 
 from .blocks import of_classes, repeated
+from .optimizer_state import held
 from .parallel import Parallel, require_divisible
 from .weights import bare_state_dict
 from .world import World, ensure_group
@@ -95,6 +96,9 @@ class FullySharded(Parallel):
             raise UserError("LBFGS takes all parameters as one vector, and fsdp leaves each rank a part: use ddp")
         if type(optimizer).__name__ == "Adafactor":
             raise UserError("torch's Adafactor can't compute with parts of parameters: use ddp")
+        if any(each.param_groups is not optimizer.param_groups for each in held(optimizer).values()):
+            name = type(optimizer).__name__
+            raise UserError(f"{name} holds an optimizer with parameter groups of its own: share them, or use ddp")
         parts = dict(self.bare.named_parameters())
         for parameter, state in list(optimizer.state.items()):  # some have it before their first step
             if (name := self._names.get(parameter)) is not None:

@@ -36,9 +36,7 @@ def require_torchs(optimizer: Any, state: Any) -> None:
 
 def load_named_state(optimizer: Optimizer, net: nn.Module, state: dict[str, Any]) -> None:
     """Become what `named_state` gave."""
-    inner = {
-        attribute: (each, each.param_groups is optimizer.param_groups) for attribute, each in held(optimizer).items()
-    }
+    inner = {name: (each, each.param_groups is optimizer.param_groups) for name, each in held(optimizer).items()}
     numbers = {name: number for number, name in enumerate(_names(optimizer, net))}
     optimizer.load_state_dict(_renamed({key: value for key, value in state.items() if key != _HELD}, numbers))
     for attribute, (each, shares_groups) in inner.items():

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from dtrain import zero_config
 from dtrain.errors import Problem, UserError, first_line
 
-from .optimizer_state import parameter_groups
+from .optimizer_state import held, parameter_groups
 from .optimizers import has_modes, needs_closure
 from .parallel import Parallel, require_all_used, require_divisible
 from .weights import bare_tensors
@@ -93,10 +93,9 @@ class Engine(Parallel):
                 dist.broadcast(parameter.data, src=0)
             return
         name = type(optimizer).__name__
-        if name != "LBFGS" and (needs_closure(optimizer) or has_modes(optimizer)):
-            raise UserError(
-                f"{name} wants more of a loop than step() (a closure, train() and eval()): use ddp, or fsdp"
-            )
+        if name != "LBFGS" and (needs_closure(optimizer) or has_modes(optimizer) or held(optimizer)):
+            wants = "wants a closure, or train() and eval(), or leaves its steps to another optimizer"
+            raise UserError(f"{name} {wants}, and DeepSpeed knows none of it: use ddp")
         if name in _NOT_BY_NUMBER:
             raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
         self._groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
