@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dtrain.files import read_json
 from dtrain.run import RunDir
 
 from .processes import oom_kills
+from .reports import excerpt
 
-# The cause must fit into the last 15 lines, however long it is itself.
+MAX_LINES = 15  # of the screen: the cause must fit, however long it is itself
 MAX_MESSAGE_LINES = 7
-MAX_TRACEBACK_LINES = 6
+MAX_LINE = 200  # characters of a line of a log
+MAX_LOG_LINES = 6  # of a rank that has not said itself why it left
 
 # What starting the ranks again does not mend.
 FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost")
@@ -74,22 +79,54 @@ def first_cause(noticed: Sequence[RankEnd], after: Sequence[RankEnd]) -> RankEnd
     return late if found.suspicion >= 3 and late.suspicion < found.suspicion else found
 
 
+def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, float]) -> Error | None:
+    """The rank that was the first to end as if all were done, where the others are but its victims.
+
+    Args:
+        found: `first_cause`.
+        ends: of all ranks of this node, as they were when the agent first saw a failure.
+        ended_at: by rank, when it was seen to have ended.
+    """
+    left = [end.rank for end in ends if end.exit_code == 0]
+    if not left or found.record is None or not found.record["victim"]:
+        return None
+    rank = min(left, key=lambda rank: ended_at[rank])
+    at = time.strftime("%H:%M:%S", time.localtime(ended_at[rank]))
+    message = f"it left with exit code 0 at {at}, while rank {found.rank} was still to exchange data with it, here:"
+    # Less suspect than what another node's rank has raised by itself, more than the victims there.
+    error = _error(rank, "LeftEarly", message, suspicion=3)
+    return {**error, "traceback": found.record["traceback"], "time": ended_at[rank]}
+
+
 def _order(end: RankEnd) -> tuple[int, float, int]:
     return end.suspicion, end.record["time"] if end.record else 0.0, end.rank
 
 
-def describe(end: RankEnd, oom_kills_before: int) -> Error:
-    """A rank's end as status.json's `error`."""
-    if end.record is not None:
-        return {**end.record, "suspicion": end.suspicion}
+def describe(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str]) -> Error:
+    """A rank's end as status.json's `error`.
+
+    Args:
+        printed: by rank, the end of what it has printed: programs that catch their own errors say there why they leave.
+    """
     code = end.exit_code or 0
-    kind, message = "SystemExit", f"exit code {code}"
-    if code < 0:
-        kind = signal.Signals(-code).name
-        message = f"killed by signal {kind}"
-        if code == -signal.SIGKILL and oom_kills() > oom_kills_before:
-            message += " (out of memory: the kernel has just killed a process of this node)"
+    if code >= 0 or end.record is not None:
+        error: Error = end.record or _error(end.rank, "SystemExit", f"exit code {code}")
+        said = printed(end.rank) if error["message"].startswith("exit code") else ""
+        return {**error, "traceback": error["traceback"] + said, "suspicion": end.suspicion}
+    kind = signal.Signals(-code).name
+    message = f"killed by signal {kind}"
+    if code == -signal.SIGKILL and oom_kills() > oom_kills_before:
+        message += " (out of memory: the kernel has just killed a process of this node)"
     return _error(end.rank, kind, message, suspicion=end.suspicion)
+
+
+def last_words(log: Path, begin: int) -> str:
+    """The last lines of a log, of those that begin after so many bytes."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - (1 << 14)))
+        lines = [line[:MAX_LINE] for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return "\n".join(["the end of its log:", *lines[-MAX_LOG_LINES:], ""]) if lines else ""
+    return ""
 
 
 def gave_up(rank: int) -> Error:
@@ -127,7 +164,7 @@ def public(error: Error) -> Error:
 
 def headline(error: Error, run: RunDir) -> str:
     """The last lines on the screen: which rank, what, where in the user's code, and where to read on."""
-    if error["type"] in (*FINAL, "SystemExit", "Hang") or error["type"].startswith("SIG"):
+    if error["type"] in (*FINAL, "SystemExit", "Hang", "LeftEarly") or error["type"].startswith("SIG"):
         what = error["message"]
     else:
         what = f"{error['type']}: {error['message']}".removesuffix(": ")
@@ -136,5 +173,5 @@ def headline(error: Error, run: RunDir) -> str:
     lines = f"rank {error['rank']} failed: {what}".splitlines()
     if len(lines) > MAX_MESSAGE_LINES:  # the beginning names the rank, the end often the cause
         lines = [*lines[:2], "...", *lines[3 - MAX_MESSAGE_LINES :]]
-    lines += str(error["traceback"]).rstrip().splitlines()[-MAX_TRACEBACK_LINES:]
-    return "\n".join([*lines, f"host: {error.get('host')}", f"log: {run.rank_log(error['rank'])}"])
+    place = [f"host: {error.get('host')}", f"log: {run.rank_log(error['rank'])}"]
+    return "\n".join([*lines, *excerpt(str(error["traceback"]), MAX_LINES - len(lines) - len(place)), *place])

@@ -31,7 +31,7 @@ from dtrain.errors import ResumeError, UserError
 from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 from dtrain.run import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
-from . import stacks
+from . import reports, stacks
 from .leaving import leave
 from .streams import open_output
 
@@ -187,41 +187,18 @@ def show(error: BaseException) -> None:
 def record(error: BaseException, path: Path, rank: int) -> None:
     """Leave what happened in the log and in a file for the agent; late, where another rank is the cause."""
     raised_at = time.time()
-    if isinstance(error, SystemExit):
-        message = f"exit code {exit_status(error)}" if isinstance(error.code, int) else str(error.code)
-    else:
-        message = str(error)
+    if not isinstance(error, SystemExit):
         print(END_OF_OUTPUT, file=sys.stderr)
     report: dict[str, Any] = {
         "rank": rank,
         "host": socket.gethostname(),
-        "type": type(error).__name__,
-        "message": message,
-        "traceback": "" if isinstance(error, (UserError, SystemExit)) else users_traceback(error),
+        **reports.of(error, exit_status(error)),
         "time": raised_at,
         "exit_code": error.exit_code if isinstance(error, ResumeError) else 1,  # of the command
-        "victim": is_failed_collective(error),
+        "victim": reports.is_failed_collective(error),
     }
     with contextlib.suppress(OSError):  # the disk may be full
         path.write_text(json.dumps(report))
         show(error)
     if report["victim"]:
         time.sleep(VICTIM_WAIT_S)
-
-
-def users_traceback(error: BaseException) -> str:
-    """The frames of the user's own code; the last ones where there are none."""
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if stacks.is_users(frame.filename)]
-    return "".join(traceback.format_list(users or frames[-3:]))
-
-
-def is_failed_collective(error: BaseException) -> bool:
-    """Whether the error says that another rank went away, rather than what went wrong here."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is None:
-        return False
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
-        return True
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "gloo")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in lost)

@@ -88,6 +88,8 @@ class Supervisor(LocalElasticAgent):
         self._on_restart = on_restart
         self._attempt = 0
         self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
+        self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
+        self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
         self._oom_kills = 0
 
     @property
@@ -109,9 +111,12 @@ class Supervisor(LocalElasticAgent):
         self._oom_kills = oom_kills()
         self.cause = None
         self._sent.clear()
+        self._ended_at.clear()
         for rank, heartbeat in self._heartbeats.items():
             self._run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
             heartbeat.beat(Beat())
+            log = self._run.rank_log(rank)
+            self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
         with held_back():  # until the ranks have said what they do at them
             workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
@@ -143,14 +148,17 @@ class Supervisor(LocalElasticAgent):
 
     def _look(self) -> None:
         """See whether the attempt is lost, and if so, end it."""
-        failed = [end for end in self._ends() if end.has_failed]
+        ends = self._ends()
+        failed = [end for end in ends if end.has_failed]
         gone, elsewhere = self._lost_node(), self._reports()
         if failed:
             self._take_down()
             after = [end for end in self._ends() if end.has_failed and not self._ended_as_told(end)]
             for end in [*failed, *after]:
                 logger.info("%s", end)
-            self._conclude(causes.describe(causes.first_cause(failed, after), self._oom_kills))
+            found = causes.first_cause(failed, after)
+            left = causes.left_early(found, ends, self._ended_at)
+            self._conclude(left or causes.describe(found, self._oom_kills, self._printed))
         elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
             logs = {rank: self._run.rank_log(rank) for rank in self._heartbeats}
             error = {**self._watchdog.explain(self.pids, logs), "host": socket.gethostname()}
@@ -224,11 +232,18 @@ class Supervisor(LocalElasticAgent):
         while None in self._exit_codes().values() and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def _printed(self, rank: int) -> str:
+        return causes.last_words(self._run.rank_log(rank), self._log_sizes[rank])
+
     def _ends(self) -> list[causes.RankEnd]:
         return causes.read_ends(self._run, self._exit_codes())
 
     def _exit_codes(self) -> dict[int, int | None]:
         """By rank; None for those that run."""
         context: Any = self._pcontext
-        codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
-        return {worker.global_rank: codes[worker.local_rank] for worker in self._workers}
+        polled = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
+        codes = {worker.global_rank: polled[worker.local_rank] for worker in self._workers}
+        for rank, code in codes.items():
+            if code is not None:
+                self._ended_at.setdefault(rank, time.time())
+        return codes

@@ -1,0 +1,118 @@
+"""What an exception says of a rank's end: its type, its message, the user's own lines, and whether it is the cause."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dtrain.errors import UserError
+
+from . import stacks
+
+# gloo raises mere RuntimeErrors, which begin with their place in it: "[/path/gloo/transport/tcp/pair.cc:9] ...".
+_FROM_GLOO = re.compile(r"\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|ProcessGroupGloo\.cpp):\d+\]")
+# torch raises in the training process what was raised in a loading process, with the traceback as its message.
+_FROM_LOADING = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback [^\n]*\n")
+_FRAME = re.compile(r'  File "([^"]+)", line \d+')
+_NO_SHARED_MEMORY = re.compile(r"(/torch_\w+|/psm_\w+|shared memory).*No space left on device", re.DOTALL)
+_SHARED_MEMORY = (
+    "; that is /dev/shm, through which loading processes pass their batches: make it larger "
+    "(docker run --shm-size=8g), or load in fewer processes (data.workers)"
+)
+
+
+def of(error: BaseException, exit_status: int) -> dict[str, str]:
+    """Type, message and traceback, as status.json's `error` has them."""
+    error = _meant(error)
+    kind, message = type(error).__name__, "\n".join([str(error), *getattr(error, "__notes__", ())])
+    lines = "" if isinstance(error, UserError) else users_traceback(error)
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        message = f"exit code {exit_status}"
+    elif loading := _FROM_LOADING.match(message):
+        kind, process = loading.groups()
+        frames, message = _parse(message[loading.end() :])
+        message = f"{message.removeprefix(f'{kind}: ')} (in loading process {process})"
+        lines = "".join(frame.text for frame in frames if stacks.is_users(frame.file)) or lines
+    if _NO_SHARED_MEMORY.search(message):
+        message += _SHARED_MEMORY
+    return {"type": kind, "message": message, "traceback": lines}
+
+
+def is_failed_collective(error: BaseException) -> bool:
+    """Whether the error says that another rank went away, rather than what went wrong here.
+
+    Also one that was raised when such an error was handled, sys.exit included.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None:
+        return False
+    typed = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return any(
+        isinstance(each, typed) or (type(each) is RuntimeError and _FROM_GLOO.match(str(each)) is not None)
+        for each in _chain(error)
+    )
+
+
+def users_traceback(error: BaseException) -> str:
+    """The frames of the user's own code; the last ones where there are none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if stacks.is_users(frame.filename)]
+    return "".join(traceback.format_list(users or frames[-3:]))
+
+
+def excerpt(text: str, room: int) -> list[str]:
+    """The last frames of a traceback, whole, that fit into so many lines."""
+    frames: list[list[str]] = []
+    for line in text.rstrip().splitlines():
+        if not frames or _FRAME.match(line):
+            frames.append([])
+        if line.strip(" ~^"):  # which part of the line it was, a line of its own
+            frames[-1].append(line)
+    shown = frames.pop()[:room] if frames else []
+    while frames and len(frames[-1]) + len(shown) <= room:
+        shown = frames.pop() + shown
+    return shown
+
+
+def _meant(error: BaseException) -> BaseException:
+    """The error for which this one stands.
+
+    Programs that log their own errors leave by sys.exit then; and a StopIteration can't leave a generator.
+    """
+    behind = error.__cause__ or error.__context__
+    if behind is not None and isinstance(error, SystemExit) and isinstance(error.code, int):
+        return behind
+    return behind if isinstance(behind, StopIteration) and isinstance(error, RuntimeError) else error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@dataclass
+class _Frame:
+    file: str
+    text: str
+
+
+def _parse(text: str) -> tuple[list[_Frame], str]:
+    """The frames of a printed traceback, and the exception at its end."""
+    frames: list[_Frame] = []
+    last: list[str] = []
+    for line in text.splitlines():
+        if match := _FRAME.match(line):
+            frames.append(_Frame(match[1], ""))
+            last = []
+        if line.startswith("  ") and frames and not last:
+            frames[-1].text += f"{line}\n"
+        else:
+            last.append(line)
+    return frames, "\n".join(last)
