@@ -297,6 +297,7 @@ class ScriptJob(Section):
 
     name: Name = Field(description="Names the run folder and the Slurm job.")
     script: Script = Field(description="In place of a model: a script, or -m and a module, with its arguments.")
+    restarts: int = Field(default=0, ge=0, description="So often the processes start anew after a failure.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
     launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
     slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")

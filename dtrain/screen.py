@@ -96,6 +96,12 @@ class Screen:
         )
 
 
+def say(line: str) -> None:
+    """A line on stderr, where there is no Screen."""
+    with tolerated(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def tolerated(file: TextIO) -> Iterator[None]:
     """A run goes on although the file takes nothing; once its reader has gone (`| head`, a closed terminal), it leads

@@ -19,7 +19,7 @@ from dtrain import signals
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import Keeper, State
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
-from dtrain.screen import tolerated
+from dtrain.screen import say, tolerated
 
 from . import causes, forks
 from .entry import Task
@@ -93,7 +93,8 @@ def _supervisor(
     from .supervisor import Supervisor
 
     def on_restart(error: causes.Error) -> None:
-        _say(f"{causes.headline(error, run)}\nstarting the ranks again, from the last checkpoint")
+        saved = ", from the last checkpoint" if run.latest.exists() else ""  # a script may save in its own way
+        _say(f"{causes.headline(error, run)}\nstarting the ranks again{saved}")
         if keeper is not None:
             keeper.restarted()
 
@@ -210,7 +211,7 @@ class End:
             if self.state in ("finished", "killed") and self.line:
                 keeper.screen.print(self.line)
         if self.state == "failed" or (keeper is None and self.line):
-            print(self.line, file=sys.stderr)
+            say(self.line)
         return self.exit_code
 
 

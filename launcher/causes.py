@@ -16,7 +16,7 @@ from dtrain.files import read_json
 from dtrain.run import RunDir
 
 from .processes import oom_kills
-from .reports import excerpt
+from .reports import DEAD_LOADER, excerpt
 
 MAX_LINES = 15  # of the screen: the cause must fit, however long it is itself
 MAX_MESSAGE_LINES = 7
@@ -106,12 +106,13 @@ def describe(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str])
     """A rank's end as status.json's `error`.
 
     Args:
-        printed: by rank, the end of what it has printed: programs that catch their own errors say there why they leave.
+        printed: by rank, the end of what it has printed: programs that catch their own errors, and loading
+            processes, say there why they leave.
     """
     code = end.exit_code or 0
     if code >= 0 or end.record is not None:
         error: Error = end.record or _error(end.rank, "SystemExit", f"exit code {code}")
-        said = printed(end.rank) if error["message"].startswith("exit code") else ""
+        said = printed(end.rank) if error["message"].startswith(("exit code", DEAD_LOADER)) else ""
         return {**error, "traceback": error["traceback"] + said, "suspicion": end.suspicion}
     kind = signal.Signals(-code).name
     message = f"killed by signal {kind}"

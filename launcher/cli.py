@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import sys
 
 import click
@@ -11,6 +12,10 @@ import click
 from dtrain import __version__
 from dtrain.errors import RanksFailed, UserError
 from dtrain.run import EXIT_INTERRUPTED
+
+from .arguments import LaunchCommand
+from .cores import drop_openmp_mistake
+from .streams import open_standard_streams
 
 _GPUS = click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
 _WEIGHTS = click.option("--weights", type=click.Choice(["best", "last", "ema"]), default="best", show_default=True)
@@ -22,7 +27,7 @@ def cli() -> None:
     """Train a PyTorch job, described by one YAML file, on any number of GPUs with the same result."""
 
 
-@cli.command()
+@cli.command(cls=LaunchCommand)
 @click.argument("job")
 @click.argument("arguments", nargs=-1)
 @_GPUS
@@ -36,6 +41,7 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Continue --run-dir, or the newest unfinished run of this name.")
 @click.option("--dry-run", is_flag=True, help="Print the job as resolved, and start nothing.")
 @click.option("--show-ranks", default="0", metavar="K,K,..", help="Whose output is shown: ranks, or all.")
+@click.option("--max-restarts", type=click.IntRange(0), metavar="N", help="Start anew after so many failures.")
 @click.option("-m", "--module", is_flag=True, help="JOB is a module, run as python -m does.")
 @click.option(
     "--no-preload", is_flag=True, help="A fresh interpreter for each rank: none is forked with torch imported."
@@ -54,13 +60,13 @@ def launch(
     resume: bool,
     dry_run: bool,
     show_ranks: str,
+    max_restarts: int | None,
     module: bool,
     no_preload: bool,
 ) -> int:
     """Train JOB, a job.yaml or a torchrun script, on this machine.
 
-    ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1; for a script they are its own,
-    after --.
+    ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1; for a script they are its own.
     """
     gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
     from .launch import Request, launch
@@ -80,6 +86,7 @@ def launch(
         dry_run,
         show_ranks=show_ranks,
         is_module=module,
+        max_restarts=max_restarts,
         preload=not no_preload,
         nodes=nodes,
         node_rank=node_rank,
@@ -127,13 +134,14 @@ def sweep(
 def check_gpus(gpus: str) -> None:
     """Raise UserError where it is no number of GPUs of this machine."""
     if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
-        raise UserError(f"--gpus {gpus}: expected a number above 0, or auto")
+        which = ""
+        if "," in gpus:
+            which = f"; which GPUs, CUDA_VISIBLE_DEVICES says: CUDA_VISIBLE_DEVICES={gpus} dtrain launch ..."
+        raise UserError(f"--gpus {gpus}: expected a number above 0, or auto{which}")
 
 
 def place_in_job() -> tuple[int, int, str | None]:
     """Number of nodes, this one's rank, and the rendezvous, from what Slurm says."""
-    import os
-
     from dtrain.slurm.environment import place
 
     here = place(os.environ)
@@ -273,9 +281,22 @@ def ui(tracking_uri: str | None, port: int | None) -> int:
     return ui(tracking_uri, port)
 
 
+def require_working_directory() -> None:
+    """Raise UserError where it has been removed: there, no file can be found."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the working directory is gone: it was removed since this shell entered it; cd to another"
+        ) from None
+
+
 def main() -> None:
     """The console script: prints a user's mistakes without a traceback, and exits with the command's code."""
+    open_standard_streams()
+    drop_openmp_mistake(os.environ)
     try:
+        require_working_directory()
         code = cli.main(standalone_mode=False)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,23 @@ def usable_cores(proc: Path = Path("/proc/self")) -> int:
         proc: this process's folder in /proc.
     """
     return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(proc)])))
+
+
+def openmp_threads(value: str) -> int | None:
+    """The number in OMP_NUM_THREADS, the first where it is a list for nested regions; None where OpenMP ignores it."""
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word) < 1 << 31 for word in words):
+        return None
+    return int(words[0])
+
+
+def drop_openmp_mistake(environment: MutableMapping[str, str]) -> None:
+    """Take OMP_NUM_THREADS out where it says nothing, as OpenMP does, which warns of it too."""
+    value = environment.get("OMP_NUM_THREADS")
+    if value is not None and openmp_threads(value) is None:
+        del environment["OMP_NUM_THREADS"]
+        if value.strip():
+            print(f"warning: OMP_NUM_THREADS={value} is no number of threads, and ignored", file=sys.stderr)
 
 
 def _quotas(proc: Path) -> Iterator[float]:

@@ -32,6 +32,7 @@ from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 from dtrain.run import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import reports, stacks
+from .cores import openmp_threads
 from .leaving import leave
 from .streams import open_output
 
@@ -153,7 +154,7 @@ def set_num_threads(number: int) -> None:
     """Share the node's cores among its ranks. In a forked process torch has read OMP_NUM_THREADS already."""
     os.environ.setdefault("OMP_NUM_THREADS", str(number))
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_num_threads(openmp_threads(os.environ["OMP_NUM_THREADS"]) or number)
 
 
 # -- the end -------------------------------------------------------------------------------------
@@ -187,6 +188,7 @@ def show(error: BaseException) -> None:
 def record(error: BaseException, path: Path, rank: int) -> None:
     """Leave what happened in the log and in a file for the agent; late, where another rank is the cause."""
     raised_at = time.time()
+    error = reports.first_of(error)
     if not isinstance(error, SystemExit):
         print(END_OF_OUTPUT, file=sys.stderr)
     report: dict[str, Any] = {

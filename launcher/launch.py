@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,19 +17,21 @@ from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
 from dtrain.provenance import environment, snapshot
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
+from dtrain.screen import say
 
 from .agent import run_ranks
 from .check import require_right
 from .cores import usable_cores
 from .entry import Task
 from .forks import start_fork_server
-from .program import Program, find_module, find_program, find_script
+from .program import Program, find_module, find_program, find_script, refuse_other_program
 
 if TYPE_CHECKING:
     from dtrain.job import Job, LoadedJob, LoadedScript, ScriptJob
 
     from .nodes import Endpoint
 
+CROWD = 4  # processes a core, above which it is said
 # What the fork server imports, for all ranks at once: always, and where the job or the script speaks of it. None of
 # it touches CUDA. The user's own modules never belong here: they may.
 PRELOAD = ("torch", "torch._dynamo")  # optimizers import the latter
@@ -54,6 +55,7 @@ class Request:
     dry_run: bool = False
     show_ranks: str = "0"  # "all", or some with commas between
     is_module: bool = False
+    max_restarts: int | None = None  # after failures; None: as the job says
     preload: bool = True  # ranks forked from one server; else a fresh interpreter for each
     nodes: int = 1
     node_rank: int = 0
@@ -77,6 +79,7 @@ def launch(request: Request) -> int:
     from dtrain.job import LoadedScript
     from dtrain.loading import load
 
+    refuse_other_program(request.target)
     loaded = load(request.target, request.arguments)
     return _launch_script_job(request, loaded) if isinstance(loaded, LoadedScript) else _launch_job(request, loaded)
 
@@ -91,7 +94,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     run = find_run(request, job.name)
     continues = request.resume and run.job.exists()
     if continues and is_done(run, job):
-        print(f"{run} is finished; nothing to resume", file=sys.stderr)
+        say(f"{run} is finished; nothing to resume")
         return 0
     code = run.code if continues else loaded.path.absolute().parent
     if request.preload and not request.dry_run:
@@ -100,7 +103,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     text = resolved(job, device)
     if request.dry_run:
         print(text, end="")
-        print(f"would train on {num_ranks} {device} processes, in {run}", file=sys.stderr)
+        say(f"would train on {_processes(num_ranks, device)}, in {run}")
         return 0
     task = Task(
         str(run),
@@ -162,7 +165,7 @@ def _launch_script_job(request: Request, loaded: LoadedScript) -> int:
     program = find_program(loaded)
     run = find_run(request, job.name)
     if request.resume and run.job.exists() and is_done(run, job):
-        print(f"{run} is finished; nothing to resume", file=sys.stderr)
+        say(f"{run} is finished; nothing to resume")
         return 0
     return _launch_program(request, run, program, job.arguments, loaded)
 
@@ -180,7 +183,7 @@ def _launch_program(
     text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
         print(text or "", end="")
-        print(f"would run {program.name} on {num_ranks} {device} processes, in {run}", file=sys.stderr)
+        say(f"would run {program.name} on {_processes(num_ranks, device)}, in {run}")
         return 0
     task = Task(
         str(run),
@@ -192,13 +195,15 @@ def _launch_program(
         forked=preload,
     )
     origin = (loaded.path if loaded else program.file).absolute().parent
-    return _start(request, run, task, num_ranks, text, None if request.resume else origin)
+    return _start(
+        request, run, task, num_ranks, text, None if request.resume else origin, loaded.job.restarts if loaded else 0
+    )
 
 
 def _sets_on_import(program: Program) -> bool:
     if variable := program.sets_on_import:
         reason = f"{program.name} sets {variable}, which libraries read when they are imported"
-        print(f"{reason}: each rank gets a fresh interpreter, as with --no-preload", file=sys.stderr)
+        say(f"{reason}: each rank gets a fresh interpreter, as with --no-preload")
     return variable is not None
 
 
@@ -224,9 +229,14 @@ def _start(
     num_ranks: int,
     job: str | None,
     origin: Path | None,
-    restarts: int = 0,
+    restarts: int,
 ) -> int:
-    """Fill the run folder and run the ranks. Nothing was written before; `origin` is None for a run that goes on."""
+    """Fill the run folder and run the ranks. Nothing was written before; `origin` is None for a run that goes on.
+
+    Args:
+        restarts: what the job says of them.
+    """
+    restarts = restarts if request.max_restarts is None else request.max_restarts
     show_ranks = choose_ranks(request.show_ranks, request.nodes * num_ranks)
     nodes = None
     if request.nodes > 1:
@@ -247,13 +257,13 @@ def _start(
             with _whole_or_gone(run) if is_new else nullcontext():
                 held.enter_context(run.lock(is_agent=True))
                 fill(run, origin, job)
-        print(f"run {run}", file=sys.stderr)
+        say(f"run {run}")
         if nodes is not None:
             nodes.from_first("run", str(run.path.absolute()))
             nodes.from_first("code", str(Path(task.arguments[0]).absolute()) if task.is_job else "")
         exit_code = run_ranks(task, num_ranks, run, show_ranks, nodes, restarts=restarts)
     if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
-        print(f"continue with: {_continuation(request, run)}", file=sys.stderr)
+        say(f"continue with: {_continuation(request, run)}")
     return exit_code
 
 
@@ -271,6 +281,8 @@ def _continuation(request: Request, run: RunDir) -> str:
     words = ["dtrain", "launch", "--resume", "--run-dir", str(run)]
     if request.gpus != "auto":
         words += ["--gpus", request.gpus]
+    if request.max_restarts is not None:
+        words += ["--max-restarts", str(request.max_restarts)]
     words += ["--no-preload"] * (not request.preload) + ["-m"] * request.is_module
     if request.nodes > 1:
         words += ["--nodes", str(request.nodes), "--node-rank", "0", "--rendezvous", str(request.rendezvous)]
@@ -316,10 +328,10 @@ def _usable(run: RunDir) -> Iterator[None]:
 
 @contextmanager
 def _whole_or_gone(run: RunDir) -> Iterator[None]:
-    """Where the disk refuses what a new run begins with, nothing of it stays."""
+    """Where what a new run begins with can't be written, or not to its end, nothing of it stays."""
     try:
         yield
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         shutil.rmtree(run.path, ignore_errors=True)
         raise
 
@@ -356,7 +368,7 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
     """How many processes on which device: never more than there are GPUs, unless there are none at all."""
     asked = None if gpus == "auto" else int(gpus)
     if device == "cpu":
-        return asked or 1, "cpu"
+        return _on_cpu(asked or 1)
     import torch
 
     found = torch.cuda.device_count()
@@ -364,11 +376,23 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
         why = _why_no_gpu()
         if device == "cuda":
             raise UserError(f"launch.device is cuda, but there is no GPU: {why}")
-        print(f"warning: {why}; {asked or 1} CPU process{'es' if asked and asked > 1 else ''} instead", file=sys.stderr)
-        return asked or 1, "cpu"
+        say(f"warning: {why}; {_processes(asked or 1, 'cpu')} instead")
+        return _on_cpu(asked or 1)
     if asked is not None and asked > found:
         raise UserError(f"--gpus {asked}: this machine has {found} visible; ask for at most {found}")
     return asked or found, "cuda"
+
+
+def _processes(count: int, device: str) -> str:
+    return f"{count} {device.upper()} process{'es' if count > 1 else ''}"
+
+
+def _on_cpu(num_ranks: int) -> tuple[int, Literal["cpu"]]:
+    """So many processes; said where far more of them than cores are to take turns."""
+    cores = usable_cores()
+    if num_ranks > CROWD * cores:
+        say(f"warning: {_processes(num_ranks, 'cpu')}, {cores} cores: they take turns, and even their start takes long")
+    return num_ranks, "cpu"
 
 
 def choose_ranks(asked: str, num_ranks: int) -> list[int]:

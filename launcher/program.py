@@ -62,6 +62,20 @@ def find_script(name: str) -> Program:
     return Program(name, False, path, folder, _compiled(source, name))
 
 
+def refuse_other_program(name: str) -> None:
+    """Raise UserError where what should be a job file is a program that is no Python script."""
+    try:
+        with open(name, "rb") as file:
+            begin = file.read(64).partition(b"\n")[0]
+    except (OSError, ValueError):
+        return
+    if b"python" in begin and begin.startswith(b"#!"):
+        raise UserError(Problem("is a Python script: its name must end in .py", file=name))
+    if begin.startswith((b"#!", b"\x7fELF")):
+        hint = f"start it from one: subprocess.run([{os.path.join('.', name)!r}], check=True)"
+        raise UserError(Problem("is a program, and each rank runs a Python script", file=name, hint=hint))
+
+
 def find_module(name: str, folder: str) -> Program:
     """The module with that name, looked for in `folder` first; of a package its __main__.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from . import stacks
 _FROM_GLOO = re.compile(r"\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|ProcessGroupGloo\.cpp):\d+\]")
 # torch raises in the training process what was raised in a loading process, with the traceback as its message.
 _FROM_LOADING = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback [^\n]*\n")
+DEAD_LOADER = "DataLoader worker (pid"  # so torch begins to say that a loading process is gone
 _FRAME = re.compile(r'  File "([^"]+)", line \d+')
 _NO_SHARED_MEMORY = re.compile(r"(/torch_\w+|/psm_\w+|shared memory).*No space left on device", re.DOTALL)
 _SHARED_MEMORY = (
@@ -33,12 +35,26 @@ def of(error: BaseException, exit_status: int) -> dict[str, str]:
         message = f"exit code {exit_status}"
     elif loading := _FROM_LOADING.match(message):
         kind, process = loading.groups()
-        frames, message = _parse(message[loading.end() :])
-        message = f"{message.removeprefix(f'{kind}: ')} (in loading process {process})"
-        lines = "".join(frame.text for frame in frames if stacks.is_users(frame.file)) or lines
+        frames, last = _parse(message[loading.end() :])
+        own_words = re.sub(rf"^[\w.]*{kind}(: |$)", "", last)
+        message = f"{own_words} (in loading process {process})".strip()
+        shown = [frame for frame in frames if stacks.is_users(frame.file)] or frames[-3:]
+        lines = "".join(frame.text for frame in shown)
+    elif message.startswith(DEAD_LOADER):
+        lines = ""  # torch raises it wherever the main thread was
     if _NO_SHARED_MEMORY.search(message):
         message += _SHARED_MEMORY
     return {"type": kind, "message": message, "traceback": lines}
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The end of a loading process, which torch raises at SIGCHLD, where it was behind this error; else the error."""
+    try:
+        signal.raise_signal(signal.SIGCHLD)
+    except RuntimeError as death:
+        if str(death).startswith(DEAD_LOADER):
+            return death
+    return error
 
 
 def is_failed_collective(error: BaseException) -> bool:

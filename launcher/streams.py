@@ -10,6 +10,23 @@ from pathlib import Path
 from typing import Any
 
 
+def open_standard_streams() -> None:
+    """Have stdin, stdout and stderr lead to nowhere where the caller has closed them.
+
+    Else the next files to be opened would get their numbers, and what is printed.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: those below are open
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, mode, closefd=False)  # noqa: SIM115 (open as long as the process is)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 def open_output(path: Path) -> None:
     """All that this process and its children print goes to the file, after what is there.
 

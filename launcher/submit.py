@@ -100,6 +100,8 @@ def submittable(request: Request) -> Submittable:
     """What the command line asks for; raises UserError where that can't be."""
     gpus = parse_gpus(request.gpus)
     options = ["--show-ranks", request.show_ranks, *(["--no-preload"] * (not request.preload))]
+    if request.max_restarts is not None:
+        options += ["--max-restarts", str(request.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
         folder, target = loaded.path.absolute().parent, None

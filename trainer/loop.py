@@ -523,7 +523,7 @@ class Loop:
         batches = self.val_batches if validated and self.val_batches else self.train_batches
         self.heartbeat.beat(
             Beat(
-                epoch=min(self.place.epoch, self.schedule.epochs),
+                epoch=min(self.place.epoch - self.is_over, self.schedule.epochs),  # the last one, at the end
                 epochs=self.schedule.epochs,
                 step=self.place.step,
                 step_in_epoch=validated or self.place.step_in_epoch,

@@ -1,0 +1,70 @@
+"""The arguments of `dtrain launch`: which are its own, and which those of the script; and torchrun's names for them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+import click
+
+from dtrain.errors import UserError
+
+_TORCHRUN = {"--nproc-per-node": "--gpus", "--nnodes": "--nodes", "--rdzv-endpoint": "--rendezvous"}
+_NEEDLESS = "--standalone"  # of torchrun's, where nothing is to be said
+
+
+class LaunchCommand(click.Command):
+    """Options that dtrain does not know are the script's where they follow its name, as under torchrun."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click's, of arguments in which `--` stands before those of a script."""
+        own, dashes, rest = list(args), [], []
+        if "--" in args:
+            at = args.index("--")
+            own, dashes, rest = args[:at], ["--"], args[at + 1 :]
+        place = next((at for at, word in self._walk(own) if not word.startswith("-")), None)
+        if place is not None and not dashes and _is_script(own[: place + 1]):
+            after = own[place + 1 :]
+            foreign = any(self._option(word) is None for _, word in self._walk(after))
+            if foreign:
+                self._require_plain(own[: place + 1], after)
+                own, dashes, rest = own[: place + 1], ["--"], after
+        words = [self._option(word) or word for word in own]
+        return super().parse_args(ctx, [word for word in words if word != _NEEDLESS] + dashes + rest)
+
+    def _walk(self, args: list[str]) -> Iterator[tuple[int, str]]:
+        """The arguments and their places, without the values of dtrain's options."""
+        flags = {name for each in self.params if getattr(each, "is_flag", False) for name in each.opts}
+        is_value = False
+        for at, word in enumerate(args):
+            if is_value:
+                is_value = False
+                continue
+            name = self._option(word)
+            is_value = name is not None and "=" not in name and name not in flags and name != _NEEDLESS
+            yield at, word
+
+    def _option(self, word: str) -> str | None:
+        """The word as dtrain writes its option: torchrun has --nproc-per-node, or --nproc_per_node; None for others."""
+        if not word.startswith("-"):
+            return None
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        name = _TORCHRUN.get(name, name)
+        known = {name for each in self.get_params(click.Context(self)) for name in each.opts}
+        return name + equals + value if name in {*known, _NEEDLESS} else None
+
+    def _require_plain(self, before: list[str], after: list[str]) -> None:
+        """Raise UserError where some of these arguments of a script may have been meant for dtrain."""
+        for _, word in self._walk(after):
+            if self._option(word) is not None:
+                target, whole = before[-1], shlex.join(["dtrain", "launch", *before, "--", *after])
+                raise UserError(
+                    f"{word.partition('=')[0]} stands after {target}: if it is dtrain's, put it before {target}; "
+                    f"if it is the script's own: {whole}"
+                )
+
+
+def _is_script(words: list[str]) -> bool:
+    """Whether the last of these words names a script or a module, rather than a job file."""
+    return words[-1].endswith(".py") or "-m" in words or "--module" in words
