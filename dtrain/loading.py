@@ -61,7 +61,9 @@ _DRAWN_FROM = {
 }
 
 _MAY_DIFFER = re.compile(
-    r"restarts|fit\.(epochs|restarts|strategy)|data\.workers|(fsdp|deepspeed|checkpoint|mlflow|launch|slurm)(\..*)?", re.DOTALL
+    r"restarts|fit\.(epochs|restarts|strategy)|data\.workers"
+    r"|(fsdp|deepspeed|checkpoint|mlflow|launch|slurm)(\..*)?",
+    re.DOTALL,
 )
 
 
