@@ -26,6 +26,7 @@ from dtrain.keeper import Keeper
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import precision as precisions
+from .agreement import require_same_settings
 from .background import say
 from .batches import Data, batches_of
 from .best import Best
@@ -149,6 +150,7 @@ class Trainer:
             loss_fn.to(self.world.device)  # class weights are buffers
         self._step: Step | None = None
         self.predict_step = self.precision.of(predict_features)
+        self._made_by: Any = loss_fn  # what makes the loss
         if loss_fn is not None:
             self._step = self.precision.of(supervised_step(loss_fn))
         elif step is not None:
@@ -186,6 +188,7 @@ class Trainer:
         return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
 
     def _take(self, step: UserStep) -> None:
+        self._made_by = step
         self._step = self.predict_step = self.precision.of(user_step(step))
 
     @property
@@ -263,6 +266,7 @@ class Trainer:
             require_mode(self.scheduler, watched, self._known_mode(watched, best))
             steps = batches[0].num_steps
             check_length(self.scheduler, self.scheduler_interval, epochs, steps, self._warn)
+        require_same_settings(self.world, self._settings(epochs, best))
         update = self._update(self.optimizer)
         with self._run() as run:
             loop = Loop(
@@ -348,6 +352,16 @@ class Trainer:
             on_nonfinite=self.on_nonfinite,
             report=say if self.world.is_main else lambda line: None,
         )
+
+    def _settings(self, epochs: int, best: Best) -> dict[str, Any]:
+        """What all ranks are to have alike, beside model and data."""
+        settings = {"epochs": epochs, "monitor": best.monitor, "mode": best.mode, "patience": best.patience}
+        settings |= {"loss": self._made_by, "optimizer": self.optimizer, "metrics": sorted(self.metrics)}
+        if self.scheduler is not None:
+            settings |= {"scheduler": _full_name(self.scheduler), "scheduler_interval": self.scheduler_interval}
+        names = ("seed", "micro_batch_size", "clip_norm", "clip_value", "l1", "l2", "ema", "on_nonfinite")
+        settings |= {name: getattr(self, name) for name in (*names, "checkpoint_every", "keep")}
+        return settings | {"precision": self.precision.name}
 
     def _warn(self, line: str) -> None:
         if self.world.is_main:
