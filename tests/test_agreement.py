@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from dtrain import Ranks
 from dtrain.errors import UserError
-from dtrain.trainer.fingerprint import traits_of
 from dtrain.trainer.trainer import Trainer
 
 SIZE = 12
@@ -172,11 +170,3 @@ def test_other_parts_that_differ_are_named_and_other_weights_warned_of(tmp_path)
             raise UserError(first[name])
     warnings = [(tmp_path / f"{rank}.txt").read_text().count("the model's weights differ") for rank in range(3)]
     assert warnings == [1, 0, 0]
-
-
-def test_a_million_files_cost_little():
-    names = [f"/data/train/{random.getrandbits(64):x}.jpg" for _ in range(1_000_000)]
-    numbers = list(range(len(names)))
-    began = time.process_time()
-    traits = traits_of(Holder(files=names, labels=numbers, samples=list(zip(names, numbers, strict=True))))
-    print(time.process_time() - began)

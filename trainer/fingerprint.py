@@ -8,6 +8,7 @@ and the folder that all files of a list lie in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import marshal
 import os
@@ -126,11 +127,10 @@ def _sequence_digest(items: Sequence[Any]) -> str:
             pass
         else:
             return _digest(len(items), joined.replace(f"\0{folder}/", "\0") if folder else joined)
-    if some and isinstance(some[0], tuple):
-        try:  # (file, label) and such, column by column
-            return _digest(len(items), *(_sequence_digest(column) for column in zip(*some, strict=True)))
-        except (ValueError, TypeError):
-            pass
+    if some and isinstance(some[0], tuple):  # (file, label) and such, column by column
+        with contextlib.suppress(TypeError, IndexError):  # not all of them are
+            columns = [[each[i] for each in some] for i in range(len(some[0]))]
+            return _digest(len(items), *map(_sequence_digest, columns))
     try:
         return _digest(len(items), marshal.dumps(some, 0))  # the version that knows nothing of shared objects
     except ValueError:
