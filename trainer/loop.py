@@ -31,7 +31,6 @@ from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ema import Ema
 from .learning import Learning
-from .optimizer_state import require_torchs
 from .optimizers import is_two_step, judged, needs_closure, start_training, stop_training
 from .parallel import Parallel
 from .precision import Precision
@@ -426,9 +425,7 @@ class Loop:
     def require_savable(self) -> None:
         """Raise UserError where a checkpoint can't hold what optimizer and scheduler have. No collective."""
         require_data("scheduler", self.scheduler, None if self.scheduler is None else state_of(self.scheduler))
-        state = self.optimizer.state_dict()
-        require_torchs(self.optimizer, state)
-        require_data("optimizer", self.optimizer, state)
+        require_data("optimizer", self.optimizer, self.model.own_optimizer_state(self.optimizer))
 
     def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Room for this rank's part of a tensor of `shared_state`; None for those that each rank has whole."""

@@ -109,6 +109,10 @@ class Parallel:
         """`optimizer.state_dict()` with the names of the parameters instead of their numbers. All ranks take part."""
         return named_state(optimizer, self.bare)
 
+    def own_optimizer_state(self, optimizer: Optimizer) -> Any:
+        """What this rank has of it, to see whether it can be saved. No collective."""
+        return named_state(optimizer, self.bare)
+
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Become what `optimizer_state` gave, as `load_state_dict` does. All ranks take part."""
         load_named_state(optimizer, self.bare, state)
