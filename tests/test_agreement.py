@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -123,6 +124,7 @@ def bias_frozen(net: nn.Linear, is_frozen: bool) -> nn.Linear:
 
 
 def of_the_rest(rank: int, world_size: int, folder: str, capture: str) -> dict[str, str]:
+    os.environ["MLFLOW_TRACKING_URI"] = ""
     last = rank == world_size - 1
 
     def fit(**changes: Any) -> None:

@@ -47,7 +47,7 @@ from .weights import mismatches
 from .world import World
 
 # In the paths of `shared_state`, the section and the name of the parameter.
-_OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/state)?/([^/]+)(?:/[^/]+)?")
+_OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/held/[^/]+)*(?:/state)?/([^/]+)(?:/[^/]+)?")
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
