@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtrain.errors import UserError, among, first_line
+from dtrain.errors import Problem, UserError, among, first_line
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
@@ -258,12 +258,17 @@ class Trainer:
         if val_data is not None:
             tallies += [self._tally("val")] + [self._tally("ema")] * (self.ema is not None)
         _check_monitor(best.monitor, tallies)
+        if (better := self._better(best.monitor)) not in (None, mode):
+            message = f"is {mode}, and of {best.monitor} {'more' if better == 'max' else 'less'} is better"
+            raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
         watched = self.scheduler_monitor or best.monitor
         schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval, watched)
         batches = self._batches(train_data, training=True), self._val_batches(val_data)
         if self.scheduler is not None:
             _check_monitor(watched, tallies)
-            require_mode(self.scheduler, watched, self._known_mode(watched, best))
+            loss = "min" if watched.endswith("_loss") else None
+            known = best.mode if watched == best.monitor else loss or self._better(watched)
+            require_mode(self.scheduler, watched, known)
             steps = batches[0].num_steps
             check_length(self.scheduler, self.scheduler_interval, epochs, steps, self._warn)
         require_same_settings(self.world, self._settings(epochs, best))
@@ -367,14 +372,9 @@ class Trainer:
         if self.world.is_main:
             say(f"warning: {line}")
 
-    def _known_mode(self, name: str, best: Best) -> str | None:
-        """Whether less or more of a reported value is better, as far as anybody has said: min or max."""
-        if name == best.monitor:
-            return best.mode
-        metric = name.partition("_")[2]
-        if metric == "loss":
-            return "min"
-        higher = getattr(self.metrics.get(metric), "higher_is_better", None)
+    def _better(self, name: str) -> str | None:
+        """Whether less or more of a metric's value is better, where torchmetrics says so: min or max."""
+        higher = getattr(self.metrics.get(name.partition("_")[2]), "higher_is_better", None)
         return None if higher is None else "max" if higher else "min"
 
     def _tally(self, phase: Literal["train", "val", "ema"]) -> Tally:

@@ -20,7 +20,7 @@ from dtrain.errors import Problem, UserError
 from dtrain.job import Job, Target
 from dtrain.loading import load_job
 from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
-from dtrain.target import bind_function, build_metric, describe, instantiate, job_path
+from dtrain.target import bind_function, build_metric, instantiate, job_path
 
 from .data import Source
 from .given import require_model
@@ -145,7 +145,7 @@ def _refusals(path: str, target: Target) -> Iterator[None]:
         yield
     except (TypeError, ValueError, AttributeError) as error:
         if target.target.startswith("torch."):
-            raise UserError(Problem(f"{target.target}: {describe(error)}", path)) from error
+            raise UserError(Problem(f"{target.target}: {type(error).__name__}: {error}", path)) from error
         raise
 
 
