@@ -106,13 +106,19 @@ def of_data(rank: int, world_size: int) -> dict[str, str]:
     loaders = {
         name: DataLoader(each, batch_size=4) if isinstance(each, Dataset) else each for name, each in made.items()
     }
-    return {name: refused(ranks.shard, loader) for name, loader in loaders.items()}
+    found = {name: refused(ranks.shard, loader) for name, loader in loaders.items()}
+    keeper = Holder(read={})
+    found["before reading"] = refused(ranks.shard, DataLoader(keeper))
+    keeper.read[rank] = "a sample of this rank's share"
+    found["after reading"] = refused(ranks.shard, DataLoader(Subset(keeper, range(3))))
+    return found
 
 
 def test_datasets_that_differ_are_named_on_all_ranks():
     first, *others = run_ranks(2, of_data)
     assert all(found == first for found in others)
-    assert {name: first[name] for name in ALIKE} == dict.fromkeys(ALIKE, "")
+    alike = [*ALIKE, "before reading", "after reading"]
+    assert {name: first[name] for name in alike} == dict.fromkeys(alike, "")
     for name, (_, message) in DIFFERENT.items():
         with pytest.raises(UserError, match=f"^the dataset differs between ranks: .*{message}"):
             raise UserError(first[name])

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -63,9 +64,23 @@ def tensor_digest(tensor: Tensor, most: int = _MOST_BYTES) -> str:
 
 def _add_object(found: Traits, path: str, value: Any, seen: set[int], depth: int) -> None:
     found[path] = (type(value).__name__, type(value).__qualname__)
+    if _is_known(value):
+        return
     for name, each in list(getattr(value, "__dict__", {}).items()):
         if not any(word in name.lower() for word in ("rank", "cache")):
             _add(found, f"{path}.{name}", each, seen, depth + 1)
+
+
+_known: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def _is_known(value: Any) -> bool:
+    """Whether an object was looked at before: what ranks have read of it since then, each its share, it may keep."""
+    if _known.get(id(value)) is value:
+        return True
+    with contextlib.suppress(TypeError):  # of a class with slots
+        _known[id(value)] = value
+    return False
 
 
 def _add(found: Traits, path: str, value: Any, seen: set[int], depth: int) -> None:

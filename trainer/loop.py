@@ -249,7 +249,7 @@ class Loop:
         """
         evaluations = itertools.count()
 
-        @torch.enable_grad()  # type: ignore[untyped-decorator]
+        @torch.enable_grad()
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             totals, weight = self.backward(micro_batches, counted=next(evaluations) == 0)
