@@ -434,11 +434,8 @@ class Trainer:
         """What a script's run was made of, so that MLflow can compare it with others."""
         parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": self._class}}
         if self.optimizer is not None:
-            plain = {
-                k: v
-                for k, v in getattr(self.optimizer, "defaults", {}).items()
-                if isinstance(v, (int, float, str, bool))
-            }
+            defaults = getattr(self.optimizer, "defaults", {})  # one that wraps another may have none
+            plain = {k: v for k, v in defaults.items() if isinstance(v, (int, float, str, bool))}
             parts["optimizer"] = {"_target_": _full_name(self.optimizer), **plain}
         if self.scheduler is not None:
             parts["scheduler"] = {"_target_": _full_name(self.scheduler), "interval": self.scheduler_interval}
