@@ -18,6 +18,7 @@ from dtrain.errors import UserError
 from dtrain.job import Fsdp
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 from dtrain.trainer import trainer as trainers
+from dtrain.trainer.optimizers import judged
 from dtrain.trainer.trainer import Trainer
 
 EPOCHS, BATCH = 3, 8
@@ -167,6 +168,23 @@ def test_a_plain_loop_is_reproduced_and_a_run_continues_to_the_bit(world_size, s
             torch.testing.assert_close(torch.tensor(rows), torch.tensor(expected[kind][0]), rtol=1e-5, atol=0)
             torch.testing.assert_close(straight, expected[kind][1], rtol=1e-5, atol=1e-6)
             assert torch.equal(straight, continued)
+
+
+def test_after_an_evaluation_the_weights_are_those_of_before_to_the_bit():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = ScheduleFree(net.parameters())
+    optimizer.train()
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    before = net[0].weight.detach().clone()
+    with judged(optimizer):
+        assert not torch.allclose(net[0].weight, before)
+    assert torch.equal(net[0].weight, before)
+    optimizer.eval(), optimizer.train()
+    assert not torch.equal(net[0].weight, before)  # its own way back rounds
 
 
 @pytest.mark.parametrize(
