@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,6 +382,9 @@ def contradictions(job: Job) -> list[Problem]:
     problems += _wrong_monitor(job, job.monitor, "fit.early_stopping.monitor")
     if job.scheduler and job.scheduler.monitor:
         problems += _wrong_monitor(job, job.scheduler.monitor, "scheduler.monitor")
+    if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
+        message = "an optimizer is no scheduler; torch's are in torch.optim.lr_scheduler"
+        problems.append(Problem(message, "scheduler._target_"))
     problems += _wrong_plateau(job)
     settings = [("optimizer", job.optimizer.arguments)]
     settings += [(f"optimizer.groups.{i}", group.model_extra or {}) for i, group in enumerate(job.optimizer.groups)]

@@ -90,6 +90,7 @@ def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_v
     for wrong, says in (
         ({"patience": 0}, "patience is 0: it counts epochs, from 1"),
         ({"epochs": 0}, "epochs is 0: it counts epochs, from 1"),
+        ({"monitor": "train_acc"}, "mode: is min, and of train_acc more is better"),
         ({"mode": "maximum"}, "mode is 'maximum': min, where a smaller loss is better, or max"),
     ):
         with pytest.raises(UserError, match=says):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError
 
+from .agreement import require_same_data
 from .data import Batches, IndexedBatches, Source
 from .stream import LoaderShares, StreamBatches, StreamShares
 from .world import World
@@ -24,16 +25,20 @@ def batches_of(
     Args:
         fill_empty: see `IndexedBatches`.
 
+    All ranks take part, to see that they were given the same.
+
     Raises:
         UserError: what can't be read so.
     """
-    if not isinstance(data, Source | DataLoader):
+    if isinstance(data, DataLoader):
+        data = Source.of(data)
+    require_same_data(world, data)
+    if not isinstance(data, Source):
         own = LoaderShares(data, world, seed)
         if micro_batch_size is not None:
             raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
         return StreamBatches(own, world, fill_empty=fill_empty)
-    source = data if isinstance(data, Source) else Source.of(data)
-    if not source.is_stream:
-        return IndexedBatches(source, world, seed, micro_batch_size, fill_empty=fill_empty)
-    shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+    if not data.is_stream:
+        return IndexedBatches(data, world, seed, micro_batch_size, fill_empty=fill_empty)
+    shares = StreamShares(data, world, seed, micro_batch_size, fill_empty=fill_empty)
     return StreamBatches(shares, world, fill_empty=fill_empty)

@@ -68,6 +68,8 @@ def require_scheduler(scheduler: Any, optimizer: Any) -> None:
     if isinstance(scheduler, Optimizer):
         raise UserError(Problem(f"{_name(scheduler)} is an optimizer, no scheduler of one", "scheduler"))
     _require_methods(scheduler, "scheduler", ("step", "state_dict", "load_state_dict"))
+    if optimizer is None:
+        raise UserError(Problem(f"missing; {_name(scheduler)} changes the learning rates of one", "optimizer"))
     own = getattr(scheduler, "optimizer", optimizer)
     # By its groups, which an optimizer that wraps another one shares with it.
     if {id(group) for group in own.param_groups}.isdisjoint(id(group) for group in optimizer.param_groups):

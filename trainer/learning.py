@@ -60,8 +60,8 @@ class Learning:
         Raises:
             UserError: the run learns nothing, or can't be judged.
         """
-        losses = {name: float(row[name]) for name in ("train_loss", "val_loss", "ema_loss") if name in row}
-        odd = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        losses = {name: row.get(name) for name in ("train_loss", "val_loss", "ema_loss")}
+        odd = {name: value for name, value in losses.items() if isinstance(value, float) and not math.isfinite(value)}
         if not odd:
             return
         step = int(row["step"])

@@ -31,7 +31,6 @@ from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ema import Ema
 from .learning import Learning
-from .optimizer_state import require_torchs
 from .optimizers import is_two_step, judged, needs_closure, start_training, stop_training
 from .parallel import Parallel
 from .precision import Precision
@@ -48,7 +47,7 @@ from .weights import mismatches
 from .world import World
 
 # In the paths of `shared_state`, the section and the name of the parameter.
-_OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/state)?/([^/]+)(?:/[^/]+)?")
+_OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/held/[^/]+)*(?:/state)?/([^/]+)(?:/[^/]+)?")
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
@@ -250,7 +249,7 @@ class Loop:
         """
         evaluations = itertools.count()
 
-        @torch.enable_grad()  # type: ignore[untyped-decorator]
+        @torch.enable_grad()
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             totals, weight = self.backward(micro_batches, counted=next(evaluations) == 0)
@@ -426,9 +425,7 @@ class Loop:
     def require_savable(self) -> None:
         """Raise UserError where a checkpoint can't hold what optimizer and scheduler have. No collective."""
         require_data("scheduler", self.scheduler, None if self.scheduler is None else state_of(self.scheduler))
-        state = self.optimizer.state_dict()
-        require_torchs(self.optimizer, state)
-        require_data("optimizer", self.optimizer, state)
+        require_data("optimizer", self.optimizer, self.model.own_optimizer_state(self.optimizer))
 
     def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Room for this rank's part of a tensor of `shared_state`; None for those that each rank has whole."""

@@ -18,20 +18,11 @@ _HELD = "held"  # in a state, the key of those of the optimizers that it holds
 def named_state(optimizer: Optimizer, net: nn.Module) -> dict[str, Any]:
     """`optimizer.state_dict()`, in which each parameter is called what `net` calls it."""
     state, names = optimizer.state_dict(), _names(optimizer, net)
-    require_torchs(optimizer, state)
+    _require_torchs(optimizer, state)
     named = _renamed(state, dict(enumerate(names)))
     if inner := held(optimizer):
         named[_HELD] = {attribute: named_state(each, net) for attribute, each in inner.items()}
     return named
-
-
-def require_torchs(optimizer: Any, state: Any) -> None:
-    """Raise UserError for a state_dict that is not built as torch's are."""
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
-        raise UserError(
-            f"{type(optimizer).__name__}.state_dict() has no state and param_groups, as torch's optimizers have them: "
-            "a checkpoint can't tell whose state it is"
-        )
 
 
 def load_named_state(optimizer: Optimizer, net: nn.Module, state: dict[str, Any]) -> None:
@@ -57,6 +48,15 @@ def parameter_groups(optimizer: Optimizer, net: nn.Module) -> list[list[str]]:
     """The names of the parameters of each group: those in the state of an optimizer that this one can continue."""
     names = iter(_names(optimizer, net))
     return [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
+
+
+def _require_torchs(optimizer: Any, state: Any) -> None:
+    """Raise UserError for a state_dict that is not built as torch's are."""
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise UserError(
+            f"{type(optimizer).__name__}.state_dict() has no state and param_groups, as torch's optimizers have them: "
+            "a checkpoint can't tell whose state it is"
+        )
 
 
 def _names(optimizer: Optimizer, net: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 
+from .agreement import require_same_model
 from .optimizer_state import load_named_state, named_state, parameter_groups
 from .seeds import rng_kept
 from .weights import bare_state_dict
@@ -34,6 +35,7 @@ class Parallel:
 
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
         self.world = world
+        require_same_model(world, net)
         if sync_batchnorm and world.world_size > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.bare = net
@@ -105,6 +107,10 @@ class Parallel:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """`optimizer.state_dict()` with the names of the parameters instead of their numbers. All ranks take part."""
+        return named_state(optimizer, self.bare)
+
+    def own_optimizer_state(self, optimizer: Optimizer) -> Any:
+        """What this rank has of it, to see whether it can be saved. No collective."""
         return named_state(optimizer, self.bare)
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

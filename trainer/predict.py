@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError
 
+from .agreement import require_same_data
 from .batches import Data
 from .data import IndexedBatches, MicroBatch, Source
 from .parallel import Parallel
@@ -51,7 +52,9 @@ def predict_shares(
         UserError: predictions that are no tensor with a row for each sample.
     """
     fill_empty = model.forwards_together
-    batches = IndexedBatches(in_order(data), world, 0, micro_batch_size, fill_empty=fill_empty)
+    source = in_order(data)
+    require_same_data(world, source)
+    batches = IndexedBatches(source, world, 0, micro_batch_size, fill_empty=fill_empty)
     model.share_buffers()
     with model.evaluating():
         for number, batch in enumerate(batches.epoch(1)):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtrain.errors import UserError, among, first_line
+from dtrain.errors import Problem, UserError, among, first_line
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
@@ -26,6 +26,7 @@ from dtrain.keeper import Keeper
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import precision as precisions
+from .agreement import require_same_settings
 from .background import say
 from .batches import Data, batches_of
 from .best import Best
@@ -149,6 +150,7 @@ class Trainer:
             loss_fn.to(self.world.device)  # class weights are buffers
         self._step: Step | None = None
         self.predict_step = self.precision.of(predict_features)
+        self._made_by: Any = loss_fn  # what makes the loss
         if loss_fn is not None:
             self._step = self.precision.of(supervised_step(loss_fn))
         elif step is not None:
@@ -186,6 +188,7 @@ class Trainer:
         return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
 
     def _take(self, step: UserStep) -> None:
+        self._made_by = step
         self._step = self.predict_step = self.precision.of(user_step(step))
 
     @property
@@ -255,14 +258,20 @@ class Trainer:
         if val_data is not None:
             tallies += [self._tally("val")] + [self._tally("ema")] * (self.ema is not None)
         _check_monitor(best.monitor, tallies)
+        if (better := self._better(best.monitor)) not in (None, mode):
+            message = f"is {mode}, and of {best.monitor} {'more' if better == 'max' else 'less'} is better"
+            raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
         watched = self.scheduler_monitor or best.monitor
         schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval, watched)
         batches = self._batches(train_data, training=True), self._val_batches(val_data)
         if self.scheduler is not None:
             _check_monitor(watched, tallies)
-            require_mode(self.scheduler, watched, self._known_mode(watched, best))
+            loss = "min" if watched.endswith("_loss") else None
+            known = best.mode if watched == best.monitor else loss or self._better(watched)
+            require_mode(self.scheduler, watched, known)
             steps = batches[0].num_steps
             check_length(self.scheduler, self.scheduler_interval, epochs, steps, self._warn)
+        require_same_settings(self.world, self._settings(epochs, best))
         update = self._update(self.optimizer)
         with self._run() as run:
             loop = Loop(
@@ -349,18 +358,23 @@ class Trainer:
             report=say if self.world.is_main else lambda line: None,
         )
 
+    def _settings(self, epochs: int, best: Best) -> dict[str, Any]:
+        """What all ranks are to have alike, beside model and data."""
+        settings = {"epochs": epochs, "monitor": best.monitor, "mode": best.mode, "patience": best.patience}
+        settings |= {"loss": self._made_by, "optimizer": self.optimizer, "metrics": sorted(self.metrics)}
+        if self.scheduler is not None:
+            settings |= {"scheduler": _full_name(self.scheduler), "scheduler_interval": self.scheduler_interval}
+        names = ("seed", "micro_batch_size", "clip_norm", "clip_value", "l1", "l2", "ema", "on_nonfinite")
+        settings |= {name: getattr(self, name) for name in (*names, "checkpoint_every", "keep")}
+        return settings | {"precision": self.precision.name}
+
     def _warn(self, line: str) -> None:
         if self.world.is_main:
             say(f"warning: {line}")
 
-    def _known_mode(self, name: str, best: Best) -> str | None:
-        """Whether less or more of a reported value is better, as far as anybody has said: min or max."""
-        if name == best.monitor:
-            return best.mode
-        metric = name.partition("_")[2]
-        if metric == "loss":
-            return "min"
-        higher = getattr(self.metrics.get(metric), "higher_is_better", None)
+    def _better(self, name: str) -> str | None:
+        """Whether less or more of a metric's value is better, where torchmetrics says so: min or max."""
+        higher = getattr(self.metrics.get(name.partition("_")[2]), "higher_is_better", None)
         return None if higher is None else "max" if higher else "min"
 
     def _tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
@@ -420,7 +434,8 @@ class Trainer:
         """What a script's run was made of, so that MLflow can compare it with others."""
         parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": self._class}}
         if self.optimizer is not None:
-            plain = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, str, bool))}
+            defaults = getattr(self.optimizer, "defaults", {})  # one that wraps another may have none
+            plain = {k: v for k, v in defaults.items() if isinstance(v, (int, float, str, bool))}
             parts["optimizer"] = {"_target_": _full_name(self.optimizer), **plain}
         if self.scheduler is not None:
             parts["scheduler"] = {"_target_": _full_name(self.scheduler), "interval": self.scheduler_interval}

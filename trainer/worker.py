@@ -6,19 +6,24 @@ naming the rank. CODE is the folder that holds the job's own modules.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from torch.utils.data import DataLoader
 
+from dtrain.errors import Problem, UserError
 from dtrain.job import Job, Target
 from dtrain.loading import load_job
 from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.target import bind_function, build_metric, instantiate, job_path
 
 from .data import Source
+from .given import require_model
 from .groups import group_parameters
 from .seeds import derive_seed, seed_everything
 from .stop import Stopped
@@ -108,7 +113,9 @@ def build_model(job: Job) -> nn.Module:
 
     def build() -> nn.Module:
         seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
-        return cast(nn.Module, instantiate(job.model))
+        net: nn.Module = instantiate(job.model)
+        require_model(net)
+        return net
 
     if job.fit.strategy == "fsdp" and int(os.environ["RANK"]) > 0:
         from .fsdp import build_on_meta
@@ -121,18 +128,40 @@ def build_model(job: Job) -> nn.Module:
 def build_optimizer(job: Job, net: nn.Module) -> Any:
     """The job's optimizer, of the model's parameters in their groups."""
     groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
-    return instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
+    with _refusals("optimizer", job.optimizer):
+        return instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
 
 
 def build_scheduler(target: Target, optimizer: Any) -> Any:
     """The scheduler, which may be made of others: each gets the optimizer."""
-    return instantiate(target, optimizer, given={"optimizer": optimizer})
+    with _refusals("scheduler", target):
+        return instantiate(target, optimizer, given={"optimizer": optimizer})
+
+
+@contextlib.contextmanager
+def _refusals(path: str, target: Target) -> Iterator[None]:
+    """Around the making of a part of torch's: where it refuses its arguments, that is said with their key."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if target.target.startswith("torch."):
+            raise UserError(Problem(f"{target.target}: {type(error).__name__}: {error}", path)) from error
+        raise
 
 
 def build_source(job: Job, target: Target, *, training: bool) -> Source:
-    """A dataset of the job, with the job's way of reading it."""
+    """A dataset of the job, with the job's way of reading it.
+
+    What it draws (a random_split) is the same for training and validation, on all ranks and in `dtrain evaluate`.
+    """
+    seed_everything(derive_seed("data", job.seed))
     collate = None if job.data.collate is None else bind_function(job.data.collate)
     dataset: Any = instantiate(target)
+    if isinstance(dataset, DataLoader):
+        message = (
+            "makes a DataLoader, and a job wants the dataset in it: data.batch_size, shuffle and workers say the rest"
+        )
+        raise UserError(Problem(message, "data.train" if training else "data.val"))
     sampler: Any = instantiate(job.data.sampler, dataset) if training and job.data.sampler else None
     return Source(dataset, job.data.batch_size, training and job.data.shuffle, job.data.workers, collate, sampler)
 

@@ -138,6 +138,9 @@ class Engine(Parallel):
     def drop_gradients(self) -> None:
         self._engine.zero_grad()
 
+    def own_optimizer_state(self, optimizer: Optimizer) -> Any:
+        return list(optimizer.state.values())  # whose keys are no parameters of the model any more
+
     def parameter_groups(self, optimizer: Optimizer) -> list[list[str]]:
         return self._groups
 
