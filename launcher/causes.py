@@ -24,7 +24,7 @@ MAX_LINE = 200  # characters of a line of a log
 MAX_LOG_LINES = 6  # of a rank that has not said itself why it left
 
 # What starting the ranks again does not mend.
-FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost")
+FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost", "FolderLost")
 
 Error = dict[str, Any]  # status.json's `error`: rank, host, type, message, traceback; and time, and place of a hang
 
@@ -138,6 +138,12 @@ def gave_up(rank: int) -> Error:
 def lost_node(node: int) -> Error:
     """A node whose agent gives no sign of life."""
     return {**_error(None, "NodeLost", f"node {node} is gone: its agent gives no sign of life"), "suspicion": 1}
+
+
+def lost_folder(run: RunDir) -> Error:
+    """A run folder that somebody has removed or moved."""
+    message = f"{run} was removed or moved while the run went on: nothing of it could be saved any more"
+    return _error(None, "FolderLost", message)
 
 
 def _error(rank: int | None, kind: str, message: str, suspicion: int = 0) -> Error:

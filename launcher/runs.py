@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -88,9 +87,8 @@ def _result(run: RunDir) -> str:
     monitor = None
     with contextlib.suppress(OSError, ValueError):
         monitor = _MONITOR.search(run.job.read_text(encoding="utf-8"))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        last = run.metrics.read_bytes().rstrip().rpartition(b"\n")[2]
-        row = json.loads(last)
+    with contextlib.suppress(OSError):
+        row = run.last_row() or {}
         for name in (monitor[1] if monitor else "", "val_loss", "train_loss"):
             if isinstance(value := row.get(name), int | float):
                 return f"{name} {value:.4g}"
