@@ -376,7 +376,7 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
         why = _why_no_gpu()
         if device == "cuda":
             raise UserError(f"launch.device is cuda, but there is no GPU: {why}")
-        say(f"warning: {why}; {_processes(asked or 1, 'cpu')} instead")
+        say(f"warning: {why}; {_processes(asked or 1, 'CPU')} instead")
         return _on_cpu(asked or 1)
     if asked is not None and asked > found:
         raise UserError(f"--gpus {asked}: this machine has {found} visible; ask for at most {found}")
@@ -384,14 +384,14 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
 
 
 def _processes(count: int, device: str) -> str:
-    return f"{count} {device.upper()} process{'es' if count > 1 else ''}"
+    return f"{count} {device} process{'es' if count > 1 else ''}"
 
 
 def _on_cpu(num_ranks: int) -> tuple[int, Literal["cpu"]]:
     """So many processes; said where far more of them than cores are to take turns."""
     cores = usable_cores()
     if num_ranks > CROWD * cores:
-        say(f"warning: {_processes(num_ranks, 'cpu')}, {cores} cores: they take turns, and even their start takes long")
+        say(f"warning: {_processes(num_ranks, 'CPU')}, {cores} cores: they take turns, and even their start takes long")
     return num_ranks, "cpu"
 
 
