@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.files import read_json
-from dtrain.run import RunDir
+from dtrain.run import END_OF_OUTPUT, RunDir
 
 from .processes import oom_kills
-from .reports import DEAD_LOADER, excerpt
+from .reports import DEAD_LOADER, excerpt, has_users_lines
 
 MAX_LINES = 15  # of the screen: the cause must fit, however long it is itself
 MAX_MESSAGE_LINES = 7
@@ -92,10 +92,11 @@ def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, f
         return None
     rank = min(left, key=lambda rank: ended_at[rank])
     at = time.strftime("%H:%M:%S", time.localtime(ended_at[rank]))
-    message = f"it left with exit code 0 at {at}, while rank {found.rank} was still to exchange data with it, here:"
+    message = f"it left with exit code 0 at {at}, while rank {found.rank} was still to exchange data with it"
+    lines = found.record["traceback"] if has_users_lines(found.record["traceback"]) else ""
     # Less suspect than what another node's rank has raised by itself, more than the victims there.
     error = _error(rank, "LeftEarly", message, suspicion=3)
-    return {**error, "traceback": found.record["traceback"], "time": ended_at[rank]}
+    return {**error, "message": message + ", here:" * bool(lines), "traceback": lines, "time": ended_at[rank]}
 
 
 def _order(end: RankEnd) -> tuple[int, float, int]:
@@ -125,7 +126,8 @@ def last_words(log: Path, begin: int) -> str:
     """The last lines of a log, of those that begin after so many bytes."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(begin, file.seek(0, os.SEEK_END) - (1 << 14)))
-        lines = [line[:MAX_LINE] for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        text = file.read().decode(errors="replace").partition(END_OF_OUTPUT)[0]
+        lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip()]
         return "\n".join(["the end of its log:", *lines[-MAX_LOG_LINES:], ""]) if lines else ""
     return ""
 

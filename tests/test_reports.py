@@ -121,8 +121,11 @@ def test_an_excerpt_has_whole_frames():
     assert reports.excerpt("", 5) == []
 
 
+MINE = f'  File "{__file__}", line 1, in f\n'
+
+
 def end(rank, code, *, victim=None, kind="RuntimeError"):
-    record = {"rank": rank, "type": kind, "message": "m", "traceback": "t", "victim": victim, "time": 5.0}
+    record = {"rank": rank, "type": kind, "message": "m", "traceback": MINE, "victim": victim, "time": 5.0}
     return RankEnd(rank, code, None if victim is None else record)
 
 
@@ -130,7 +133,7 @@ def test_who_left_early_is_to_blame_where_the_others_are_its_victims():
     ends = [end(0, 1, victim=True), end(1, 0), end(2, 0), end(3, None)]
     found = first_cause([ends[0]], [])
     blamed = left_early(found, ends, {0: 9.0, 1: 8.0, 2: 7.0})
-    assert (blamed["rank"], blamed["type"], blamed["traceback"]) == (2, "LeftEarly", "t")
+    assert (blamed["rank"], blamed["type"], blamed["traceback"]) == (2, "LeftEarly", MINE)
     assert "left with exit code 0" in blamed["message"]
     # Who fails by itself later has nobody else to blame, nor has a rank whose fellows are still there.
     assert left_early(end(0, 1, victim=False), ends, {1: 8.0, 2: 7.0}) is None
