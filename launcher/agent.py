@@ -104,7 +104,7 @@ def _supervisor(
     from .supervisor import Supervisor
 
     def on_restart(error: causes.Error) -> None:
-        saved = ", from the last checkpoint" if run.latest.exists() else ""  # a script may save in its own way
+        saved = ", from the last checkpoint" if task.is_job else ""  # what a script goes on from is its own affair
         _say(f"{causes.headline(error, run)}\nstarting the ranks again{saved}")
         if keeper is not None:
             keeper.restarted()
