@@ -213,7 +213,7 @@ def test_victims_are_not_blamed(project):
     first, second = [line for line in done.err.splitlines() if " failed: " in line]
     assert first == "rank 1 failed: RuntimeError: Connection reset by peer: Broken pipe in gloo"
     assert second.startswith("rank 1 failed: it left with exit code 0 at ")
-    assert "dist.all_reduce" in done.last_lines
+    assert 'blame.py", line' in done.last_lines  # where one of the others was left alone
     assert project.status()["error"]["type"] == "LeftEarly"
 
 
