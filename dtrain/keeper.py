@@ -50,7 +50,7 @@ class Keeper:
         self.screen = Screen(quiet)
         self._quiet = quiet
         self._heartbeat = Heartbeat(run.heartbeat(0))
-        previous = read_json(run.status_file)
+        previous = run.status()
         self._status: dict[str, Any] = {
             "state": "running",
             "exit_code": None,
@@ -58,11 +58,10 @@ class Keeper:
             "step": 0,
             "mlflow_run_id": None,
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "restarts": 0 if previous is None else previous.get("restarts", 0) + 1,
+            "restarts": previous.get("restarts", 0) + 1 if previous else 0,
             "error": None,
         }
-        if previous is not None:
-            self._status |= {key: previous.get(key) for key in ("epoch", "step")}
+        self._status |= {key: previous[key] for key in ("epoch", "step") if key in previous}
         self._outputs = [RankOutput(rank, run.rank_log(rank)) for rank in show_ranks] if echo is not None else []
         self._echo = echo
         self._rows_changed = 0
@@ -208,6 +207,6 @@ class Keeper:
         except subprocess.TimeoutExpired:
             self.screen.print(f"MLflow has not taken all of the run yet; process {tracker.pid} goes on trying")
             return
-        if code != 0:
+        if code != 0 and log.exists():
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
             self.screen.print(f"MLflow does not have all of this run: {lines[-1]}")

@@ -9,6 +9,7 @@ import os
 import secrets
 import select
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,10 +102,25 @@ class RunDir:
     # -- history ---------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
-        """The rows of metrics.jsonl, one for each epoch done."""
+        """The rows of metrics.jsonl, one for each epoch done; a line that is damaged is said once, and passed over."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        rows = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), 1):
+            row = _parse_row(line)
+            if row is None:
+                _warn_of_damage(f"{self.metrics}:{number}")
+            else:
+                rows.append(row)
+        return rows
+
+    def last_row(self) -> Row | None:
+        """The last of `rows`; the others are read only where the file's end is damaged."""
+        with contextlib.suppress(OSError):
+            row = _parse_row(self.metrics.read_bytes().rstrip().rpartition(b"\n")[2])
+            if row is not None:
+                return row
+        return next(reversed(self.rows()), None)
 
     def write_rows(self, rows: list[Row]) -> None:
         """Replace metrics.jsonl. Whole, so that a stop never leaves half a row."""
@@ -115,14 +131,22 @@ class RunDir:
     def status(self) -> dict[str, Any]:
         """status.json as it is true now: "running" without a live writer reads as "killed".
 
-        Empty where there is no run.
+        Empty where there is no run. Where the file is damaged, which is said once, the history tells the place.
         """
-        status = read_json(self.status_file) or {}
+        status = self._read_status()
         if status.get("state") == "running" and self.writer() is None:
             # The writer may have finished between the two looks.
-            status = read_json(self.status_file) or {}
+            status = self._read_status()
             if status.get("state") == "running":
                 status["state"] = "killed"
+        return status
+
+    def _read_status(self) -> dict[str, Any]:
+        status = read_json(self.status_file) or {}
+        if "state" not in status and self.status_file.exists():
+            _warn_of_damage(str(self.status_file))
+            last = self.last_row() or {}
+            return {"state": "running", "epoch": last.get("epoch", 0), "step": last.get("step", 0)}
         return status
 
     @contextlib.contextmanager
@@ -209,6 +233,26 @@ class RunDir:
         if status.get("state") != "running":
             return False
         return time.time() - self.status_file.stat().st_mtime < STALE_AFTER_S
+
+
+def _parse_row(line: bytes) -> Row | None:
+    """A line of metrics.jsonl; None where it is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and all(isinstance(row.get(key), int) for key in ("epoch", "step"))
+    return row if is_row else None
+
+
+_damaged: set[str] = set()  # what this process has said to be so
+
+
+def _warn_of_damage(place: str) -> None:
+    if place not in _damaged:
+        _damaged.add(place)
+        with contextlib.suppress(OSError):
+            print(f"warning: {place}: is damaged, and passed over", file=sys.stderr)
 
 
 def has_ended(process: int, timeout_s: float = 0.0) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -23,6 +23,7 @@ from dtrain.screen import say, tolerated
 
 from . import causes, forks
 from .entry import Task
+from .scratch import held_folder
 
 if TYPE_CHECKING:
     from .nodes import Nodes
@@ -59,7 +60,7 @@ def run_ranks(
     requests = StopRequests(heartbeats, is_job=task.is_job)
     with (
         keeping as keeper,
-        tempfile.TemporaryDirectory(prefix="dtrain-") as scratch,
+        _scratch_folder() as scratch,
         requests.handled(),  # from here on: importing torch can take seconds
     ):
         try:
@@ -79,6 +80,16 @@ def run_ranks(
         return end.report(keeper)
 
 
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """What torch's agent writes of its own."""
+    with held_folder("scratch") as folder:
+        try:
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _supervisor(
     task: Task,
     run: RunDir,
@@ -93,7 +104,7 @@ def _supervisor(
     from .supervisor import Supervisor
 
     def on_restart(error: causes.Error) -> None:
-        saved = ", from the last checkpoint" if run.latest.exists() else ""  # a script may save in its own way
+        saved = ", from the last checkpoint" if task.is_job else ""  # what a script goes on from is its own affair
         _say(f"{causes.headline(error, run)}\nstarting the ranks again{saved}")
         if keeper is not None:
             keeper.restarted()

@@ -26,7 +26,7 @@ class LaunchCommand(click.Command):
         if place is not None and not dashes and _is_script(own[: place + 1]):
             after = own[place + 1 :]
             foreign = any(self._option(word) is None for _, word in self._walk(after))
-            if foreign:
+            if foreign and not ctx.resilient_parsing:  # the shell completes a word
                 self._require_plain(own[: place + 1], after)
                 own, dashes, rest = own[: place + 1], ["--"], after
         words = [self._option(word) or word for word in own]

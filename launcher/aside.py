@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +13,21 @@ from dtrain.run import EXIT_INTERRUPTED, RunDir
 
 from .agent import run_ranks
 from .entry import Task
+from .scratch import held_folder
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder that goes again, but after RanksFailed: the screen has named the log in it."""
-    folder = Path(tempfile.mkdtemp(prefix="dtrain-aside-"))
-    try:
-        yield folder
-    except RanksFailed:
-        raise
-    except BaseException:
+    """A folder that goes again, but after RanksFailed: the screen has named the log in it. (It goes a day later.)"""
+    with held_folder("aside") as folder:
+        try:
+            yield folder
+        except RanksFailed:
+            raise
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)
 
 
 def new_run(folder: Path, job: str) -> RunDir:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.files import read_json
-from dtrain.run import RunDir
+from dtrain.run import END_OF_OUTPUT, RunDir
 
 from .processes import oom_kills
-from .reports import DEAD_LOADER, excerpt
+from .reports import DEAD_LOADER, excerpt, has_users_lines
 
 MAX_LINES = 15  # of the screen: the cause must fit, however long it is itself
 MAX_MESSAGE_LINES = 7
@@ -24,7 +24,7 @@ MAX_LINE = 200  # characters of a line of a log
 MAX_LOG_LINES = 6  # of a rank that has not said itself why it left
 
 # What starting the ranks again does not mend.
-FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost")
+FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost", "FolderLost")
 
 Error = dict[str, Any]  # status.json's `error`: rank, host, type, message, traceback; and time, and place of a hang
 
@@ -92,10 +92,11 @@ def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, f
         return None
     rank = min(left, key=lambda rank: ended_at[rank])
     at = time.strftime("%H:%M:%S", time.localtime(ended_at[rank]))
-    message = f"it left with exit code 0 at {at}, while rank {found.rank} was still to exchange data with it, here:"
+    message = f"it left with exit code 0 at {at}, while rank {found.rank} was still to exchange data with it"
+    lines = found.record["traceback"] if has_users_lines(found.record["traceback"]) else ""
     # Less suspect than what another node's rank has raised by itself, more than the victims there.
     error = _error(rank, "LeftEarly", message, suspicion=3)
-    return {**error, "traceback": found.record["traceback"], "time": ended_at[rank]}
+    return {**error, "message": message + ", here:" * bool(lines), "traceback": lines, "time": ended_at[rank]}
 
 
 def _order(end: RankEnd) -> tuple[int, float, int]:
@@ -125,7 +126,8 @@ def last_words(log: Path, begin: int) -> str:
     """The last lines of a log, of those that begin after so many bytes."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(begin, file.seek(0, os.SEEK_END) - (1 << 14)))
-        lines = [line[:MAX_LINE] for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        text = file.read().decode(errors="replace").partition(END_OF_OUTPUT)[0]
+        lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip()]
         return "\n".join(["the end of its log:", *lines[-MAX_LOG_LINES:], ""]) if lines else ""
     return ""
 
@@ -138,6 +140,12 @@ def gave_up(rank: int) -> Error:
 def lost_node(node: int) -> Error:
     """A node whose agent gives no sign of life."""
     return {**_error(None, "NodeLost", f"node {node} is gone: its agent gives no sign of life"), "suspicion": 1}
+
+
+def lost_folder(run: RunDir) -> Error:
+    """A run folder that somebody has removed or moved."""
+    message = f"{run} was removed or moved while the run went on: nothing of it could be saved any more"
+    return _error(None, "FolderLost", message)
 
 
 def _error(rank: int | None, kind: str, message: str, suspicion: int = 0) -> Error:

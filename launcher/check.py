@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -14,6 +15,8 @@ from dtrain.run import RunDir
 
 if TYPE_CHECKING:
     from dtrain.job import LoadedJob, LoadedScript
+
+_IN_CODE = re.compile(r"\S+\.py:\d+: ")  # a message that tells of a line of the user's
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,20 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     return check_exact(loaded)
 
 
+def _each_once(problems: list[Problem]) -> list[Problem]:
+    """Without what is said already: a module that can't be imported is so for each target in it."""
+    found: dict[object, Problem] = {}
+    for problem in problems:
+        found.setdefault(problem.message if _IN_CODE.match(problem.message) else id(problem), problem)
+    return list(found.values())
+
+
 def require_right(loaded: LoadedJob, code: Path) -> None:
     """Raise UserError with all that is wrong with the job's targets; `code` holds its modules, which are imported."""
     from dtrain.target import check_job
 
     with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
-        problems = check_job(loaded, code)
+        problems = _each_once(check_job(loaded, code))
     if problems:
         raise UserError(problems)
 

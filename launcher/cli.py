@@ -12,6 +12,7 @@ import click
 from dtrain import __version__
 from dtrain.errors import RanksFailed, UserError
 from dtrain.run import EXIT_INTERRUPTED
+from dtrain.screen import say
 
 from .arguments import LaunchCommand
 from .cores import drop_openmp_mistake
@@ -299,7 +300,7 @@ def main() -> None:
         require_working_directory()
         code = cli.main(standalone_mode=False)
     except UserError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         code = error.exit_code
     except click.ClickException as error:
         error.show()

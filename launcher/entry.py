@@ -102,22 +102,32 @@ def main(text: str, *arguments: str, imported: Mapping[str, ModuleType] | None =
 
 def run(task: Task, arguments: Sequence[str], run_dir: RunDir) -> int:
     """Run the program, and leave word of how it ended; the exit code."""
-    process, rank = os.getpid(), int(os.environ["RANK"])
+    process = os.getpid()
     try:
         execute(task, arguments)
     except BaseException as error:
         while error.__traceback__ is not None and error.__traceback__.tb_frame.f_code.co_filename == __file__:
             error.__traceback__ = error.__traceback__.tb_next  # it begins with the program's own lines
-        code = exit_status(error)
-        if os.getpid() != process:  # forked by the script, and its own affair
-            show(error)
-        elif code == EXIT_STOPPED and isinstance(error, SystemExit):
-            Heartbeat(run_dir.heartbeat(rank)).stopped = True
-            return 0
-        elif code:
-            record(error, run_dir.rank_error(rank), rank)
-        return code
+        try:
+            return end(error, run_dir, is_child=os.getpid() != process)
+        except RuntimeError as death:
+            if not reports.is_dead_loader(death):
+                raise
+            return end(death, run_dir)
     return 0
+
+
+def end(error: BaseException, run_dir: RunDir, *, is_child: bool = False) -> int:
+    """Say by which exception the program has ended; the exit code."""
+    code, rank = exit_status(error), int(os.environ["RANK"])
+    if is_child:  # forked by the script, and its own affair
+        show(error)
+    elif code == EXIT_STOPPED and isinstance(error, SystemExit):
+        Heartbeat(run_dir.heartbeat(rank)).stopped = True
+        return 0
+    elif code:
+        record(error, run_dir.rank_error(rank), rank)
+    return code
 
 
 def execute(task: Task, arguments: Sequence[str]) -> None:

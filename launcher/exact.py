@@ -14,8 +14,9 @@ from dtrain.job import Job, LoadedJob
 from dtrain.run import EXIT_STOPPED, RunDir
 
 from .aside import new_run, run_module, scratch_folder
+from .devices import choose_processes, threads_per_rank
 from .forks import start_fork_server
-from .launch import choose_processes, preload_for, threads_per_rank
+from .launch import preload_for
 
 SIZES = (1, 2, 3)
 STOP_AFTER = 3  # steps, of 6 in an epoch

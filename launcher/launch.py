@@ -21,7 +21,7 @@ from dtrain.screen import say
 
 from .agent import run_ranks
 from .check import require_right
-from .cores import usable_cores
+from .devices import choose_processes, expected_ranks, num_processes, threads_per_rank
 from .entry import Task
 from .forks import start_fork_server
 from .program import Program, find_module, find_program, find_script, refuse_other_program
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from .nodes import Endpoint
 
-CROWD = 4  # processes a core, above which it is said
 # What the fork server imports, for all ranks at once: always, and where the job or the script speaks of it. None of
 # it touches CUDA. The user's own modules never belong here: they may.
 PRELOAD = ("torch", "torch._dynamo")  # optimizers import the latter
@@ -103,7 +102,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     text = resolved(job, device)
     if request.dry_run:
         print(text, end="")
-        say(f"would train on {_processes(num_ranks, device)}, in {run}")
+        say(f"would train on {num_processes(num_ranks, device)}, in {run}")
         return 0
     task = Task(
         str(run),
@@ -183,7 +182,7 @@ def _launch_program(
     text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
         print(text or "", end="")
-        say(f"would run {program.name} on {_processes(num_ranks, device)}, in {run}")
+        say(f"would run {program.name} on {num_processes(num_ranks, device)}, in {run}")
         return 0
     task = Task(
         str(run),
@@ -364,37 +363,6 @@ def newest_unfinished(name: str) -> RunDir:
     raise UserError(f"no unfinished run of {name} under {Path('runs').absolute()}; name one with --run-dir")
 
 
-def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"]]:
-    """How many processes on which device: never more than there are GPUs, unless there are none at all."""
-    asked = None if gpus == "auto" else int(gpus)
-    if device == "cpu":
-        return _on_cpu(asked or 1)
-    import torch
-
-    found = torch.cuda.device_count()
-    if found == 0:
-        why = _why_no_gpu()
-        if device == "cuda":
-            raise UserError(f"launch.device is cuda, but there is no GPU: {why}")
-        say(f"warning: {why}; {_processes(asked or 1, 'cpu')} instead")
-        return _on_cpu(asked or 1)
-    if asked is not None and asked > found:
-        raise UserError(f"--gpus {asked}: this machine has {found} visible; ask for at most {found}")
-    return asked or found, "cuda"
-
-
-def _processes(count: int, device: str) -> str:
-    return f"{count} {device.upper()} process{'es' if count > 1 else ''}"
-
-
-def _on_cpu(num_ranks: int) -> tuple[int, Literal["cpu"]]:
-    """So many processes; said where far more of them than cores are to take turns."""
-    cores = usable_cores()
-    if num_ranks > CROWD * cores:
-        say(f"warning: {_processes(num_ranks, 'cpu')}, {cores} cores: they take turns, and even their start takes long")
-    return num_ranks, "cpu"
-
-
 def choose_ranks(asked: str, num_ranks: int) -> list[int]:
     """The ranks whose output is shown; raises UserError where there is no such rank."""
     if asked == "all":
@@ -406,30 +374,3 @@ def choose_ranks(asked: str, num_ranks: int) -> list[int]:
     if ranks[-1] >= num_ranks:
         raise UserError(f"--show-ranks {asked}: there is no rank {ranks[-1]}; the last is {num_ranks - 1}")
     return ranks
-
-
-def _why_no_gpu() -> str:
-    import torch
-
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides all GPUs"
-    if torch.version.cuda is None:
-        return "this build of PyTorch has no CUDA"
-    if not Path("/proc/driver/nvidia").exists():
-        return "no CUDA device found (no NVIDIA driver is loaded)"
-    return "no CUDA device found"
-
-
-def expected_ranks(gpus: str) -> int:
-    """`choose_processes`, as far as it can be told without the seconds that torch takes to import."""
-    if gpus != "auto":
-        return int(gpus)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len(visible.split(","))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-
-
-def threads_per_rank(num_ranks: int) -> int:
-    """The cores that this process may use, shared among the ranks."""
-    return max(1, usable_cores() // num_ranks)

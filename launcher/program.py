@@ -72,7 +72,7 @@ def refuse_other_program(name: str) -> None:
     if b"python" in begin and begin.startswith(b"#!"):
         raise UserError(Problem("is a Python script: its name must end in .py", file=name))
     if begin.startswith((b"#!", b"\x7fELF")):
-        hint = f"start it from one: subprocess.run([{os.path.join('.', name)!r}], check=True)"
+        hint = f"start it from one: subprocess.run([{os.path.join('.', os.path.normpath(name))!r}], check=True)"
         raise UserError(Problem("is a program, and each rank runs a Python script", file=name, hint=hint))
 
 

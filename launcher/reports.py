@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _FROM_GLOO = re.compile(r"\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|Proces
 # torch raises in the training process what was raised in a loading process, with the traceback as its message.
 _FROM_LOADING = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback [^\n]*\n")
 DEAD_LOADER = "DataLoader worker (pid"  # so torch begins to say that a loading process is gone
+_DYING_S = 0.5  # for a loading process to end that can't be spoken to any more
 _FRAME = re.compile(r'  File "([^"]+)", line \d+')
 _NO_SHARED_MEMORY = re.compile(r"(/torch_\w+|/psm_\w+|shared memory).*No space left on device", re.DOTALL)
 _SHARED_MEMORY = (
@@ -40,21 +42,34 @@ def of(error: BaseException, exit_status: int) -> dict[str, str]:
         message = f"{own_words} (in loading process {process})".strip()
         shown = [frame for frame in frames if stacks.is_users(frame.file)] or frames[-3:]
         lines = "".join(frame.text for frame in shown)
-    elif message.startswith(DEAD_LOADER):
-        lines = ""  # torch raises it wherever the main thread was
+    elif is_dead_loader(error):
+        lines = ""
     if _NO_SHARED_MEMORY.search(message):
         message += _SHARED_MEMORY
     return {"type": kind, "message": message, "traceback": lines}
 
 
+def is_dead_loader(error: BaseException) -> bool:
+    """Whether torch says that a loading process is gone; it does so at SIGCHLD, wherever the main thread is then."""
+    return isinstance(error, RuntimeError) and str(error).startswith(DEAD_LOADER)
+
+
 def first_of(error: BaseException) -> BaseException:
-    """The end of a loading process, which torch raises at SIGCHLD, where it was behind this error; else the error."""
+    """The end of a loading process, where that was behind this error; else the error."""
     try:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and "/multiprocessing/" in frames[-1].filename:
+            time.sleep(_DYING_S)
         signal.raise_signal(signal.SIGCHLD)
     except RuntimeError as death:
-        if str(death).startswith(DEAD_LOADER):
+        if is_dead_loader(death):
             return death
     return error
+
+
+def has_users_lines(text: str) -> bool:
+    """Whether a traceback has a frame of the user's own code."""
+    return any(stacks.is_users(match[1]) for match in map(_FRAME.match, text.splitlines()) if match)
 
 
 def is_failed_collective(error: BaseException) -> bool:

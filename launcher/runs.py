@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.errors import UserError
+from dtrain.files import read_json
 from dtrain.run import RunDir
 from dtrain.sweep import Sweep
 
@@ -69,6 +69,8 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
             seen = _changed(run.slurm if run.slurm.exists() else run.job)
             state = "submitted" if run.slurm.exists() else "waiting"
             return seen, [path, state, "epoch 0", "step 0", "-", f"since {_ago(seen)}", point]
+        if "state" not in (read_json(run.status_file) or {}):
+            return 0.0, _damaged(path)
         seen = _changed(run.status_file)
         began = _changed(run.lock_file) if run.lock_file.exists() else seen
         status = run.status()
@@ -76,7 +78,11 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
         age = f"began {_ago(began)}" if state == "running" else f"ended {_ago(seen)}"
         return began, [path, state, f"epoch {epoch}", f"step {step}", _result(run), age, point]
     except Exception:  # whatever is wrong in one folder, the others are listed
-        return 0.0, [path, "damaged", "", "", "", "", ""]
+        return 0.0, _damaged(path)
+
+
+def _damaged(path: str) -> list[str]:
+    return [path, "damaged", "", "", "", "", ""]
 
 
 def _changed(file: Path) -> float:
@@ -88,9 +94,8 @@ def _result(run: RunDir) -> str:
     monitor = None
     with contextlib.suppress(OSError, ValueError):
         monitor = _MONITOR.search(run.job.read_text(encoding="utf-8"))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        last = run.metrics.read_bytes().rstrip().rpartition(b"\n")[2]
-        row = json.loads(last)
+    with contextlib.suppress(OSError):
+        row = run.last_row() or {}
         for name in (monitor[1] if monitor else "", "val_loss", "train_loss"):
             if isinstance(value := row.get(name), int | float):
                 return f"{name} {value:.4g}"

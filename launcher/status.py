@@ -32,8 +32,8 @@ def status(path: str) -> int:
     print(f"epoch     {found['epoch']}, step {found['step']}")
     if found.get("mlflow_run_id"):
         print(f"mlflow    {found['mlflow_run_id']}")
-    if rows := run.rows():
-        print(f"last      {row_line(rows[-1])}")
+    if row := run.last_row():
+        print(f"last      {row_line(row)}")
     if found.get("error"):
         print(headline(found["error"], run))
     return 0

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError
@@ -37,6 +38,28 @@ _TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a job that i
 _KILL_S = 5.0  # for the kernel to end them
 _HEAR_S = 2.0  # for the other nodes to say how their ranks ended
 _MONITOR_S = 0.1
+_MISSED_S = 2.0  # a run folder that is not there for so long is gone
+
+
+class Presence:
+    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.absolute()
+        self._missed_since: float | None = None
+
+    def is_gone(self) -> bool:
+        """Whether it has not been there for a while. Asked again and again."""
+        try:
+            self._file.stat()
+        except FileNotFoundError:
+            now = time.monotonic()
+            self._missed_since = self._missed_since or now
+            return now - self._missed_since > _MISSED_S
+        except OSError:
+            return False
+        self._missed_since = None
+        return False
 
 
 class Supervisor(LocalElasticAgent):
@@ -88,6 +111,7 @@ class Supervisor(LocalElasticAgent):
         self._on_restart = on_restart
         self._attempt = 0
         self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
+        self._folder = Presence(run.lock_file)
         self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
         self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
         self._oom_kills = 0
@@ -170,6 +194,9 @@ class Supervisor(LocalElasticAgent):
         elif gone is not None:
             self._take_down()
             self.cause = gone
+        elif self._folder.is_gone():
+            self._take_down(at_once=True)
+            self._conclude(causes.lost_folder(self._run))
         elif self._give_up():
             self._take_down(at_once=True)
             self._conclude(causes.gave_up(min(self._heartbeats)))

@@ -18,8 +18,9 @@ from dtrain.loading import dump_job, load
 from dtrain.run import RunDir
 
 from .aside import new_run, run_module, scratch_folder
+from .devices import expected_ranks, threads_per_rank
 from .forks import start_fork_server
-from .launch import check_and_choose, expected_ranks, preload_for, resolved, threads_per_rank
+from .launch import check_and_choose, preload_for, resolved
 
 HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
 WEIGHTS = ("best", "last", "ema")

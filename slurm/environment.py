@@ -28,11 +28,13 @@ def place(environment: Mapping[str, str]) -> Place:
     Raises:
         UserError: Slurm has not started this process.
     """
-    try:
-        job_id, node_rank = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_NODEID"])
-        nodes, node_list = int(environment["SLURM_NNODES"]), environment["SLURM_JOB_NODELIST"]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"this is for srun to start, within a job of Slurm: no {error.args[0]}") from None
+    names = ("SLURM_JOB_ID", "SLURM_NODEID", "SLURM_NNODES")
+    wrong = [name for name in names if not environment.get(name, "").isdecimal()]
+    wrong += ["SLURM_JOB_NODELIST"] * (not environment.get("SLURM_JOB_NODELIST"))
+    if wrong:
+        raise UserError(f"this is for srun to start, within a job of Slurm: no {wrong[0]}")
+    job_id, node_rank, nodes = (int(environment[name]) for name in names)
+    node_list = environment["SLURM_JOB_NODELIST"]
     # srun was started on the first node, and says by which address the others have reached it.
     host = first_host(node_list)
     if not _has_address(host):

@@ -48,6 +48,12 @@ REQUESTS = {
     "gpus-0": (["launch", "--gpus", "0", "job.yaml"], ["--gpus 0", "a number above 0, or auto"]),
     "gpus-negative": (["launch", "--gpus", "-1", "job.yaml"], ["--gpus -1", "a number above 0, or auto"]),
     "gpus-word": (["launch", "--gpus", "abc", "job.yaml"], ["--gpus abc", "a number above 0, or auto"]),
+    "gpus-which": (["launch", "--gpus", "0,1", "job.yaml"], ["--gpus 0,1", "CUDA_VISIBLE_DEVICES=0,1 dtrain launch"]),
+    "whose-option": (
+        ["launch", "train.py", "--gpus", "2", "--lr", "0.1"],
+        ["--gpus stands after train.py", "dtrain launch train.py -- --gpus 2 --lr 0.1"],
+    ),
+    "a-program": (["launch", "--gpus", "2", "./run.sh"], ["run.sh: is a program", "subprocess.run(['./run.sh']"]),
     "show-ranks-word": (["launch", "--show-ranks", "0,x", "job.yaml"], ["--show-ranks 0,x", "such as 0,2, or all"]),
     "show-ranks-none": (["launch", "--show-ranks", "", "job.yaml"], ["expected ranks, such as 0,2, or all"]),
     "show-ranks-not-there": (
@@ -66,7 +72,14 @@ REQUESTS = {
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_request_that_is_wrong(name, project):
     arguments, says = REQUESTS[name]
+    project.write("run.sh", "#!/bin/bash\necho $RANK\n")
     check_refused(project, project.run(*arguments), *says)
+
+
+def test_a_working_directory_that_is_gone(project):
+    done = project.shell("mkdir gone; cp job.yaml gone; cd gone; rm -r ../gone; dtrain launch job.yaml")
+    check_refused(project, done, "the working directory is gone")
+    assert len(done.err.splitlines()) == 1
 
 
 def test_all_that_is_wrong_in_a_job_at_once(project):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launcher.cores import usable_cores
+from dtrain.launcher.cores import drop_openmp_mistake, openmp_threads, usable_cores
 
 CORES = len(os.sched_getaffinity(0))
 ASK = "from dtrain.launcher.cores import usable_cores; print(usable_cores())"
@@ -67,3 +67,15 @@ def test_a_real_quota():
         assert subprocess.check_output([sys.executable, "-c", enter], text=True) == "1\n"
     finally:
         group.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("value", "threads"),
+    [("3", 3), (" 3 , 2", 3), ("", None), ("abc", None), ("2,", None), ("0", None), ("-1", None), ("9" * 20, None)],
+)
+def test_openmps_variable(value, threads, capsys):
+    assert openmp_threads(value) == threads
+    environment = {"OMP_NUM_THREADS": value}
+    drop_openmp_mistake(environment)
+    assert environment == ({} if threads is None else {"OMP_NUM_THREADS": value})
+    assert (f"OMP_NUM_THREADS={value} " in capsys.readouterr().err) == (threads is None and value != "")

@@ -40,6 +40,7 @@ def sys_exit():
 
 
 def os_exit():
+    print("no fuel left")
     os._exit(9)
 
 
@@ -165,6 +166,55 @@ def test_the_users_own_lines_are_shown(outcomes):
     log = project.run_dir().rank_log(1).read_text()
     assert "Traceback (most recent call last)" in log
     assert str(project.run_dir("run").rank_log(1).relative_to(project.folder)) in done.last_lines
+
+
+def test_a_place_is_shown_for_an_exit_code(outcomes):
+    """Where sys.exit was called; where nobody knows, the end of the log may say why."""
+    assert "sys.exit(9)" in outcomes["sys.exit-of-3"][1].last_lines
+    assert "the end of its log:\nno fuel left\n" in outcomes["os._exit"][1].last_lines
+
+
+def test_an_error_in_a_loading_process_is_shown_as_it_was(outcomes):
+    lines = outcomes["loading-process"][1].last_lines.splitlines()
+    at = lines.index(f"rank 1 failed: ValueError: {BOOM} (in loading process 0)")
+    assert all("faults.py" in line for line in lines[at + 1 :] if line.startswith("  File "))
+    assert lines[at + 1].startswith("  File ")
+
+
+# Rank 2 sees the failure of its collective and leaves, as programs do; rank 0 wraps it. Then rank 1 leaves early.
+BLAME = """
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+try:
+    if rank == 1:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+            os._exit(0)
+        raise RuntimeError("Connection reset by peer: Broken pipe in gloo")
+    dist.all_reduce(torch.ones(1))
+except RuntimeError as error:
+    if rank == 2:
+        sys.exit(1)
+    elif rank == 0:
+        raise ValueError("the step failed") from error
+    raise
+"""
+
+
+def test_victims_are_not_blamed(project):
+    project.write("blame.py", BLAME)
+    done = project.run("launch", "--gpus", "3", "--max-restarts", "1", "--run-dir", "run", "blame.py")
+    assert done.code == 1
+    first, second = [line for line in done.err.splitlines() if " failed: " in line]
+    assert first == "rank 1 failed: RuntimeError: Connection reset by peer: Broken pipe in gloo"
+    assert second.startswith("rank 1 failed: it left with exit code 0 at ")
+    assert 'blame.py", line' in done.last_lines  # where one of the others was left alone
+    assert project.status()["error"]["type"] == "LeftEarly"
 
 
 def test_status_tells_the_same(outcomes):

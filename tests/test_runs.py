@@ -92,13 +92,13 @@ def test_a_damaged_run_hides_no_other(name, project):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"val_loss": "x"}', "\xff", ""])
-def test_a_damaged_history_is_no_damaged_run(text, project):
+def test_a_damaged_row_is_passed_over_and_said(text, project):
     run = make_run(project.folder / "runs" / "x", "finished", DAY, DAY)
     run.metrics.write_text(json.dumps(ROW) + "\n" + text, encoding="latin-1")
     run.job.write_bytes(b"\xff")
-    [line] = lines(project.run("runs"))
-    expected = "val_loss 0.25" if not text else "-"
-    assert line.split("  ")[-2:] == [expected, "ended 24 h ago"]
+    done = project.run("runs")
+    assert done.out.rstrip().split("  ")[-2:] == ["val_loss 0.25", "ended 24 h ago"]
+    assert done.err == ("warning: runs/x/metrics.jsonl:2: is damaged, and passed over\n" if text else "")
 
 
 def test_no_runs(project):

@@ -241,6 +241,7 @@ def test_a_script_job_runs_and_goes_on(jobs, store):
     assert read_reports(jobs) == [[["jobs/sub/train.py", *arguments], path, str(jobs.folder), str(folder), ""]] * 2
     assert yaml.safe_load(run.job.read_text()) == {
         "name": "by-script",
+        "restarts": 0,
         "script": ["sub/train.py", *arguments],
         "mlflow": {"experiment": "tiny", "tracking_uri": None, "run_name": None},
         "launch": {"device": "cpu", "hang_timeout_s": 1800.0},

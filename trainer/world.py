@@ -86,7 +86,7 @@ def join_world(device: str = "auto") -> World:
     """
     chosen = _device(device)
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if _number("WORLD_SIZE", 1) == 1:
             return World(0, 1, chosen)
         # With a device, NCCL connects at once instead of at the first collective.
         device_id = chosen if chosen.type == "cuda" else None
@@ -101,12 +101,20 @@ def join_world(device: str = "auto") -> World:
 def _device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _number("LOCAL_RANK", 0)
     found = torch.cuda.device_count()
     if local_rank >= found:
         raise UserError(f"local rank {local_rank} has no GPU: {found} found on this node")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _number(variable: str, default: int) -> int:
+    """One of torchrun's variables."""
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the environment has {variable}={value!r}: expected a number, as torchrun sets it")
+    return int(value)
 
 
 def collective_timeout() -> timedelta:
