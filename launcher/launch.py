@@ -96,7 +96,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     if continues and is_done(run, job):
         say(f"{run} is finished; nothing to resume")
         return 0
-    code = run.code if continues else loaded.path.absolute().parent
+    code = run.code if continues else loaded.folder
     if request.preload and not request.dry_run:
         start_fork_server(preload_for(dump_job(job)), threads_per_rank(expected_ranks(request.gpus)))
     num_ranks, device = check_and_choose(loaded, code, request.gpus)

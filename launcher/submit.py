@@ -104,7 +104,7 @@ def submittable(request: Request) -> Submittable:
         options += ["--max-restarts", str(request.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
-        folder, target = loaded.path.absolute().parent, None
+        folder, target = loaded.folder, None
         if isinstance(loaded, LoadedScript):
             find_program(loaded)
             target = [str(loaded.path.absolute()), *request.arguments]

@@ -113,7 +113,7 @@ def _fill(found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir], *, 
         each = loaded[int(run.path.name)]
         run.create()
         with run.lock(is_agent=True):
-            fill(run, each.path.absolute().parent if is_new else None, dump_job(each.job))
+            fill(run, each.folder if is_new else None, dump_job(each.job))
     found.write()
 
 
