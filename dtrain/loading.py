@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from dtrain import yamltext
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob, Section, contradictions, wrong_slurm_options
+from dtrain.redact import hide_password
 from dtrain.yamltext import Place, Reader
 
 __all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
@@ -125,8 +126,14 @@ def _all(problems: Iterable[Problem]) -> UserError:
 
 
 def dump_job(job: Job | ScriptJob) -> str:
-    """The job as YAML, defaults and overrides included; loads back to an equal job."""
-    return yamltext.dump(job.model_dump(by_alias=True))
+    """The job as YAML, defaults and overrides included; loads back to an equal job.
+
+    But for a password in mlflow.tracking_uri: it is for the store alone, see `dtrain.tracking_uri`.
+    """
+    values = job.model_dump(by_alias=True)
+    if job.mlflow.tracking_uri is not None:
+        values["mlflow"]["tracking_uri"] = hide_password(job.mlflow.tracking_uri)
+    return yamltext.dump(values)
 
 
 def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:

@@ -25,7 +25,7 @@ HIDING = ("numpy", "torch")  # of these, those without which nothing can be impo
 
 _STDLIB = tuple(sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "platstdlib"))
 _NOT_HERE = {"nt", "winreg", "msvcrt", "winsound"}  # Windows'
-_CLOSE = 0.75  # how near the name of a module on Python's path must be to be the one that was meant
+_CLOSE = 0.8  # how near the name of a module on Python's path must be to be the one that was meant
 
 
 def job_path(folder: Path) -> None:
@@ -141,7 +141,7 @@ def _where_to_look(name: str) -> str:
         return own
     for parent in dict.fromkeys([Path.cwd(), *folder.parents[:3]]):
         for near in (parent, parent / "src"):
-            if near != folder and _holds(near, name):
+            if near != folder and holds(near, name):
                 path = shlex.quote(short(str(near)))
                 return f"not in {folder}, but in {near}: set PYTHONPATH={path}, or install its project: pip install -e"
     known = {module.name for module in pkgutil.iter_modules(sys.path[1:])} | sys.stdlib_module_names - _NOT_HERE
@@ -150,7 +150,7 @@ def _where_to_look(name: str) -> str:
     return f"looked in {folder} and on Python's path; for code elsewhere set PYTHONPATH, or install it: pip install -e"
 
 
-def _holds(folder: Path, name: str) -> bool:
+def holds(folder: Path, name: str) -> bool:
     """Whether the folder has that module or package, with an __init__.py or without."""
     package = folder / name
     return (folder / f"{name}.py").is_file() or any(any(package.glob(each)) for each in ("*.py", "*/*.py"))
