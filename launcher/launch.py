@@ -279,7 +279,7 @@ def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
         copy.add_modules()
         write_json(run.env, {**environment(origin), "left_out_of_code": list(copy.left_out)})
         if kept_out := [f"{name} ({why})" for name, why in copy.left_out.items() if why != TOO_LARGE]:
-            print(f"{run.code} is without {', '.join(kept_out)}", file=sys.stderr)
+            say(f"{run.code} is without {', '.join(kept_out)}")
     if job is not None:
         write_text(run.job, job)  # last: with it, the run is one that --resume can continue
 
