@@ -279,8 +279,8 @@ def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     if kind == "value_error":
         return Problem(f"{context['error']}, {found}", path)
     if kind in _EXPECTED:
-        hint = _hint_at_target(error)
-        return Problem(f"expected {_EXPECTED[kind].format(**context)}, {found}", path, hint=hint)
+        expected = _EXPECTED[kind].format(**context)
+        return Problem(f"expected {expected}, {found}", path, hint=_hint_at_target(error))
     return Problem(f"{error['msg']}, {found}", path)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 HIDDEN = "***"
 
 # Files by their names, whatever their case.
-SECRET_FILES = ("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.ppk")
-SECRET_FILES += ("*.keystore", "*.kdbx", "*.gpg", "*.env", "netrc", "_netrc", "*.netrc", "pgpass*", "htpasswd")
-SECRET_FILES += ("credentials", "credentials.*", "*credentials.json", "client_secret*.json", "service[-_]account*.json")
-SECRET_FILES += ("secret", "secrets", "secret.*", "secrets.*", "password*", "passwd*", "kaggle.json")
-SECRET_FILES += ("token", "token.*", "*.token", "*[-_]token", "*[-_]token.*")
+SECRET_FILES: tuple[str, ...] = (
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.ppk"),
+    *("*.keystore", "*.kdbx", "*.gpg", "*.env", "netrc", "_netrc", "*.netrc", "pgpass*", "htpasswd"),
+    *("credentials", "credentials.*", "*credentials.json", "client_secret*.json", "service[-_]account*.json"),
+    *("secret", "secrets", "secret.*", "secrets.*", "password*", "passwd*", "kaggle.json"),
+    *("token", "token.*", "*.token", "*[-_]token", "*[-_]token.*"),
+)
 _CODE = (".py", ".pyi", ".ipynb", ".md", ".rst")
 
 _USER = re.compile(r"""(?<=://)[^/?#\s"']*@""")
