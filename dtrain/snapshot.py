@@ -56,9 +56,9 @@ class Snapshot:
         for name, place in _users_modules():
             if holds(self.folder, name):
                 continue
-            sizes = [path.stat().st_size for path in (_files(place) if place.is_dir() else [place])]
-            if not self._has_room(sizes):
-                self.left_out[name] = f"too large; this run goes on with that in {place}"
+            files = set(_files(place)) if place.is_dir() else {place}
+            if not (self._has_room([path.stat().st_size for path in files]) and _loaded_files(name) <= files):
+                self.left_out[name] = f"too large, or not to be copied whole; this run goes on with that in {place}"
                 continue
             self.left_out.pop(place.name, None)  # a link to it
             if place.is_dir():
@@ -111,6 +111,12 @@ def _is_wanted(name: str) -> bool:
 def _is_run(folder: Path) -> bool:
     run = RunDir(folder)  # --run-dir may be anywhere, beside the job file too
     return run.lock_file.exists() and run.checkpoints.exists()
+
+
+def _loaded_files(package: str) -> set[Path]:
+    """Of the modules in a package that this process has loaded."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.")]
+    return {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
 
 
 def _users_modules() -> Iterator[tuple[str, Path]]:

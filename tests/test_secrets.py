@@ -134,6 +134,7 @@ def test_modules_from_elsewhere_are_copied_whole_or_not_at_all(
 ):
     project, loaded = tmp_path / "project", set(sys.modules)
     files = {"src/pkg/__init__.py": "", "src/pkg/net.py": "", "src/pkg/classes.json": "[]", "src/pkg/a.key": "hunter2"}
+    files |= {"parts/__init__.py": "", "parts/build/__init__.py": ""}  # build is what tools make
     files |= {"single.py": "", "large/__init__.py": "", "large/_c.so": "x" * (MAX_FILE + 1)}
     for name, text in files.items():
         (project / name).parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,13 @@ def test_modules_from_elsewhere_are_copied_whole_or_not_at_all(
     (folder / "linked.py").symlink_to(project / "single.py")
     monkeypatch.setattr(sys, "path", [str(folder), str(project), *sys.path])
     try:
-        __import__("src.pkg.net"), __import__("large"), __import__("linked"), __import__("single")
+        (
+            __import__("src.pkg.net"),
+            __import__("large"),
+            __import__("parts.build"),
+            __import__("linked"),
+            __import__("single"),
+        )
         copy = Snapshot(tmp_path / "copy")
         copy.add(folder)
         copy.add_modules()
@@ -151,8 +158,9 @@ def test_modules_from_elsewhere_are_copied_whole_or_not_at_all(
     copied = {str(path.relative_to(copy.folder)) for path in copy.folder.rglob("*") if path.is_file()}
     expected = {"src/pkg/__init__.py", "src/pkg/net.py", "src/pkg/classes.json", "single.py", "linked.py", "net.py"}
     assert expected <= copied
-    assert not any(name.startswith("large") or name.endswith(".key") for name in copied)
-    assert copy.left_out["large"] == f"too large; this run goes on with that in {project / 'large'}"
+    assert not any(name.startswith(("large", "parts")) or name.endswith(".key") for name in copied)
+    for name in ("large", "parts"):
+        assert copy.left_out[name].endswith(f"this run goes on with that in {project / name}")
     assert "linked.py" not in copy.left_out
 
 
