@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dtrain.redact import hide_password
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -23,7 +25,7 @@ class Problem:
         text = ": ".join(part for part in (place, self.path, self.message) if part)
         if self.hint:
             text += f"; {self.hint}"
-        return " ".join(text.split())
+        return hide_password(" ".join(text.split()))
 
 
 class UserError(Exception):

@@ -21,7 +21,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o644)  # mkstemp's 0o600 would hide the run from colleagues
+        temporary.chmod(0o640)  # mkstemp's 0o600 would hide the run from colleagues
         if durable:
             sync(temporary)
         temporary.replace(path)

@@ -22,6 +22,7 @@ from pydantic import (
 from dtrain import sbatch, zero_config
 from dtrain.errors import Problem, among
 from dtrain.heartbeat import HANG_TIMEOUT_S
+from dtrain.run import RunDir
 
 
 def _check_metric_name(name: str) -> str:
@@ -325,6 +326,14 @@ class Loaded:
 
     path: Path
     places: Mapping[str, tuple[str, int | None]]
+
+    @property
+    def folder(self) -> Path:
+        """Where the job's own modules are: beside its file, or in code/ where that is a run's own job.yaml."""
+        folder = self.path.absolute().parent
+        run = RunDir(folder)
+        is_runs = self.path.name == run.job.name and run.lock_file.exists() and run.code.is_dir()
+        return run.code if is_runs else folder
 
     def locate(self, dotted: str) -> tuple[str, int | None]:
         """File and line of a dotted key, or its override and None; of its section where it is not written."""

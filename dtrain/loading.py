@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dtrain import yamltext
-from dtrain.errors import Problem, UserError, did_you_mean
+from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob, Section, contradictions, wrong_slurm_options
+from dtrain.redact import hide_password
 from dtrain.yamltext import Place, Reader
 
 __all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
@@ -89,7 +90,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedS
     if problems:
         from dtrain.target import check_job  # imports the user's code
 
-        problems += check_job(loaded, loaded.path.absolute().parent)
+        problems += check_job(loaded, loaded.folder)
         raise _all(problems)
     return loaded
 
@@ -125,8 +126,14 @@ def _all(problems: Iterable[Problem]) -> UserError:
 
 
 def dump_job(job: Job | ScriptJob) -> str:
-    """The job as YAML, defaults and overrides included; loads back to an equal job."""
-    return yamltext.dump(job.model_dump(by_alias=True))
+    """The job as YAML, defaults and overrides included; loads back to an equal job.
+
+    But for a password in mlflow.tracking_uri: it is for the store alone, see `dtrain.tracking_uri`.
+    """
+    values = job.model_dump(by_alias=True)
+    if job.mlflow.tracking_uri is not None:
+        values["mlflow"]["tracking_uri"] = hide_password(job.mlflow.tracking_uri)
+    return yamltext.dump(values)
 
 
 def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:
@@ -256,7 +263,7 @@ def _salvage(document: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
 def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     path, kind, context = _dotted(error), error["type"], error.get("ctx", {})
     if kind == "missing":
-        return Problem("missing", path)
+        return Problem("missing", path, hint=_hint_at_target(error))
     if kind == "extra_forbidden":
         *parents, key = map(str, error["loc"])
         if job is ScriptJob and path in Job.model_fields:
@@ -272,8 +279,20 @@ def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     if kind == "value_error":
         return Problem(f"{context['error']}, {found}", path)
     if kind in _EXPECTED:
-        return Problem(f"expected {_EXPECTED[kind].format(**context)}, {found}", path)
+        expected = _EXPECTED[kind].format(**context)
+        return Problem(f"expected {expected}, {found}", path, hint=_hint_at_target(error))
     return Problem(f"{error['msg']}, {found}", path)
+
+
+def _hint_at_target(error: ErrorDetails) -> str | None:
+    """How a target is written, where it is written as something else: `model: net.Net`, or `{target: net.Net}`."""
+    value = error["input"]
+    if isinstance(value, str) and error.get("ctx", {}).get("class_name", "").endswith("Target"):
+        return f"write {{_target_: {value}}}"
+    if isinstance(value, dict) and error["loc"][-1] == "_target_":
+        key = nearest("_target_", [str(key) for key in value])
+        return f"write _target_ for {key}" if key else None
+    return None
 
 
 def _fields(job: type[Section], path: Sequence[str]) -> list[str]:

@@ -95,9 +95,14 @@ class RunDir:
         return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
 
     def create(self) -> None:
-        """Make the folders; those that are there stay as they are."""
+        """Make the folders; those that are there stay as they are.
+
+        The run is its owner's and their group's (or whose umask says so), with all that it will hold: others can't
+        enter its folder.
+        """
+        self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
         for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
 
     # -- history ---------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class RunDir:
         Raises:
             UserError: another live process is; the message names it.
         """
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o640)
         try:
             if not _flock(descriptor) or self._has_remote_writer():
                 holder = read_json(self.lock_file) or {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.redact import hide_in_command
 from dtrain.run import RunDir
 from dtrain.yamltext import split
 
@@ -54,7 +55,7 @@ class Sweep:
 
     def point(self, run: RunDir) -> str:
         """What is this run's own, in words."""
-        return " ".join(self.points[int(run.path.absolute().name)])
+        return " ".join(hide_in_command(self.points[int(run.path.absolute().name)]))
 
 
 def grid(overrides: Sequence[str]) -> tuple[list[str], list[Point]]:

@@ -1,92 +1,30 @@
-"""`_target_`s: names turned into what they name, their arguments checked before anything is called."""
+"""`_target_`s: what they name is called, their arguments checked before anything is."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
-import os
-import pkgutil
-import sys
-import sysconfig
-import traceback
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from dtrain.errors import Problem, UserError, did_you_mean
+from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.job import LoadedJob, MetricTarget, Target
 from dtrain.logits import guesses_logits
+from dtrain.names import collisions, describe, job_path, load_what_ranks_have, resolve
 
-_INSTALLED = tuple(sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "purelib", "platlib"))
-
-
-def job_path(folder: Path) -> None:
-    """Puts the job's folder first on sys.path, so that a net.py beside the job file wins over any other."""
-    entry = str(folder.resolve())
-    if sys.path[:1] != [entry]:
-        sys.path[:] = [entry, *(each for each in sys.path if each != entry)]
-        importlib.invalidate_caches()
-
-
-def resolve(name: str) -> object:
-    """What a dotted name stands for, importing modules as needed; raises UserError with one Problem."""
-    first, *rest = name.split(".")
-    if not all(part.isidentifier() for part in (first, *rest)):
-        raise UserError(f"{name!r} is not an importable name such as net.DigitNet")
-    try:
-        if first not in sys.modules and importlib.util.find_spec(first) is None:
-            known = {*sys.stdlib_module_names, *(module.name for module in pkgutil.iter_modules())}
-            raise UserError(Problem(f"there is no module {first}", hint=did_you_mean(first, known)))
-        found: object = importlib.import_module(first)
-        for i, part in enumerate(rest, start=1):
-            found = _member(found, part, ".".join([first, *rest][:i]))
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
-        raise UserError(describe(error)) from error
-    return found
-
-
-def _member(owner: object, name: str, owner_name: str) -> object:
-    """An attribute, else a submodule not imported yet."""
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        is_package = isinstance(owner, ModuleType) and hasattr(owner, "__path__")
-        if is_package and importlib.util.find_spec(f"{owner_name}.{name}"):
-            return importlib.import_module(f"{owner_name}.{name}")
-    known = dir(owner) + [module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))]
-    raise UserError(Problem(f"{owner_name} has no {name}", hint=did_you_mean(name, known)))
-
-
-def describe(error: BaseException) -> str:
-    """An error of the user's code in one line: `net.py:7: NameError: name 'nn' is not defined`."""
-    kind = type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{_short(error.filename)}:{error.lineno}: {kind}: {error.msg}"
-    text = f"{kind}: {error}".removesuffix(": ")
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if _is_users(frame.filename)]
-    return f"{_short(users[-1].filename)}:{users[-1].lineno}: {text}" if users else text
-
-
-def _is_users(filename: str) -> bool:
-    return not filename.startswith(("<", *_INSTALLED)) and filename != __file__
-
-
-def _short(filename: str) -> str:
-    relative = os.path.relpath(filename)
-    return filename if relative.startswith(os.pardir) else relative
+_PARTIAL = "_partial_"
+_HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys that Hydra knows beside _target_ and _partial_
 
 
 def instantiate(value: object, *args: object, given: Mapping[str, object] | None = None) -> Any:
     """Calls a target with `args` and its own arguments, those that are targets built first.
 
     What is no target is returned as it is, rebuilt where it holds targets.
+
+    A target with `_partial_: true` is not called: it is a function, with the arguments that it has already.
 
     Args:
         given: what the target, instead of `args`, and each target within it gets by name, if it takes that.
@@ -101,16 +39,29 @@ def instantiate(value: object, *args: object, given: Mapping[str, object] | None
     if "_target_" not in value:
         return built
     function = _resolve_callable(value["_target_"])
-    if given and (names := _taken_by_name(_signature(function), given, built)):
-        return function(**{name: given[name] for name in names}, **built)
-    return function(*args, **built)
+    if built.pop(_PARTIAL, False):
+        return functools.partial(function, **built) if built else function
+    try:
+        if given and (names := _taken_by_name(_signature(function), given, built)):
+            return function(**{name: given[name] for name in names}, **built)
+        return function(*args, **built)
+    except TypeError as error:
+        if str(error) == "'str' object is not callable":
+            error.args = (f"{error}; {_how_to_name_a_function('module.function')}",)
+        raise
 
 
 def bind_function(target: Target) -> Callable[..., Any]:
-    """The target itself as a function, for `step` and `data.collate`, with its arguments bound."""
-    function = _resolve_callable(target.target)
-    arguments = {key: instantiate(value) for key, value in target.arguments.items()}
-    return functools.partial(function, **arguments) if arguments else function
+    """The target as a function, for `step` and `data.collate`: an object of its class, or it with its arguments."""
+    arguments = target.arguments
+    if not inspect.isclass(_resolve_callable(target.target)):
+        arguments[_PARTIAL] = True
+    function: Callable[..., Any] = instantiate({"_target_": target.target, **arguments})
+    return function
+
+
+def _how_to_name_a_function(name: str) -> str:
+    return f"a function is named by {{_target_: {name}, {_PARTIAL}: true}}"
 
 
 def _resolve_callable(name: object) -> Callable[..., Any]:
@@ -146,19 +97,57 @@ def check_target(target: Target, positional: int, where: str, given: Collection[
     return _check_call(target.target, target.arguments, positional, where, given)
 
 
+def _check_object(target: Target, positional: int, where: str, given: Collection[str] = ()) -> list[Problem]:
+    """`check_target`, where it is to be called."""
+    problems = check_target(target, positional, where, given)
+    if target.arguments.get(_PARTIAL):
+        message = "names a function, where its result is needed; leave it out"
+        problems.append(Problem(message, f"{where}.{_PARTIAL}"))
+    return problems
+
+
+def _check_function(target: Target, positional: int, where: str) -> list[Problem]:
+    """What is wrong with `bind_function`, for a function that is called with so many arguments."""
+    try:
+        found = _resolve_callable(target.target)
+    except UserError:  # a wrong name, which is told below
+        found = None
+    if not inspect.isclass(found) or target.arguments.get(_PARTIAL):
+        return check_target(target, positional, where)
+    problems = check_target(target, 0, where)
+    call = next((vars(each)["__call__"] for each in found.__mro__ if "__call__" in vars(each)), None)
+    if call is None:
+        message = f"{target.target} is a class, and its objects cannot be called: it has no __call__"
+        return [*problems, Problem(message, where)]
+    if signature := _signature(call):
+        name = f"{target.target}.__call__"
+        problems += _check_arguments(name, signature, {}, positional + 1, where)  # the first is self
+    return problems
+
+
 def _check_call(
     name: object, arguments: Mapping[Any, object], positional: int, where: str, given: Collection[str]
 ) -> list[Problem]:
     nested = [problem for key, value in arguments.items() for problem in _check_value(value, f"{where}.{key}", given)]
+    arguments = dict(arguments)
+    is_partial = arguments.pop(_PARTIAL, False)
+    if not isinstance(is_partial, bool):
+        nested.append(Problem(f"expected true or false, found {is_partial!r}", f"{where}.{_PARTIAL}"))
+    for key in _HYDRAS:
+        if key in arguments:
+            del arguments[key]
+            message = f"is Hydra's, and not known here, where there are _target_ and {_PARTIAL}"
+            nested.append(Problem(message, f"{where}.{key}"))
     try:
         signature = _signature(_resolve_callable(name))
     except UserError as error:
         return [replace(problem, path=f"{where}._target_") for problem in error.problems] + nested
     if signature is None:
         return nested
-    if names := _taken_by_name(signature, given, arguments):
+    if not is_partial and (names := _taken_by_name(signature, given, arguments)):
         arguments, positional = {**arguments, **dict.fromkeys(names)}, 0
-    return [*_check_arguments(str(name), signature, arguments, positional, where), *nested]
+    problems = _check_arguments(str(name), signature, arguments, positional, where, is_partial=bool(is_partial))
+    return [*problems, *nested]
 
 
 def _check_value(value: object, where: str, given: Collection[str]) -> Iterator[Problem]:
@@ -171,11 +160,19 @@ def _check_value(value: object, where: str, given: Collection[str]) -> Iterator[
         yield from _check_call(value["_target_"], arguments, 0, where, given)
     elif isinstance(value, dict):
         for key, item in value.items():
+            if isinstance(key, str) and re.fullmatch("_.*_", key) and nearest(key, ["_target_"]):
+                yield Problem("unknown key", f"{where}.{key}", hint="did you mean _target_?")
             yield from _check_value(item, f"{where}.{key}", given)
 
 
 def _check_arguments(
-    name: str, signature: inspect.Signature, arguments: Mapping[Any, object], positional: int, where: str
+    name: str,
+    signature: inspect.Signature,
+    arguments: Mapping[Any, object],
+    positional: int,
+    where: str,
+    *,
+    is_partial: bool = False,
 ) -> Iterator[Problem]:
     parameters = list(signature.parameters.values())
     kinds = {p.kind for p in parameters}
@@ -189,12 +186,23 @@ def _check_arguments(
         if key in {p.name for p in taken}:
             yield Problem(f"{key} is passed to {name} by dtrain; leave it out", f"{where}.{key}")
         elif not isinstance(key, str) or not (takes_any or key in known):
-            hint = did_you_mean(str(key), known)
+            hint = did_you_mean(str(key), [*known, _PARTIAL])
             yield Problem(f"{name} takes no argument {key}", f"{where}.{key}", hint=hint)
     for p in rest:
-        optional = p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if text := _text_for_a_function(p, arguments.get(p.name)):
+            hint = _how_to_name_a_function(text)
+            yield Problem(f"{name} takes a function here, and {text!r} is text", f"{where}.{p.name}", hint=hint)
+        optional = is_partial or p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         if not optional and p.name not in arguments:
             yield Problem(f"{name} needs the argument {p.name}", where)
+
+
+def _text_for_a_function(parameter: inspect.Parameter, value: object) -> str | None:
+    """The text, or the first of a list, that a parameter is given which by its annotation takes functions, no text."""
+    words = set(re.findall(r"\w+", inspect.formatannotation(parameter.annotation)))
+    if "Callable" not in words or words & {"str", "Any"}:
+        return None
+    return next((each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)), None)
 
 
 def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
@@ -202,6 +210,9 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
 
     `folder` holds the job's own modules.
     """
+    if problems := collisions(folder):  # nothing can be imported beside them
+        return problems
+    load_what_ranks_have(folder)
     job_path(folder)
     job, data = loaded.job, loaded.job.data
     calls = [
@@ -213,9 +224,12 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
         ("step", job.step, 2),
         ("optimizer", job.optimizer, 1),
     ]
-    problems = [each for path, target, n in calls if target for each in check_target(target, n, path)]
+    for path, target, n in calls:
+        if target:
+            check = _check_function if path in ("data.collate", "step") else _check_object
+            problems += check(target, n, path)
     if job.scheduler:  # those within it get the optimizer too
-        problems += check_target(job.scheduler, 1, "scheduler", ["optimizer"])
+        problems += _check_object(job.scheduler, 1, "scheduler", ["optimizer"])
     if job.loss:
         problems += _build(job.loss, "loss")[1]
     for name, metric in job.metrics.items():

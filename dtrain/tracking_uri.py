@@ -6,6 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from dtrain.errors import UserError
+from dtrain.redact import HIDDEN, hide_password
+
 DEFAULT = "sqlite:///mlflow.db"
 VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -16,12 +19,26 @@ def resolve_tracking_uri(asked: str | None, before: str | None = None) -> str:
     """The store that was asked for, else MLFLOW_TRACKING_URI, else the one used before, else mlflow.db here.
 
     The path of an SQLite store comes back absolute, so that it still names the same file elsewhere.
+
+    Raises:
+        UserError: what a run's files hold of that address is without its password, and the variable has none either.
     """
-    uri = asked or os.environ.get(VARIABLE) or before or DEFAULT
+    given = os.environ.get(VARIABLE)
+    uri = asked or given or before or DEFAULT
+    if HIDDEN in uri:
+        if given is None or hide_password(given) != uri:
+            raise UserError(f"{uri}: the run's files are without its password; set {VARIABLE} to the whole address")
+        uri = given
     sqlite = _SQLITE.fullmatch(uri)
     if not sqlite:
         return uri
     return f"{sqlite['scheme']}{Path(sqlite['file']).absolute()}{sqlite['options'] or ''}"
+
+
+def hand_on(asked: str | None) -> None:
+    """Gives processes that this one starts an address with its password, which the run's files leave out."""
+    if asked is not None and not is_off() and hide_password(asked) != asked:
+        os.environ[VARIABLE] = asked
 
 
 def is_off() -> bool:
@@ -33,8 +50,3 @@ def sqlite_file(uri: str) -> Path | None:
     """The file of an SQLite store; None for any other uri."""
     sqlite = _SQLITE.fullmatch(uri)
     return Path(sqlite["file"]) if sqlite else None
-
-
-def hide_password(text: str) -> str:
-    """The text without the user and password that its uris may carry."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)

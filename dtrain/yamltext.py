@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import yaml
 
@@ -97,11 +98,7 @@ class Reader:
 
     def _value(self, node: yaml.Node, path: str, depth: int) -> object:
         line = node.start_mark.line
-        self._num_values += 1
-        if self._num_values > _MAX_VALUES:
-            raise UserError(self._problem(f"more than {_MAX_VALUES} values, aliases expanded", line))
-        if depth > _MAX_DEPTH:  # an alias inside its own anchor
-            raise UserError(self._problem("nested too deep", line))
+        self._count(line, depth)
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
@@ -113,23 +110,50 @@ class Reader:
         self.problems.append(self._problem(f"tag {tag} is not allowed here", line, path))
         return None
 
+    def _count(self, line: int, depth: int) -> None:
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
+            raise UserError(self._problem(f"more than {_MAX_VALUES} values, aliases expanded", line))
+        if depth > _MAX_DEPTH:  # an alias inside its own anchor
+            raise UserError(self._problem("nested too deep", line))
+
     def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
         lines: dict[object, int] = {}
-        for key_node, value_node in node.value:
+        for is_own, (key_node, value_node) in self._pairs(node, path, depth):
             line = key_node.start_mark.line
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.append(self._problem("a mapping or list cannot be a key", line, path))
                 continue
             key = self._value(key_node, path, depth)
-            dotted = f"{path}.{key_node.value}" if path else key_node.value
+            dotted = _join(path, key_node.value)
             if key in mapping:
-                message = f"given twice, first on line {lines[key] + 1}"
-                self.problems.append(self._problem(message, line, dotted))
+                if is_own:
+                    message = f"given twice, first on line {lines[key] + 1}"
+                    self.problems.append(self._problem(message, line, dotted))
                 continue
             lines[key] = line
             mapping[key] = self._child(key_node, value_node, dotted, depth)
         return mapping
+
+    def _pairs(
+        self, node: yaml.MappingNode, path: str, depth: int, *, is_own: bool = True
+    ) -> Iterator[tuple[bool, tuple[yaml.Node, yaml.Node]]]:
+        """A mapping's own pairs, then those that `<<` merges into it; of two with the same key the first counts."""
+        if not is_own:
+            self._count(node.start_mark.line, depth)
+        merges = [pair for pair in node.value if _is_merge(pair[0])]
+        yield from ((is_own, pair) for pair in node.value if pair not in merges)
+        for key, value in merges[:1]:
+            for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(each, yaml.MappingNode):
+                    yield from self._pairs(each, path, depth + 1, is_own=False)
+                else:
+                    message = "expected a mapping, or a list of mappings, such as *anchor"
+                    self.problems.append(self._problem(message, key.start_mark.line, _join(path, "<<")))
+        for key, _ in merges[1:]:
+            message = "given twice; several go into one, the first of them counts most: <<: [*a, *b]"
+            self.problems.append(self._problem(message, key.start_mark.line, _join(path, "<<")))
 
     def _child(self, start: yaml.Node, node: yaml.Node, dotted: str, depth: int) -> object:
         self.places[dotted] = (self.source, start.start_mark.line + 1 if self.has_lines else None)
@@ -137,6 +161,15 @@ class Reader:
 
     def _problem(self, message: str, line: int, path: str | None = None) -> Problem:
         return Problem(message, path or None, self.source, line + 1 if self.has_lines else None)
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    """Whether the key is YAML 1.1's `<<`; in quotes it is a key like any other."""
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
 
 
 def _matches(kind: str, text: str) -> bool:

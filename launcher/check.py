@@ -42,7 +42,7 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     if isinstance(loaded, LoadedScript):
         _check_script(loaded, exact)
         return _check_slurm(loaded, slurm) if slurm else 0
-    require_right(loaded, loaded.path.absolute().parent)
+    require_right(loaded, loaded.folder)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")
     if slurm is not None:
@@ -87,7 +87,7 @@ def _check_slurm(loaded: LoadedJob | LoadedScript, size: SlurmSize) -> int:
     from .submit import Submittable, dtrain_command, parse_gpus
 
     job, gpus = loaded.job, parse_gpus(size.gpus)
-    wanted = Submittable(job.name, job, loaded.path.absolute().parent, size.nodes, gpus)
+    wanted = Submittable(job.name, job, loaded.folder, size.nodes, gpus)
     on_gpus = None if job.launch.device == "cpu" else gpus
     submission = wanted.render(RunDir.new(job.name).path.absolute())
     found = check(submission, job.slurm, Path.cwd(), size.nodes, on_gpus, dtrain_command(job.slurm))

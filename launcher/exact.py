@@ -46,7 +46,7 @@ def check_exact(loaded: LoadedJob) -> int:
     job = _on_enough_devices(loaded.job)
     start_fork_server(preload_for(dump_job(job)), threads_per_rank(max(SIZES)))
     with scratch_folder() as scratch:
-        return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.path.absolute().parent)))
+        return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.folder)))
 
 
 def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Literal
 from dtrain import __version__
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
-from dtrain.provenance import environment, snapshot
+from dtrain.provenance import environment
+from dtrain.redact import hide_in_command
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.screen import say
+from dtrain.snapshot import TOO_LARGE, Snapshot
+from dtrain.tracking_uri import hand_on
 
 from .agent import run_ranks
 from .check import require_right
@@ -80,6 +83,7 @@ def launch(request: Request) -> int:
 
     refuse_other_program(request.target)
     loaded = load(request.target, request.arguments)
+    hand_on(loaded.job.mlflow.tracking_uri)
     return _launch_script_job(request, loaded) if isinstance(loaded, LoadedScript) else _launch_job(request, loaded)
 
 
@@ -95,7 +99,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     if continues and is_done(run, job):
         say(f"{run} is finished; nothing to resume")
         return 0
-    code = run.code if continues else loaded.path.absolute().parent
+    code = run.code if continues else loaded.folder
     if request.preload and not request.dry_run:
         start_fork_server(preload_for(dump_job(job)), threads_per_rank(expected_ranks(request.gpus)))
     num_ranks, device = check_and_choose(loaded, code, request.gpus)
@@ -269,8 +273,12 @@ def _start(
 def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
     """Write what a run begins with: the code of the folder `origin`, where all comes from, and the job, if any."""
     if origin is not None:
-        left_out = snapshot(origin, run.code)
-        write_json(run.env, {**environment(origin), "left_out_of_code": left_out})
+        copy = Snapshot(run.code)
+        copy.add(origin)
+        copy.add_modules()
+        write_json(run.env, {**environment(origin), "left_out_of_code": list(copy.left_out)})
+        if kept_out := [f"{name} ({why})" for name, why in copy.left_out.items() if why != TOO_LARGE]:
+            say(f"{run.code} is without {', '.join(kept_out)}")
     if job is not None:
         write_text(run.job, job)  # last: with it, the run is one that --resume can continue
 
@@ -288,7 +296,7 @@ def _continuation(request: Request, run: RunDir) -> str:
     if request.show_ranks != "0":
         words += ["--show-ranks", request.show_ranks]
     dashes = ["--"] if request.is_script and request.arguments else []
-    return shlex.join([*words, request.target, *dashes, *request.arguments])
+    return shlex.join(hide_in_command([*words, request.target, *dashes, *request.arguments]))
 
 
 def check_nodes(request: Request) -> None:

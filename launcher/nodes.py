@@ -164,7 +164,7 @@ class Rendezvous(RendezvousHandler):
         port = nodes.store.port
         if self._attempts > 1:  # the ranks would find each other's addresses of the attempt before
             if nodes.node_rank == 0:
-                self._ranks_store = TCPStore(nodes.host, 0, is_master=True, wait_for_workers=False)
+                self._ranks_store = _new_store(nodes.host, 0, is_local=nodes.is_alone)
                 port = self._ranks_store.port
             port = int(nodes.from_first(f"port of attempt {self._attempts}", str(port)))
         store = PrefixStore(f"attempt-{self._attempts}", nodes.store)
@@ -195,11 +195,23 @@ def _host_store(endpoint: Endpoint) -> TCPStore:
             f"--rendezvous {endpoint}: node 0 must run on that host, and it is not this one ({error.strerror})"
         ) from None
     try:
-        return TCPStore(endpoint.host, endpoint.port, is_master=True, wait_for_workers=False)
+        return _new_store(endpoint.host, endpoint.port, is_local=endpoint.num_nodes == 1)
     except (DistNetworkError, DistStoreError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise UserError(f"--rendezvous {endpoint}: the port is in use on this machine; choose another") from None
         raise UserError(f"--rendezvous {endpoint}: node 0 can't listen there: {str(error).splitlines()[0]}") from None
+
+
+def _new_store(host: str, port: int, *, is_local: bool) -> TCPStore:
+    """A store of this process. It obeys whoever reaches it, and torch would have it listen to all: one on several
+    nodes must, a local one listens at the host's own address.
+    """
+    if not is_local:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.create_server(address[:2], family=family, backlog=1024) as listening:
+        port = listening.getsockname()[1]
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _find_store(endpoint: Endpoint) -> TCPStore:

@@ -21,6 +21,7 @@ from dtrain.loading import dump_job, load
 from dtrain.run import RunDir
 from dtrain.slurm.jobs import job_of, look_up, set_job, submit
 from dtrain.slurm.render import Array, Gpus, Submission, render
+from dtrain.tracking_uri import hand_on
 
 from .launch import Request, fill, find_run, is_done
 from .program import find_module, find_program, find_script
@@ -104,7 +105,8 @@ def submittable(request: Request) -> Submittable:
         options += ["--max-restarts", str(request.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
-        folder, target = loaded.path.absolute().parent, None
+        hand_on(loaded.job.mlflow.tracking_uri)  # sbatch takes the environment along
+        folder, target = loaded.folder, None
         if isinstance(loaded, LoadedScript):
             find_program(loaded)
             target = [str(loaded.path.absolute()), *request.arguments]

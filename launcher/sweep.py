@@ -26,6 +26,7 @@ from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.slurm.jobs import job_of, look_up, set_job, submit
 from dtrain.slurm.render import Array
 from dtrain.sweep import Sweep, grid
+from dtrain.tracking_uri import hand_on
 
 from .agent import STOP_SIGNALS
 from .entry import die_with_parent
@@ -80,6 +81,7 @@ def sweep(request: SweepRequest) -> int:
 
 def _load(path: str, overrides: Sequence[str]) -> LoadedJob:
     loaded = load(path, overrides)
+    hand_on(loaded.job.mlflow.tracking_uri)
     if not isinstance(loaded, LoadedJob):
         raise UserError(loaded.at(Problem("trains by itself: sweeps are for jobs with a model", "script")))
     return loaded
@@ -113,7 +115,7 @@ def _fill(found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir], *, 
         each = loaded[int(run.path.name)]
         run.create()
         with run.lock(is_agent=True):
-            fill(run, each.path.absolute().parent if is_new else None, dump_job(each.job))
+            fill(run, each.folder if is_new else None, dump_job(each.job))
     found.write()
 
 
@@ -185,7 +187,7 @@ def _submit(request: SweepRequest, found: Sweep, loaded: Sequence[LoadedJob], ru
     if not runs:
         print(f"{found.folder} is finished; nothing to resume", file=sys.stderr)
         return 0
-    job, origin = loaded[0].job, loaded[0].path.absolute().parent
+    job, origin = loaded[0].job, loaded[0].folder
     wanted = Submittable(job.name, job, origin, request.nodes, parse_gpus(request.gpus))
     array = Array([int(run.path.name) for run in runs], request.max_parallel)
     submission = wanted.render(found.folder, array)

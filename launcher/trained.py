@@ -120,7 +120,7 @@ def summary(path: str, overrides: Sequence[str]) -> int:
     loaded = load(path, (*HERE, *overrides))
     if isinstance(loaded, LoadedScript):
         raise UserError(loaded.at(Problem("builds its own model: dtrain.summary(net, ...) in it sums it up", "script")))
-    print(_ask("dtrain.trainer.overview", _whole(loaded), loaded.path.absolute().parent, "1"))
+    print(_ask("dtrain.trainer.overview", _whole(loaded), loaded.folder, "1"))
     return 0
 
 

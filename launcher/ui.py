@@ -11,8 +11,9 @@ import sys
 import time
 
 from dtrain.errors import UserError
+from dtrain.redact import hide_password
 from dtrain.run import EXIT_INTERRUPTED
-from dtrain.tracking_uri import hide_password, resolve_tracking_uri, sqlite_file
+from dtrain.tracking_uri import resolve_tracking_uri, sqlite_file
 
 HOST = "127.0.0.1"
 USUAL_PORT = 5000

@@ -78,7 +78,12 @@ UNREADABLE = {
         "job.yaml:50: not valid YAML: nested too deep",
     ),
     "own alias": ("name: x\nmodel: &a [*a]\n", "job.yaml:2: nested too deep"),
+    "own merge": ("name: x\nmodel: &a {<<: *a}\n", "job.yaml:2: nested too deep"),
     "bomb": (bomb(), "job.yaml:1: more than 50000 values, aliases expanded"),
+    "bomb of merges": (
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
+        "job.yaml:1: more than 50000 values, aliases expanded",
+    ),
     "large": ("#" * ((1 << 20) + 1), "job.yaml: larger than 1 MiB, which is no job file"),
 }
 
@@ -246,6 +251,36 @@ INVALID = {
         GOOD.replace("epochs: 10", "epochs: 10\n  strategy: deepspeed") + "deepspeed: zero.json\n",
         ["job.yaml:15: deepspeed: zero.json: no such file"],
     ),
+    "targets written otherwise": (
+        GOOD.replace("{_target_: collections.OrderedDict, width: 32}", "net.Net").replace(
+            "{_target_: builtins", "{target: builtins"
+        ),
+        [
+            "job.yaml:3: model: expected a mapping, found 'net.Net'; write {_target_: net.Net}",
+            "job.yaml:9: optimizer._target_: missing; write _target_ for target",
+        ],
+    ),
+    "merge keys of no mapping": (
+        GOOD.replace("width: 32", "<<: 3").replace(
+            "{_target_: builtins.dict", "{<<: [{_target_: builtins.dict}, [1]], <<: {}"
+        ),
+        [
+            "job.yaml:3: model.<<: expected a mapping, or a list of mappings, such as *anchor",
+            "job.yaml:9: optimizer.<<: expected a mapping, or a list of mappings, such as *anchor",
+            "job.yaml:9: optimizer.<<: given twice; several go into one, the first of them counts most: <<: [*a, *b]",
+        ],
+    ),
+    "a merged value": (
+        GOOD.replace("128", "many")
+        .replace("  train: {", "  train: &train {")
+        .replace("split: train", "split: train, a: &a {_target_: 3}")
+        .replace("{_target_: collections.OrderedDict, split: val}", "\n    <<: *train\n    split: val"),
+        [
+            "job.yaml:5: data.train.a._target_: expected an importable name, found 3",
+            "job.yaml:5: data.val.a._target_: expected an importable name, found 3",
+            "job.yaml:9: data.batch_size: expected a whole number, found 'many'",
+        ],
+    ),
     "settings of another strategy": (
         GOOD + "fsdp: {wrap: Block}\n",
         ["job.yaml:14: fsdp: settings of a strategy that fit.strategy does not choose"],
@@ -311,6 +346,22 @@ def test_scalars_are_those_of_yaml_1_2():
         **{"i": float("-inf"), "j": None, "k": "1_000", "l": 0.5, "m": True, "n": "1", "o": 1.0, "p": 3},
         **{"q": None, "r": "3", "s": 3.0},
     }
+
+
+def test_merge_keys():
+    """A mapping's own value counts, else that of the first mapping that has one, itself or merged into it."""
+    text = GOOD.replace("width: 32", "x: &x {a: 1, b: {c: 2}}, y: &y\n {<<: *x, a: 3, d: 4}, '<<': 5").replace(
+        "lr: 1e-3", "\n  own: {b: 6, <<: *y},\n  several: {<<: [*x, *y]}"
+    )
+    loaded = load(text)
+    assert loaded.job.model.arguments["<<"] == 5
+    assert loaded.job.optimizer.arguments == {
+        "own": {"a": 3, "b": 6, "d": 4},
+        "several": {"a": 1, "b": {"c": 2}, "d": 4},
+    }
+    lines = {"own.a": 4, "own.b": 11, "own.b.c": 11, "several.b.c": 3, "several.d": 4, "several": 12}
+    assert {key: loaded.locate(f"optimizer.{key}")[1] for key in lines} == lines
+    assert load(dump_job(loaded.job)).job == loaded.job
 
 
 def test_places():

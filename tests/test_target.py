@@ -11,7 +11,8 @@ import pytest
 from dtrain.errors import UserError
 from dtrain.job import Target
 from dtrain.loading import load_job
-from dtrain.target import bind_function, check_job, check_target, instantiate, job_path, resolve
+from dtrain.names import job_path, resolve
+from dtrain.target import bind_function, check_job, check_target, instantiate
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def target(name: object, **arguments: object) -> Target:
 
 
 def module(text: str, path: str = "net.py") -> None:
-    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text)
 
 
@@ -64,7 +65,6 @@ def test_a_function_wins_over_the_module_of_its_name():
     ("name", "expected"),
     [
         ("colections.Counter", "there is no module colections; did you mean collections?"),
-        ("xqzw.A", "there is no module xqzw"),
         ("collections.Countr", "collections has no Countr; did you mean Counter?"),
         ("pack.sbu.A", "pack has no sbu; did you mean sub?"),
         ("pack.sub.A.c", "pack.sub.A has no c"),
@@ -175,6 +175,110 @@ def test_instantiate_builds_the_targets_inside_first():
     assert instantiate([1, "a", None]) == [1, "a", None]
 
 
+def test_partial_names_a_function():
+    module(FUNCTIONS)
+    named = instantiate({"f": [{"_target_": "net.plain", "_partial_": True}], "not": {"_target_": "net.plain", "a": 1}})
+    assert named == {"f": [resolve("net.plain")], "not": (1, 1)}
+    half = instantiate(target("net.Net", _partial_=True, depth={"_target_": "builtins.list"}))
+    assert half(5).sizes == (5, [])
+    with pytest.raises(TypeError, match=r"not callable; a function is named by {_target_: .*, _partial_: true}"):
+        instantiate(target("functools.reduce", **{}), "net.plain", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"_target_": "net.plain", "_partial_": True}, []),
+        ({"_target_": "net.plain", "_partial_": True, "b": 2}, []),
+        (
+            {"_target_": "net.Net", "_partial_": True, "depht": 2},
+            ["here.f.depht: net.Net takes no argument depht; did"],
+        ),
+        ({"_target_": "net.plain", "_partial_": 1}, ["here.f._partial_: expected true or false, found 1"]),
+        ({"_target_": "net.positions", "_args_": [1]}, ["here.f._args_: is Hydra's, and not known here"]),
+        (
+            {"_target_": "net.positions", "_partal_": 1},
+            ["here.f._partal_: net.positions takes no argument _partal_; did"],
+        ),
+        ({"_traget_": "net.plain"}, ["here.f._traget_: unknown key; did you mean _target_?"]),
+        ("net.plain", ["here.f: net.caller takes a function here, and 'net.plain' is text; a function is named by"]),
+        (["net.plain"], ["here.f: net.caller takes a function here, and 'net.plain' is text"]),
+    ],
+)
+def test_a_function_as_an_argument(value: object, expected: list[str]):
+    module(
+        "from collections.abc import Callable\n"
+        + FUNCTIONS
+        + "def caller(f: Callable | list[Callable], g: Callable | str = ''): pass\n"
+    )
+    lines = told("net.caller", f=value, g="net.plain")
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+COLLATE = """
+class Collate:
+    def __init__(self, by): self.by = by
+    def __call__(self, x): return self.by * x
+"""
+
+
+def test_functions_of_a_job_may_be_objects_of_a_class(folder: Path):
+    module(FUNCTIONS + COLLATE)
+    assert bind_function(target("net.Collate", by=3))(2) == 6
+    assert bind_function(target("net.Collate", _partial_=True)) is resolve("net.Collate")
+    wrong = JOB.replace("step: {_target_: net.only, b: 3}", "step: {_target_: net.Collate, by: 3}")
+    for collate, says in {
+        "net.Collate, by: 3": None,
+        "net.Collate, by: 3, c: 3": "data.collate.c: net.Collate takes no argument c",
+        "net.Net, width: 3": "data.collate: net.Net is a class, and its objects cannot be called: it has no __call__",
+        "net.Net, _partial_: true": None,
+    }.items():
+        Path("job.yaml").write_text(wrong.replace("net.plain, c: 3", collate))
+        lines = [str(each) for each in check_job(load_job("job.yaml"), folder)]
+        assert "job.yaml:7: step: net.Collate.__call__ takes 2 positional arguments, but gets 3" in lines
+        assert [line.split(": ", 1)[1] for line in lines if "collate" in line] == [says] * bool(says)
+
+
+@pytest.mark.parametrize("name", ["queue", "types", "random", "yaml", "torch"])
+def test_a_module_called_as_another_is_refused_by_both_names(name: str, folder: Path):
+    module("class Net: pass\n", f"{name}.py")
+    theirs = sys.modules[name].__file__ if name in sys.modules else name
+    whose = "Python's own" if name in sys.stdlib_module_names else "a package that dtrain needs"
+    told = refusal(f"{name}.Net")
+    assert told.startswith(f"{name} is {whose}")
+    assert str(theirs) in told
+    assert told.endswith(f"beside which {name}.py cannot be imported; rename yours, such as {name}.py to my_{name}.py")
+    module(f"from {name} import Net\n", "other.py")
+    assert f"rename yours, such as {name}.py to my_{name}.py" in refusal("other.Net")
+    module(FUNCTIONS)
+    Path("job.yaml").write_text(JOB)
+    hides = any("rename yours" in str(each) for each in check_job(load_job("job.yaml"), folder))
+    assert hides == (name == "torch")  # beside which nothing works
+
+
+def test_a_module_called_as_one_of_pythons_that_nobody_has_loaded_is_the_users():
+    module("class Net: pass\n", "antigravity.py")
+    assert resolve("antigravity.Net").__module__ == "antigravity"
+
+
+def test_where_a_module_is_looked_for(folder: Path):
+    module("", "configs/__init__.py")
+    module("class A: pass\n", "src/pkg/net.py")
+    sys.path.remove(str(folder))
+    job_path(folder / "configs")
+    assert refusal("src.pkg.net.A") == (
+        f"there is no module src; not in {folder}/configs, but in {folder}: "
+        f"set PYTHONPATH=., or install its project: pip install -e"
+    )
+    assert refusal("pkg.net.A").endswith("set PYTHONPATH=src, or install its project: pip install -e")
+    assert refusal("net.A").endswith(  # nothing is near: not Windows' nt
+        f"no module net; looked in {folder}/configs and on Python's path; "
+        "for code elsewhere set PYTHONPATH, or install it: pip install -e"
+    )
+    assert refusal("torch.optim.Sgd") == "torch.optim has no Sgd; did you mean SGD?"
+
+
 def test_bind_function_returns_the_function_itself():
     module(FUNCTIONS)
     assert bind_function(target("net.plain")) is resolve("net.plain")
@@ -207,7 +311,7 @@ def test_every_target_of_a_job_is_checked_and_placed(folder: Path):
     module(FUNCTIONS)
     Path("job.yaml").write_text(JOB)
     # Not torchmetrics' own wording, which may change.
-    lines = [str(problem).split(" Got ")[0] for problem in check_job(load_job("job.yaml"), folder)]
+    lines = [str(problem).split(" Got ")[0].split("; looked")[0] for problem in check_job(load_job("job.yaml"), folder)]
     assert lines == [
         "job.yaml:2: model.widht: net.Net takes no argument widht; did you mean width?",
         "job.yaml:2: model: net.Net needs the argument width",

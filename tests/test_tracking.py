@@ -19,8 +19,9 @@ import yaml
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
 from dtrain.launcher.ui import ui
+from dtrain.redact import hide_password
 from dtrain.run import RunDir
-from dtrain.tracking_uri import hide_password, resolve_tracking_uri
+from dtrain.tracking_uri import resolve_tracking_uri
 from dtrain.trainer.tracking import flatten, follow
 
 TRACKER = [sys.executable, "-m", "dtrain.trainer.tracking"]

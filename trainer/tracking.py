@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from dtrain import signals
+from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.redact import hide_in_job, hide_password
 from dtrain.run import Row, RunDir
 from dtrain.sweep import Sweep
-from dtrain.tracking_uri import hide_password, resolve_tracking_uri, sqlite_file
-from dtrain.yamltext import Reader
+from dtrain.tracking_uri import resolve_tracking_uri, sqlite_file
+from dtrain.yamltext import Reader, dump
 
 POLL_S = 0.5
 RETRY_S = 3.0
@@ -68,7 +70,11 @@ def main() -> int:
     run = RunDir(sys.argv[1])
     # The tracker of an earlier attempt may still be trying: two would send the same rows.
     with _locked(run.path / "mlflow.lock"):
-        return follow(run, run.status)
+        try:
+            return follow(run, run.status)
+        except UserError as error:
+            print(f"dtrain: MLflow at {error}", file=sys.stderr)
+            return 1
 
 
 def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: float = GIVE_UP_S) -> int:
@@ -137,7 +143,7 @@ class Mirror:
         gc.enable()
 
         self._folder = run
-        self._job = _read_job(run)
+        self._job = hide_in_job(_read_job(run))
         self._job_sent = False
         self._seen: tuple[int, ...] | None = None
         self._uri = uri
@@ -248,7 +254,7 @@ class Mirror:
 
     def _send_files(self, *, ended: bool) -> None:
         if not self._job_sent:
-            self._client.log_artifact(self._run_id, str(self._folder.job))
+            self._client.log_text(self._run_id, dump(self._job), "job.yaml")
             self._job_sent = True
         if ended and self._folder.best_weights.exists():
             self._client.log_artifact(self._run_id, str(self._folder.best_weights), "weights")

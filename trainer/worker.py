@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from dtrain.errors import Problem, UserError
 from dtrain.job import Job, Target
 from dtrain.loading import load_job
+from dtrain.names import job_path
 from dtrain.run import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
-from dtrain.target import bind_function, build_metric, instantiate, job_path
+from dtrain.target import bind_function, build_metric, instantiate
 
 from .data import Source
 from .given import require_model

@@ -1,0 +1,97 @@
+"""What no file of a run may tell: passwords in addresses and commands, keys and credentials beside the code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+HIDDEN = "***"
+
+# Files by their names, whatever their case.
+SECRET_FILES: tuple[str, ...] = (
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.ppk"),
+    *("*.keystore", "*.kdbx", "*.gpg", "*.env", "netrc", "_netrc", "*.netrc", "pgpass*", "htpasswd"),
+    *("credentials", "credentials.*", "*credentials.json", "client_secret*.json", "service[-_]account*.json"),
+    *("secret", "secrets", "secret.*", "secrets.*", "password*", "passwd*", "kaggle.json"),
+    *("token", "token.*", "*.token", "*[-_]token", "*[-_]token.*"),
+)
+_CODE = (".py", ".pyi", ".ipynb", ".md", ".rst")
+
+_USER = re.compile(r"""(?<=://)[^/?#\s"']*@""")
+_QUERY = re.compile(r"""(?i)(?<=[?&])((?:password|passwd|pwd|secret|(?:access_)?token|api_?key|sig)=)[^&#\s"']+""")
+_PASSWORD = re.compile(r"(?:password|passwd|passphrase|secret)s?$")
+_TOKEN = re.compile(r"(?:^|_)(?:token|(?:api|access|private|secret)_?key)$")
+_OPAQUE = re.compile(r"[^\s<>(){}\[\]]{8,}")  # a pad_token such as "<pad>" is no secret
+_NAME = re.compile(r"[A-Za-z_][\w.]*")  # in code, of a variable
+_ASSIGNED = re.compile(r"""([\w-]+)(["']?\s*[:=]\s*)(["']?)([^\s"',;<>(){}\[\]]+)(?=["',;\s]|$)""")
+_KEY_MARK = "[A-Z ]*PRIVATE KEY-----"
+_PRIVATE_KEY = re.compile(rf"-----BEGIN {_KEY_MARK}(?:[\s\S]{{0,8000}}?-----END {_KEY_MARK}|.*)")
+
+
+def hide_password(text: str) -> str:
+    """The text without the user, the password and the tokens that its addresses may carry."""
+    return _QUERY.sub(rf"\g<1>{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+
+
+def hide_in_command(words: Sequence[str]) -> list[str]:
+    """A command without the values of options and overrides that are passwords, nor slurm.env's."""
+    return [_hide_word(word, before) for word, before in zip(words, ["", *words], strict=False)]
+
+
+def _hide_word(word: str, before: str) -> str:
+    key, equals, value = word.partition("=")
+    if equals and (_is_secret(key.lstrip("-").rpartition(".")[2], value) or _is_environment(key)):
+        return f"{key}={HIDDEN}"
+    if before.startswith("-") and _is_secret(before.lstrip("-"), word):
+        return HIDDEN
+    return hide_password(word)
+
+
+def _is_environment(path: str) -> bool:
+    return path in ("slurm", "slurm.env") or path.startswith("slurm.env.")
+
+
+def hide_in_job(job: Any, path: str = "") -> Any:
+    """A job's values for others to see: without slurm.env's, without passwords."""
+    if isinstance(job, dict):
+        return {key: hide_in_job(value, f"{path}.{key}" if path else str(key)) for key, value in job.items()}
+    if isinstance(job, list):
+        return [hide_in_job(value, path) for value in job]
+    if path.startswith("slurm.env."):
+        return HIDDEN
+    if not isinstance(job, str):
+        return job
+    return HIDDEN if _is_secret(path.rpartition(".")[2], job) else hide_password(job)
+
+
+def hide_in_diff(diff: str) -> str:
+    """A diff without what looks like a password, a token or a private key."""
+
+    def hide(found: re.Match[str]) -> str:
+        key, between, quote, value = found.groups()
+        is_variable = not quote and _NAME.fullmatch(value) and not _PASSWORD.search(key.lower())
+        return f"{key}{between}{quote}{HIDDEN}" if _is_secret(key, value) and not is_variable else found[0]
+
+    return hide_password(_ASSIGNED.sub(hide, _PRIVATE_KEY.sub(HIDDEN, diff)))
+
+
+def _is_secret(key: str, value: str) -> bool:
+    """Whether a value is one by its name."""
+    name = key.lower().replace("-", "_")
+    return bool(_PASSWORD.search(name) or (_TOKEN.search(name) and _OPAQUE.fullmatch(value)))
+
+
+def is_secret_file(file: Path) -> bool:
+    """Whether a file is a key or credentials, by its name or since it holds a private key. Code is code."""
+    name = file.name.lower()
+    if file.suffix in _CODE:
+        return False
+    return any(fnmatch(name, pattern) for pattern in SECRET_FILES) or b"PRIVATE KEY-----" in file.read_bytes()
+
+
+def pathspecs_without_secrets() -> Iterator[str]:
+    """Has git leave out what is secret by its name, and job files: their values are another run's affair."""
+    return (f":(exclude,icase,glob)**/{pattern}" for pattern in (*SECRET_FILES, "*.yaml", "*.yml"))
