@@ -66,5 +66,6 @@ class _TouchAll(nn.Module):
     def forward(self) -> torch.Tensor:
         zero = torch.zeros((), device=self.touched[0].device)
         for parameter in self.touched:
-            zero = zero + parameter.sum() * 0
+            total = parameter.sum() * 0
+            zero = zero + (total.real if total.is_complex() else total)
         return zero

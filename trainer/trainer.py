@@ -33,6 +33,7 @@ from .data import Batches
 from .ddp import DataParallel
 from .ema import Ema
 from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler
+from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .optimizers import require_rates
 from .parallel import Parallel
@@ -145,8 +146,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
         self.net = self.model.bare
-        if isinstance(loss_fn, nn.Module):
-            loss_fn.to(self.world.device)  # class weights are buffers
+        self.model.loss = LearnedLoss(loss_fn, self.net, self.world)
         self._step: Step | None = None
         self.predict_step = self.precision.of(predict_features)
         if loss_fn is not None:
@@ -154,6 +154,9 @@ class Trainer:
         elif step is not None:
             self._take(step)
         self.optimizer = optimizer
+        if optimizer is not None:
+            report = say if self.world.is_main else lambda line: None
+            self.model.loss.adopt(optimizer, self.net, report, is_whole=strategy == "ddp")
         self.model.adopt(optimizer)
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
