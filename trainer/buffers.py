@@ -63,12 +63,12 @@ def make_room(net: nn.Module, state: Mapping[str, Any], device: torch.device) ->
 
 
 def share_buffers(net: nn.Module, world: World) -> None:
-    """Give all ranks rank 0's buffers. All ranks take part, in one broadcast of what they are, and one for each dtype."""
+    """Give all ranks rank 0's buffers. All ranks take part, in a broadcast of what they are and one for each dtype."""
     if world.world_size == 1:
         return
     own = buffers_of(net)
     kinds: dict[str, Any] = world.from_main({n: b if b is None else (b.shape, b.dtype) for n, b in own.items()})
-    values: Buffers = {name: None for name in kinds}
+    values: Buffers = dict.fromkeys(kinds)
     for dtype in dict.fromkeys(kind[1] for kind in kinds.values() if kind is not None):
         names = [name for name, kind in kinds.items() if kind is not None and kind[1] == dtype]
         sizes = [kinds[name][0].numel() for name in names]

@@ -27,14 +27,14 @@ class LearnedLoss:
 
     Args:
         loss: keeps nothing where it is no module.
-        net: the model. Parameters that the loss shares with it are the model's.
+        net: the model, as the optimizer was made of it. Parameters that the loss shares with it are the model's.
     """
 
     def __init__(self, loss: Any, net: nn.Module, world: World) -> None:
         self.module = loss.to(world.device) if isinstance(loss, nn.Module) else nn.Module()
         self._world = world
-        models = {id(parameter) for parameter in net.parameters()}
-        self._own = {name: p for name, p in self.module.named_parameters() if id(p) not in models}
+        self._models = {id(parameter) for parameter in net.parameters()}
+        self._own = {name: p for name, p in self.module.named_parameters() if id(p) not in self._models}
         self._trained: dict[str, nn.Parameter] = {}
         # torch's own losses keep constants, such as class weights.
         self._keeps_buffers = not type(loss).__module__.startswith("torch.nn.")
@@ -43,7 +43,7 @@ class LearnedLoss:
                 dist.broadcast(_real(parameter.data), src=0)
             self.share_buffers()
 
-    def adopt(self, optimizer: Optimizer, net: nn.Module, report: Callable[[str], None], *, is_whole: bool) -> None:
+    def adopt(self, optimizer: Optimizer, report: Callable[[str], None], *, is_whole: bool) -> None:
         """Train what the optimizer has of it. No collective.
 
         Args:
@@ -54,7 +54,7 @@ class LearnedLoss:
             UserError: parameters that this strategy can't train, or that belong to nobody and could not be saved.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if strangers := len(held - {id(parameter) for parameter in (*net.parameters(), *self._own.values())}):
+        if strangers := len(held - self._models - {id(parameter) for parameter in self._own.values()}):
             message = (
                 f"{strangers} of its parameters belong neither to the model nor to the loss: no checkpoint would hold "
                 "them, and each rank would train its own; make them parameters of the model"

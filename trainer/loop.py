@@ -238,6 +238,8 @@ class Loop:
                     # How many units the batch has is known only after all its parts; see `divide_gradients`.
                     self.model.backward(self.precision.scaled(outcome.total))
                     weight = outcome.weight if weight is None else weight + outcome.weight
+            if micro_batch.is_last:
+                self.model.require_averaged(outcome.total, self.place.step + 1)
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples)

@@ -56,6 +56,12 @@ class Parallel:
     def require_all_used(self, loss: Tensor) -> None:
         """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
 
+    def require_averaged(self, loss: Tensor, step: int) -> None:
+        """Raise UserError where this loss's backward pass has left out parameters that others wait for. No collective.
+
+        After a batch's last micro-batch, that of step number `step`.
+        """
+
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to the parameters'. All ranks take part, at a batch's last micro-batch at least."""
         loss.backward()
@@ -158,8 +164,13 @@ class Parallel:
         self.loss.share_buffers()
 
 
-def require_all_used(net: nn.Module, loss: Tensor) -> None:
-    """Raise UserError where the loss does not depend on a parameter that is to be trained."""
+def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "") -> None:
+    """Raise UserError where the loss does not depend on a parameter that is to be trained.
+
+    Args:
+        when: it was.
+        mend: what may be done beside what helps in all strategies.
+    """
     reached = reached_leaves(loss)
     if reached is None:
         return
@@ -167,8 +178,8 @@ def require_all_used(net: nn.Module, loss: Tensor) -> None:
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise UserError(
-            f"the loss does not depend on the parameters {shown}, and their gradients are to be averaged over the "
-            "ranks; remove them from the model, or freeze them: requires_grad_(False)"
+            f"the loss{when} does not depend on the parameters {shown}, and their gradients are to be averaged over "
+            f"the ranks; remove them from the model, or freeze them: requires_grad_(False){mend}"
         )
 
 

@@ -90,6 +90,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         micro_batch_size=job.fit.micro_batch_size,
         deterministic=job.fit.deterministic,
         sync_batchnorm=job.fit.sync_batchnorm,
+        find_unused_parameters=job.fit.find_unused_parameters,
         strategy=strategies[job.fit.strategy],
         activation_checkpointing=job.fit.activation_checkpointing,
         precision=job.fit.precision,
