@@ -159,6 +159,9 @@ class Fit(Section):
         default=0, ge=0, description="How often a failed run is started again, from its last checkpoint."
     )
     sync_batchnorm: bool = Field(default=False, description="Batch norm over all ranks, on CUDA.")
+    find_unused_parameters: bool = Field(
+        default=False, description="ddp: batches may leave out some of the model's parameters, each batch others."
+    )
     activation_checkpointing: Names = Field(
         default_factory=list,
         description="Classes of modules that compute their activations again in the backward pass, to save memory.",
@@ -370,6 +373,8 @@ def contradictions(job: Job) -> list[Problem]:
         problems.append(Problem("missing; give loss or step", "loss"))
     if job.fit.clip_norm and job.fit.clip_value:
         problems.append(Problem("clips the gradients once more; give either clip_norm or clip_value", "fit.clip_value"))
+    if job.fit.find_unused_parameters and job.fit.strategy != "ddp":
+        problems.append(Problem("goes with ddp alone", "fit.find_unused_parameters"))
     if job.fit.precision == "fp16" and job.fit.on_nonfinite == "stop":
         message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
         problems.append(Problem(message, "fit.on_nonfinite"))

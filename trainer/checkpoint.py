@@ -33,6 +33,7 @@ from dtrain.files import hidden_name, write_atomic, write_text
 from dtrain.run import RunDir
 
 from .background import Copies, Disk, say
+from .learned_loss import beside
 from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
 from .tree import DTYPES, flatten, unflatten
 from .world import World, collective_timeout
@@ -132,7 +133,8 @@ class Checkpoints:
         mine = {name: tensor for name, tensor in tensors.items() if writers.get(name, own_rank) == own_rank}
         copies = self._copies.of({**mine, **flatten(own, f"rank-{own_rank}/")})
         about = self._describe(moment) if self._world.is_main else {}
-        attached = {"best.pt": self._run.best_weights}
+        best = self._run.best_weights
+        attached = {path.name: path for path in (best, beside(best))}
         write = functools.partial(storage.save, folder, copies, about, attached, self._group)
         return functools.partial(self._write, write, folder, best_epoch)
 
@@ -296,10 +298,15 @@ def saved(run: RunDir) -> list[Path]:
 
 def restore_best(path: Path, run: RunDir) -> None:
     """Put the best weights back to what they were at the checkpoint. Rank 0 only."""
-    if (path / "best.pt").exists():
-        write_atomic(run.best_weights, lambda temporary: shutil.copyfile(path / "best.pt", temporary))
+    for best in (run.best_weights, beside(run.best_weights)):
+        _restore(path / best.name, best)
+
+
+def _restore(saved: Path, best: Path) -> None:
+    if saved.exists():
+        write_atomic(best, lambda temporary: shutil.copyfile(saved, temporary))
     else:
-        run.best_weights.unlink(missing_ok=True)
+        best.unlink(missing_ok=True)
 
 
 def assign(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:

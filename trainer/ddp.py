@@ -13,10 +13,17 @@ from .world import World
 
 
 class DataParallel(Parallel):
-    """The whole model on each rank. All ranks take part in making it."""
+    """The whole model on each rank. All ranks take part in making it.
 
-    def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
+    Args:
+        find_unused_parameters: whether steps may leave out parameters, each step others; DDP then looks for them.
+    """
+
+    def __init__(
+        self, net: nn.Module, world: World, *, sync_batchnorm: bool = False, find_unused_parameters: bool = False
+    ) -> None:
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
+        self._finds_unused = find_unused_parameters
         self.bare.to(world.device)
         if world.world_size > 1 and any(parameter.requires_grad for parameter in self.bare.parameters()):
             wrapped = DistributedDataParallel(
@@ -24,6 +31,7 @@ class DataParallel(Parallel):
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
                 gradient_as_bucket_view=True,
+                find_unused_parameters=find_unused_parameters,
             )
             if not has_sparse_gradients(self.bare):  # those travel by themselves, in no bucket with others
                 settle_buckets(wrapped)
@@ -35,9 +43,21 @@ class DataParallel(Parallel):
         return self.module.no_sync()
 
     def require_all_used(self, loss: torch.Tensor) -> None:
-        if self.module is not self.bare:
+        if self.module is not self.bare and not self._finds_unused:
             # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
-            require_all_used(self.bare, loss)
+            require_all_used(self.bare, loss, mend=_ALLOW)
+
+    def require_averaged(self, loss: torch.Tensor, step: int) -> None:
+        if not isinstance(self.module, DistributedDataParallel):
+            return
+        try:
+            self.module.reducer._check_reducer_finalized()  # as DDP does before its next forward pass
+        except RuntimeError:
+            require_all_used(self.bare, loss, f" of step {step}", _ALLOW)
+            raise
+
+
+_ALLOW = ", or allow it: fit.find_unused_parameters: true"
 
 
 def settle_buckets(wrapped: DistributedDataParallel) -> None:
@@ -66,5 +86,6 @@ class _TouchAll(nn.Module):
     def forward(self) -> torch.Tensor:
         zero = torch.zeros((), device=self.touched[0].device)
         for parameter in self.touched:
-            zero = zero + parameter.sum() * 0
+            total = parameter.sum() * 0
+            zero = zero + (total.real if total.is_complex() else total)
         return zero

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 class Ema:
     """average = decay * average + (1 - decay) * weights after each step; it begins with the weights of the start.
 
-    Of parameters only: batch norm's statistics are those of the weights themselves.
+    Of parameters only: batch norm's statistics are those of the weights themselves. So are whole numbers.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
-        self._parameters = dict(net.named_parameters())
+        self._parameters = {
+            name: parameter
+            for name, parameter in net.named_parameters()
+            if parameter.is_floating_point() or parameter.is_complex()
+        }
         self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._decay = decay
 

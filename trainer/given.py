@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError
+
+# By name: to import all of them takes time.
+_WRAPPERS = (
+    *("torch.DataParallel", "torch.DistributedDataParallel", "torch.FullyShardedDataParallel", "torch.FSDPModule"),
+    "deepspeed.DeepSpeedEngine",
+)
 
 
 def require_model(net: Any) -> None:
@@ -19,6 +27,31 @@ def require_model(net: Any) -> None:
     _require_instance(net, "model", "give it an object of that class")
     if not isinstance(net, nn.Module):
         raise UserError(Problem(f"{_name(net)} is no model: it is no torch.nn.Module", "model"))
+    if wrapped := next((_name(module) for module in unwrapped(net).modules() if _is_wrapper(module)), None):
+        message = f"{wrapped} is around it, or a part of it, already: give the model itself, without it"
+        raise UserError(Problem(message, "model"))
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    if lazy := next((name for name, tensor in tensors if is_lazy(tensor)), None):
+        message = (
+            f"{lazy} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or call "
+            "the model once with a batch when it is made, before the optimizer"
+        )
+        raise UserError(Problem(message, "model"))
+    if others := [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]:
+        message = f"its state has {others[0]}, which is no tensor, and only tensors are saved (get_extra_state)"
+        raise UserError(Problem(message, "model"))
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The model in a DataParallel or a DistributedDataParallel, which are not needed here; others as they are."""
+    while isinstance(net, (DataParallel, DistributedDataParallel)):
+        net = net.module
+    return net
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it computes on several devices by itself."""
+    return any(f"{kind.__module__.partition('.')[0]}.{kind.__name__}" in _WRAPPERS for kind in type(module).__mro__)
 
 
 def require_loss(loss_fn: Any) -> None:

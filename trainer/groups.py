@@ -11,24 +11,25 @@ from torch import nn
 from dtrain.errors import UserError, did_you_mean
 
 
-def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]], loss: Any = None) -> list[dict[str, Any]]:
     """What an optimizer takes as its first argument: the groups in their order, then those in no group.
 
     A pattern (`*` and `?` as in file names) is matched with a parameter's name, `blocks.0.norm.weight`, and with the
     class of its module in place of the path, `LayerNorm.weight`. The first group that has a match takes it.
 
     Args:
+        loss: has parameters too where it is a module that learns, called `loss.centres`.
         groups: `params`, a pattern or several, beside what the optimizer takes for a group, such as weight_decay.
 
     Raises:
         UserError: a pattern that matches nothing.
     """
-    names = [
-        {f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"}
-        for path, module in net.named_modules()
-        for own, _ in module.named_parameters(recurse=False)
-    ]
-    parameters = [p for module in net.modules() for _, p in module.named_parameters(recurse=False)]
+    modules = [*net.named_modules(), *(loss.named_modules(prefix="loss") if isinstance(loss, nn.Module) else ())]
+    names, parameters = [], []
+    for path, module in modules:
+        for own, parameter in module.named_parameters(recurse=False):
+            names.append({f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"})
+            parameters.append(parameter)
     patterns = [[each["params"]] if isinstance(each["params"], str) else list(each["params"]) for each in groups]
     for pattern in (pattern for each in patterns for pattern in each):
         if not any(fnmatch.fnmatchcase(name, pattern) for each in names for name in each):

@@ -30,7 +30,9 @@ from .best import Best
 from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ema import Ema
+from .learned_loss import beside
 from .learning import Learning
+from .modes import begin_training
 from .optimizers import is_two_step, judged, needs_closure, start_training, stop_training
 from .parallel import Parallel
 from .precision import Precision
@@ -134,6 +136,7 @@ class Loop:
                 start_training(self.optimizer)
                 self.require_savable()
                 self.resume()
+                begin_training(self.model.bare)
                 while not self.is_over:
                     # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
                     self.train_epoch()
@@ -167,7 +170,6 @@ class Loop:
 
     def train_epoch(self) -> None:
         """The rest of the epoch's steps. All ranks take part."""
-        self.model.bare.train()
         self.learning.begin(self.place.step)
         began, samples_before = time.perf_counter(), self.samples_done
         for batch in self.train_batches.epoch(self.place.epoch, self.place.step_in_epoch):
@@ -235,9 +237,12 @@ class Loop:
                     # How many units the batch has is known only after all its parts; see `divide_gradients`.
                     self.model.backward(self.precision.scaled(outcome.total))
                     weight = outcome.weight if weight is None else weight + outcome.weight
+            if micro_batch.is_last:
+                self.model.require_averaged(outcome.total, self.place.step + 1)
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples)
+        self.model.loss.average_gradients()
         if weight is not None:
             self.divide_gradients(weight)
         return totals, weight
@@ -362,7 +367,8 @@ class Loop:
         if checkpoint:
             own = {
                 "rng": rng_state(self.world.device),
-                "buffers": list(self.model.bare.buffers()),
+                "buffers": self.model.own_buffers(),
+                "loss_buffers": self.model.loss.own_buffers(),
                 "data": self.train_batches.state_dict(),
                 # After training's they are empty, but for what wrappers remember of earlier epochs.
                 **{tally.phase: tally.state_dict() for tally in self.tallies},
@@ -381,7 +387,11 @@ class Loop:
         weights = {run.last_weights: self.model.weights()}
         if self.ema is not None:
             weights[run.ema_weights] = self.model.weights(self.ema.by_parameter())
+        if loss := self.model.loss.state_dict():
+            weights |= {beside(path): loss for path in weights}
         if improved:
+            if loss:
+                weights[beside(run.best_weights)] = loss
             weights[run.best_weights] = weights[run.ema_weights if self.best.is_of_average else run.last_weights]
         return weights
 
@@ -415,6 +425,7 @@ class Loop:
             "rows": self.rows,
             "lr": float(self.lr),
             "model": self.model.state_dict(),
+            "loss": self.model.loss.state_dict(),
             "optimizer": self.model.optimizer_state(self.optimizer),
             "scheduler": None if self.scheduler is None else state_of(self.scheduler),
             "best": self.best.state_dict(),
@@ -440,8 +451,11 @@ class Loop:
     def misfit(self, shared: dict[str, Any]) -> str | None:
         """Why a shared state is not one of this run, if it is not."""
         shapes = {name: value.shape for name, value in shared["model"].items()}
-        if problems := mismatches(shapes, self.model.shapes()):
+        grown = {name: shapes[name] for name in self.model.own_buffers() if name in shapes}
+        if problems := mismatches(shapes, self.model.shapes() | grown):
             return f"a checkpoint of another model: {'; '.join(problems)}"
+        if problem := self.model.loss.misfit(shared.get("loss", {})):
+            return f"a checkpoint with {problem}"
         for part, kind in self.kinds().items():
             if shared["kinds"][part] != kind:
                 return f"a checkpoint with {part} {shared['kinds'][part]}, this run has {kind}"
@@ -478,6 +492,7 @@ class Loop:
         self.rows = shared["rows"]
         self.lr = shared["lr"]
         self.model.load_state_dict(shared["model"])
+        self.model.loss.load_state_dict(shared.get("loss", {}))
         self.model.load_optimizer_state(self.optimizer, shared["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
@@ -491,8 +506,8 @@ class Loop:
         if snapshot.world_size == self.world.world_size:
             own = snapshot.ranks[self.world.rank]
             set_rng_state(own["rng"], self.world.device)
-            for buffer, value in zip(self.model.bare.buffers(), own["buffers"], strict=True):
-                buffer.copy_(value)
+            self.model.load_own_buffers(own["buffers"])
+            self.model.loss.load_own_buffers(own.get("loss_buffers", {}))
             for tally in tallies:
                 tally.load_state_dict(own[tally.phase])
         else:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -16,6 +15,9 @@ from torch.optim import Optimizer
 from dtrain.errors import UserError
 
 from .agreement import require_same_model
+from .buffers import Buffers, buffers_of, copies_of, make_room, on_device, put_back, share_buffers
+from .learned_loss import LearnedLoss
+from .modes import evaluation_mode
 from .optimizer_state import load_named_state, named_state, parameter_groups
 from .seeds import rng_kept
 from .weights import bare_state_dict
@@ -27,6 +29,7 @@ class Parallel:
 
     Attributes:
         bare: the model under its own names, for evaluation and saving.
+        loss: what the loss has of its own.
         module: what is called in training. Its backward pass averages the gradients over the ranks.
         forwards_together: whether a forward pass is a collective too, in evaluation as in training.
     """
@@ -40,6 +43,7 @@ class Parallel:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.bare = net
         self.module: nn.Module = net
+        self.loss = LearnedLoss(None, net, world)
 
     def adopt(self, optimizer: Optimizer | None) -> None:
         """Have an optimizer that was made of the model's parameters train what this rank has of them now.
@@ -53,6 +57,12 @@ class Parallel:
 
     def require_all_used(self, loss: Tensor) -> None:
         """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
+
+    def require_averaged(self, loss: Tensor, step: int) -> None:
+        """Raise UserError where this loss's backward pass has left out parameters that others wait for. No collective.
+
+        After a batch's last micro-batch, that of step number `step`.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to the parameters'. All ranks take part, at a batch's last micro-batch at least."""
@@ -81,9 +91,9 @@ class Parallel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation of `bare`."""
-        self.bare.eval()
-        yield
+        """Around an evaluation of `bare`, whose parts are then in the modes that they were in."""
+        with evaluation_mode(self.bare):
+            yield
 
     def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The whole model's state_dict, on rank 0; elsewhere nothing that is needed. All ranks take part.
@@ -99,7 +109,19 @@ class Parallel:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state_dict` gave, on any number of ranks with any strategy. All ranks take part."""
+        make_room(self.bare, state, self.world.device)
         self.bare.load_state_dict(state)
+
+    def own_buffers(self) -> Buffers:
+        """What this rank has of the model's buffers, which the others may have otherwise. No collective."""
+        return buffers_of(self.bare)
+
+    def load_own_buffers(self, values: Buffers | list[Tensor]) -> None:
+        """Become what `own_buffers` gave, or in older checkpoints a list without names. No collective."""
+        if isinstance(values, list):
+            values = dict(zip(dict(self.bare.named_buffers()), values, strict=True))
+            values = {**self.own_buffers(), **values}
+        put_back(self.bare, on_device(values, self.world.device))
 
     def shapes(self) -> dict[str, torch.Size]:
         """Those of `state_dict`'s tensors. No collective."""
@@ -136,30 +158,25 @@ class Parallel:
 
         For a filler's forward and backward, both: autograd refuses buffers that changed in between.
         """
-        buffers = [buffer.clone() for buffer in self.bare.buffers()]
+        before, loss_before = copies_of(self.bare), copies_of(self.loss.module)
         with rng_kept(self.world.device):
             yield
-        with torch.no_grad():
-            for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+        put_back(self.bare, before)
+        put_back(self.loss.module, loss_before)
 
     def share_buffers(self) -> None:
-        """Give all ranks rank 0's buffers. All ranks take part, in one broadcast for each dtype."""
-        if self.world.world_size == 1:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self.bare.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        with torch.no_grad():
-            for buffers in by_dtype.values():
-                flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-                dist.broadcast(flat, src=0)
-                for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-                    buffer.copy_(values.view_as(buffer))
+        """Give all ranks rank 0's buffers, of the model and of its loss. All ranks take part."""
+        share_buffers(self.bare, self.world)
+        self.loss.share_buffers()
 
 
-def require_all_used(net: nn.Module, loss: Tensor) -> None:
-    """Raise UserError where the loss does not depend on a parameter that is to be trained."""
+def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "") -> None:
+    """Raise UserError where the loss does not depend on a parameter that is to be trained.
+
+    Args:
+        when: it was.
+        mend: what may be done beside what helps in all strategies.
+    """
     reached = reached_leaves(loss)
     if reached is None:
         return
@@ -167,8 +184,8 @@ def require_all_used(net: nn.Module, loss: Tensor) -> None:
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise UserError(
-            f"the loss does not depend on the parameters {shown}, and their gradients are to be averaged over the "
-            "ranks; remove them from the model, or freeze them: requires_grad_(False)"
+            f"the loss{when} does not depend on the parameters {shown}, and their gradients are to be averaged over "
+            f"the ranks; remove them from the model, or freeze them: requires_grad_(False){mend}"
         )
 
 

@@ -19,6 +19,7 @@ from dtrain.errors import UserError
 from .batches import Data, batches_of
 from .data import Batches, MicroBatch
 from .ddp import DataParallel
+from .given import require_model, unwrapped
 from .reduce import reduce_states
 from .seeds import derive_seed, seed_everything
 from .weights import bare_state_dict, save_weights
@@ -68,7 +69,8 @@ class Ranks:
 
         On one process it is the model itself. All ranks take part.
         """
-        model = DataParallel(net, self.world)
+        require_model(net)
+        model = DataParallel(unwrapped(net), self.world)
         model.share_buffers()
         self._models.append(model)
         return model.module

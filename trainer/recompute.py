@@ -9,11 +9,11 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import of_classes
+from .buffers import Buffers, copies_of, put_back
 
 
 def recompute_activations(net: nn.Module, classes: Sequence[str]) -> None:
@@ -39,21 +39,15 @@ Context = contextlib.AbstractContextManager[None]
 
 def _contexts(module: nn.Module) -> tuple[Context, Context]:
     """Around the first forward pass, and around the one that repeats it."""
-    return contextlib.nullcontext(), _again(module, [buffer.clone() for buffer in module.buffers()])
+    return contextlib.nullcontext(), _again(module, copies_of(module))
 
 
 @contextlib.contextmanager
-def _again(module: nn.Module, before: list[Tensor]) -> Iterator[None]:
+def _again(module: nn.Module, before: Buffers) -> Iterator[None]:
     """With the buffers as they were; afterwards they are what they have become, and nothing is counted twice."""
-    after = [buffer.clone() for buffer in module.buffers()]
-    _set(module, before)
+    after = copies_of(module)
+    put_back(module, before)
     try:
         yield
     finally:  # torch leaves by an exception once it has all that it needs
-        _set(module, after)
-
-
-@torch.no_grad()
-def _set(module: nn.Module, values: list[Tensor]) -> None:
-    for buffer, value in zip(module.buffers(), values, strict=True):
-        buffer.copy_(value)
+        put_back(module, after)

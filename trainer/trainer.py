@@ -33,7 +33,8 @@ from .best import Best
 from .data import Batches
 from .ddp import DataParallel
 from .ema import Ema
-from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler
+from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler, unwrapped
+from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .optimizers import require_rates
 from .parallel import Parallel
@@ -76,6 +77,8 @@ class Trainer:
         seed: the order of samples, and each rank's random numbers, follow from it.
         device: "auto", "cpu" or "cuda".
         micro_batch_size: most samples in one forward pass of one rank.
+        find_unused_parameters: whether batches may leave out some of the model's parameters, each batch others
+            (LayerDrop, branches); with "ddp". One that all ranks leave out has no gradient, as in one process.
         strategy: "ddp", the whole model on each rank; `Fsdp(...)`, a part of it on each; or DeepSpeed's configuration,
             a dict.
         activation_checkpointing: classes of modules whose activations are computed again in the backward pass.
@@ -109,6 +112,7 @@ class Trainer:
         micro_batch_size: int | None = None,
         deterministic: bool = False,
         sync_batchnorm: bool = False,
+        find_unused_parameters: bool = False,
         strategy: Strategy = "ddp",
         activation_checkpointing: Sequence[str] = (),
         precision: precisions.Name = "fp32",
@@ -126,6 +130,7 @@ class Trainer:
         if step is not None and loss_fn is not None:
             raise UserError("step makes its own loss: give Trainer either loss_fn or step")
         require_model(net)
+        net = unwrapped(net)
         require_loss(loss_fn)
         require_metrics(metrics_dict)
         require_optimizer(optimizer, net, loss_fn)
@@ -144,10 +149,16 @@ class Trainer:
         self.l1, self.l2 = l1, l2
         self.ema = ema
         self.micro_batch_size = micro_batch_size
+        if find_unused_parameters and strategy != "ddp":
+            raise UserError(Problem("goes with ddp alone", "fit.find_unused_parameters"))
+        self._finds_unused = find_unused_parameters
+        loss = LearnedLoss(loss_fn, net, self.world)
+        if optimizer is not None:
+            report = say if self.world.is_main else lambda line: None
+            loss.adopt(optimizer, report, is_whole=strategy == "ddp")
         self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
+        self.model.loss = loss
         self.net = self.model.bare
-        if isinstance(loss_fn, nn.Module):
-            loss_fn.to(self.world.device)  # class weights are buffers
         self._step: Step | None = None
         self.predict_step = self.precision.of(predict_features)
         self._made_by: Any = loss_fn  # what makes the loss
@@ -185,7 +196,7 @@ class Trainer:
             said: dict[str, Any] = {"micro_batch_size": self.micro_batch_size, "clip_norm": self.clip_norm}
             said |= {"precision": self.precision.name, "ema": self.ema, "l1": self.l1, "l2": self.l2}
             return with_deepspeed(net, self.world, strategy, said, sync_batchnorm=sync_batchnorm)
-        return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm)
+        return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm, find_unused_parameters=self._finds_unused)
 
     def _take(self, step: UserStep) -> None:
         self._made_by = step

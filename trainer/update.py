@@ -83,6 +83,11 @@ class Update:
             if self._clip_norm is not None and gradients:
                 torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
         if self._clip_value is not None and gradients:
+            if any(gradient.is_sparse or gradient.is_complex() for gradient in gradients):
+                raise UserError(
+                    "fit.clip_value limits each number of a gradient, and one is sparse, or complex, for which torch "
+                    "has no such limit: clip_norm, Embedding(sparse=False)"
+                )
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
         if self._scaler is not None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_atomic
 
+from .buffers import buffers_of, make_room
+
 WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
 
 
@@ -81,10 +83,14 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     stripped = {bare(name): value for name, value in weights.items()}
     names = {bare(name): name for name in own}
     shapes = {name: value.shape for name, value in stripped.items()}
-    problems = mismatches(shapes, {short: own[name].shape for short, name in names.items()})
+    buffers = {bare(name): name for name in buffers_of(net) if bare(name) in shapes}  # which may have grown
+    expected = {short: own[name].shape for short, name in names.items()}
+    problems = mismatches(shapes, expected | {short: shapes[short] for short in buffers})
     if problems:
         raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
-    net.load_state_dict({names[short]: value for short, value in stripped.items()})
+    state = {(names | buffers)[short]: value for short, value in stripped.items()}
+    make_room(net, state, torch.device("cpu"))
+    net.load_state_dict(state)
 
 
 def mismatches(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:

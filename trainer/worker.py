@@ -76,12 +76,13 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         load_weights(net, trained)
     # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
     seed_everything(derive_seed("built", job.seed))
-    optimizer = None if trained is not None else build_optimizer(job, net)
+    loss = None if job.loss is None else cast(Any, instantiate(job.loss))
+    optimizer = None if trained is not None else build_optimizer(job, net, loss)
     metrics = {name: build_metric(target) for name, target in job.metrics.items()}
     strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
-    return Trainer(
+    trainer = Trainer(
         net,
-        None if job.loss is None else cast(Any, instantiate(job.loss)),
+        loss,
         optimizer,
         metrics,
         step=None if job.step is None else bind_function(job.step),
@@ -95,6 +96,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         micro_batch_size=job.fit.micro_batch_size,
         deterministic=job.fit.deterministic,
         sync_batchnorm=job.fit.sync_batchnorm,
+        find_unused_parameters=job.fit.find_unused_parameters,
         strategy=strategies[job.fit.strategy],
         activation_checkpointing=job.fit.activation_checkpointing,
         precision=job.fit.precision,
@@ -107,6 +109,9 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
     )
+    if trained is not None:
+        trainer.model.loss.load(trained)
+    return trainer
 
 
 def build_model(job: Job) -> nn.Module:
@@ -126,11 +131,11 @@ def build_model(job: Job) -> nn.Module:
     return build()
 
 
-def build_optimizer(job: Job, net: nn.Module) -> Any:
-    """The job's optimizer, of the model's parameters in their groups."""
+def build_optimizer(job: Job, net: nn.Module, loss: Any) -> Any:
+    """The job's optimizer, of the model's parameters and the loss's, in their groups."""
     groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
     with _refusals("optimizer", job.optimizer):
-        return instantiate(job.optimizer, group_parameters(net, groups) if groups else net.parameters())
+        return instantiate(job.optimizer, group_parameters(net, groups, loss))
 
 
 def build_scheduler(target: Target, optimizer: Any) -> Any:

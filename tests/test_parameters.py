@@ -1,0 +1,205 @@
+"""Parameters and buffers wherever they are, at 1 to 3 ranks, beside a plain loop."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import Job, Samples, epoch_order, prepare
+
+from dtrain.errors import UserError
+from dtrain.run import RUN_DIR_VARIABLE
+from dtrain.trainer.data import Source
+from dtrain.trainer.ema import Ema
+from dtrain.trainer.given import require_model
+from dtrain.trainer.modes import begin_training, evaluation_mode
+from dtrain.trainer.trainer import Trainer
+
+BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
+
+
+class Centres(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(2, 3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, predictions: Tensor, target: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.calls += 1
+        return ((predictions - self.centres[target]) ** 2).sum(1).mean()
+
+
+class Odd(nn.Module):
+    """Complex, empty, 0-dim, float64 and whole-number parameters, a frozen batch norm, and a cache that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.aux = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3).requires_grad_(False).eval()
+        self.phase = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.register_buffer("cache", torch.zeros(0, 3))
+        self.register_buffer("later", None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if len(self.cache) < 3:
+            self.cache = torch.cat([self.cache, torch.ones(1, 3)])
+            self.later = torch.arange(len(self.cache))
+        hidden = self.norm(self.first(features)) * (self.phase * self.phase.conj()).real
+        hidden = hidden * self.scale.float() + self.empty.sum()
+        chosen = (features[:, :1] > 0).float()
+        if chosen.any():  # in some batches, on some ranks
+            hidden = hidden + chosen * self.aux(features)
+        return hidden
+
+
+def job() -> Job:
+    torch.manual_seed(SEED)
+    net, loss = Odd(), Centres()
+    optimizer = torch.optim.AdamW([*net.parameters(), *loss.parameters()], lr=0.05, weight_decay=0.5)
+    features = torch.randn(SAMPLES, 4)
+    features[:, 0] = -1.0
+    features[:2, 0] = 1.0
+    data = Samples(features, torch.arange(SAMPLES) % 2)
+    trainer = {"net": net, "loss_fn": loss, "optimizer": optimizer, "seed": SEED, "clip_norm": 1.0, "ema": 0.5}
+    return {"trainer": trainer, "train": data}
+
+
+def state_of(net: nn.Module, loss: nn.Module) -> dict[str, Tensor]:
+    named = {**net.state_dict(), **{f"loss.{name}": value for name, value in loss.state_dict().items()}}
+    return {name: value.clone() for name, value in named.items()}
+
+
+def trained(rank: int, world_size: int, folder: str) -> list[dict[str, Tensor]]:
+    """In one go, and in two processes' worth of parts."""
+    ends = []
+    for name, parts in (("whole", [EPOCHS]), ("parts", [1, EPOCHS])):
+        os.environ[RUN_DIR_VARIABLE] = f"{folder}/{name}"
+        for epochs in parts:
+            made = job()
+            trainer = Trainer(**made["trainer"], device="cpu", find_unused_parameters=True)
+            from dtrain.trainer import trainer as module
+
+            module._fitted.clear()
+            trainer.fit(Source(made["train"], BATCH, shuffle=True), Source(made["train"], BATCH, False), epochs=epochs)
+        assert not trainer.net.norm.training
+        assert trainer.net.first.training
+        ends.append(state_of(trainer.net, made["trainer"]["loss_fn"]))
+    return ends
+
+
+def plain_loop() -> dict[str, Tensor]:
+    made = job()
+    net, loss, optimizer = (made["trainer"][name] for name in ("net", "loss_fn", "optimizer"))
+    for epoch in range(1, EPOCHS + 1):
+        for chosen in epoch_order(SAMPLES, SEED, epoch).split(BATCH):
+            optimizer.zero_grad()
+            loss(net(made["train"].features[chosen]), made["train"].target[chosen]).backward()
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+            optimizer.step()
+    return state_of(net, loss)
+
+
+def test_any_parameters_and_buffers_as_in_a_plain_loop(tmp_path):
+    expected = plain_loop()
+    for world_size in (1, 3):
+        for name in ("whole", "parts"):
+            prepare(tmp_path / f"{world_size}" / name, world_size)
+        for whole, parts in run_ranks(world_size, trained, str(tmp_path / f"{world_size}")):
+            for name, value in whole.items():
+                torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+                if name not in ("loss.calls", "later"):
+                    torch.testing.assert_close(value, expected[name], msg=lambda said, n=name: f"{n}: {said}")
+    beside = torch.load(tmp_path / "3" / "whole" / "weights" / "last.loss.pt", weights_only=True)
+    torch.testing.assert_close(beside["centres"], expected["loss.centres"])
+
+
+class Sometimes(nn.Module):
+    """Leaves a layer out from the third batch on, on the last rank alone."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.main, self.aux, self.calls, self.rank = nn.Linear(4, 2), nn.Linear(4, 2), 0, rank
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.calls += 1
+        return self.main(features) + (self.aux(features) if self.calls < 3 or self.rank == 0 else 0.0)
+
+
+def refusal(rank: int, world_size: int, folder: str) -> str:
+    os.environ[RUN_DIR_VARIABLE] = folder
+    torch.manual_seed(0)
+    net = Sometimes(rank)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer = Trainer(DistributedDataParallel(net), nn.CrossEntropyLoss(), optimizer, device="cpu")
+    data = Samples(torch.randn(24, 4), torch.arange(24) % 2)
+    try:
+        trainer.fit(Source(data, 8, shuffle=True), epochs=2)
+    except UserError as error:
+        raise RuntimeError(f"said: {error}") from None
+    return "trained"
+
+
+def test_a_parameter_that_a_later_step_leaves_out_is_named(tmp_path):
+    prepare(tmp_path, 2)
+    with pytest.raises(RuntimeError, match="rank 1 failed") as raised:
+        run_ranks(2, refusal, str(tmp_path))
+    assert "said: the loss of step 3 does not depend on the parameters aux.weight, aux.bias" in str(raised.value)
+    assert "fit.find_unused_parameters: true" in str(raised.value)
+
+
+def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):
+    net, loss = nn.Linear(4, 3), Centres()
+    Trainer(net, loss, torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
+    assert "the loss's parameters centres stay as they are" in "".join(capsys.readouterr())
+    stranger = nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match="1 of its parameters belong neither to the model nor to the loss"):
+        Trainer(net, loss, torch.optim.SGD([*net.parameters(), stranger], lr=0.1), device="cpu")
+
+
+class Stateful(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"calls": 1}
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape before the first batch"),
+        (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
+        (nn.Sequential(Stateful(2, 2)), "its state has 0._extra_state, which is no tensor"),
+    ],
+)
+def test_models_that_are_refused(net, said):
+    with pytest.raises(UserError, match=said):
+        require_model(net)
+
+
+def test_modes_are_those_that_the_user_has_set():
+    net = nn.Sequential(nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)), nn.Dropout())
+    net[0].eval()
+    begin_training(net)
+    with evaluation_mode(net):
+        assert not any(module.training for module in net.modules())
+    assert [module.training for module in net.modules()] == [True, False, False, False, True]
+    net.eval()  # left so by what came before
+    begin_training(net)
+    assert all(module.training for module in net.modules())
+
+
+def test_whole_numbers_are_not_averaged():
+    net = Odd()
+    average = Ema(net, 0.5)
+    average.update()
+    assert "codes" not in average.state_dict()
+    assert average.state_dict()["phase"].is_complex()

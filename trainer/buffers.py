@@ -1,0 +1,94 @@
+"""A model's buffers, which may grow, appear and vanish while it trains: copied, put back, and the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .world import World
+
+Buffers = dict[str, Tensor | None]  # by name; None where a place has no value yet
+
+
+def buffers_of(net: nn.Module) -> Buffers:
+    """All buffers, those that modules share under each of their names, and those of no value too."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in net.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+    }
+
+
+def on_device(values: Mapping[str, Tensor | None], device: torch.device) -> Buffers:
+    return {name: None if value is None else value.to(device) for name, value in values.items()}
+
+
+def copies_of(net: nn.Module) -> Buffers:
+    """What `put_back` takes."""
+    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers_of(net).items()}
+
+
+@torch.no_grad()
+def put_back(net: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Have these buffers and no others. One that is there with this shape and type stays the tensor that it is."""
+    now = buffers_of(net)
+    for name in now.keys() - values.keys():
+        module, own = _place(net, name)
+        module._buffers.pop(own, None)  # it may have two names
+    for name, value in values.items():
+        buffer = now.get(name)
+        if value is not None and buffer is not None and (buffer.shape, buffer.dtype) == (value.shape, value.dtype):
+            if buffer is not value:
+                buffer.copy_(value)
+            continue
+        module, own = _place(net, name)
+        if name in now:
+            setattr(module, own, value)
+        else:
+            module.register_buffer(own, value)
+
+
+@torch.no_grad()
+def make_room(net: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
+    """Give buffers the shapes that they have in a state_dict, which is then to be loaded."""
+    for name, buffer in buffers_of(net).items():
+        value = state.get(name)
+        if isinstance(value, Tensor) and (buffer is None or buffer.shape != value.shape):
+            module, own = _place(net, name)
+            setattr(module, own, torch.empty_like(value, device=device))
+
+
+def share_buffers(net: nn.Module, world: World) -> None:
+    """Give all ranks rank 0's buffers. All ranks take part, in a broadcast of what they are and one for each dtype."""
+    if world.world_size == 1:
+        return
+    own = buffers_of(net)
+    kinds: dict[str, Any] = world.from_main({n: b if b is None else (b.shape, b.dtype) for n, b in own.items()})
+    values: Buffers = dict.fromkeys(kinds)
+    for dtype in dict.fromkeys(kind[1] for kind in kinds.values() if kind is not None):
+        names = [name for name, kind in kinds.items() if kind is not None and kind[1] == dtype]
+        sizes = [kinds[name][0].numel() for name in names]
+        if world.is_main:
+            flat = torch.cat([_value(own, name).detach().reshape(-1).to(world.device) for name in names])
+        else:
+            flat = torch.empty(sum(sizes), dtype=dtype, device=world.device)
+        dist.broadcast(flat.view(torch.uint8), src=0)  # bytes: not every backend has every type
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            values[name] = part.view(kinds[name][0]).clone()
+    if not world.is_main:
+        put_back(net, values)
+
+
+def _value(buffers: Buffers, name: str) -> Tensor:
+    value = buffers[name]
+    assert value is not None
+    return value
+
+
+def _place(net: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, own = name.rpartition(".")
+    return net.get_submodule(path), own
