@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .parallel import Parallel, has_sparse_gradients, require_all_used
+from .data import MicroBatch
+from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within
+from .step import Outcome, Step
 from .world import World
 
 
@@ -18,8 +22,9 @@ class DataParallel(Parallel):
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
         self.bare.to(world.device)
+        self._stepping = Stepping(self.bare)
         if world.world_size > 1 and any(parameter.requires_grad for parameter in self.bare.parameters()):
-            wrapped = DistributedDataParallel(
+            wrapped = Averaging(
                 self.bare,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
@@ -29,8 +34,14 @@ class DataParallel(Parallel):
                 settle_buckets(wrapped)
             self.module = wrapped
 
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        if not isinstance(self.module, Averaging):
+            return super().run(step, micro_batch)
+        with _wrapping(self.module, self._stepping):
+            return run_within(self.module, step, micro_batch)
+
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or not isinstance(self.module, DistributedDataParallel):
+        if last or not isinstance(self.module, Averaging):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
@@ -38,6 +49,38 @@ class DataParallel(Parallel):
         if self.module is not self.bare:
             # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
             require_all_used(self.bare, loss)
+
+    def expect_backward(self, loss: Tensor) -> None:
+        """See that the backward pass of this loss averages the gradients. No collective.
+
+        DDP is ready for one after its own forward pass. A loop may have called methods of the model instead.
+        """
+        if not isinstance(self.module, Averaging):
+            return
+        if not self.module.was_called and torch.is_grad_enabled() and self._is_behind(loss):
+            with _wrapping(self.module, self._stepping):
+                self.module(lambda net: torch.zeros(()))
+        self.module.was_called = False
+
+    def _is_behind(self, loss: Tensor) -> bool:
+        reached = reached_leaves(loss)
+        return reached is None or any(id(parameter) in reached for parameter in self.bare.parameters())
+
+
+class Averaging(DistributedDataParallel):
+    """DDP with the attributes and methods of its model beside its own."""
+
+    was_called = False  # since it was last looked at
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.was_called = True
+        return super().forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
 
 
 def settle_buckets(wrapped: DistributedDataParallel) -> None:
@@ -48,12 +91,21 @@ def settle_buckets(wrapped: DistributedDataParallel) -> None:
     same numbers in another order than the uninterrupted run did. Here the first pass is one through each
     parameter in turn, before any of the model's own: the grouping follows from the model alone.
     """
-    net = wrapped.module
-    wrapped.module = _TouchAll(net)
-    for _ in range(2):  # the second forward regroups
-        wrapped().backward()
-    wrapped.module = net
+    with _wrapping(wrapped, _TouchAll(wrapped.module)):
+        for _ in range(2):  # the second forward regroups
+            wrapped().backward()
     wrapped.zero_grad()
+
+
+@contextlib.contextmanager
+def _wrapping(wrapped: DistributedDataParallel, other: nn.Module) -> Iterator[None]:
+    """In the block, DDP calls another module of the same parameters."""
+    net = wrapped.module
+    wrapped.module = other
+    try:
+        yield
+    finally:
+        wrapped.module = net
 
 
 class _TouchAll(nn.Module):

@@ -56,6 +56,15 @@ def is_by_rows(batch: Any, samples: int) -> bool:
     return bool(found) and all(tensor.ndim and len(tensor) == samples for tensor in found)
 
 
+def take(batch: Any, rows: Sequence[int]) -> Any:
+    """These samples of a batch whose tensors begin with the samples; texts are lists of them."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, list) and all(isinstance(member, str | bytes) for member in batch):
+        return [batch[row] for row in rows]
+    return _with_members(functools.partial(take, rows=rows), batch)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device.
 
