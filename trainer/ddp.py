@@ -83,7 +83,7 @@ class Averaging(DistributedDataParallel):
             return getattr(super().__getattr__("module"), name)
 
 
-def settle_buckets(wrapped: DistributedDataParallel) -> None:
+def settle_buckets(wrapped: Averaging) -> None:
     """Have DDP group its gradients for good, now and always alike. All ranks take part, in a sum of zeros.
 
     DDP regroups its buckets after the first backward pass of a process, in the order in which the gradients came.
@@ -95,6 +95,7 @@ def settle_buckets(wrapped: DistributedDataParallel) -> None:
         for _ in range(2):  # the second forward regroups
             wrapped().backward()
     wrapped.zero_grad()
+    wrapped.was_called = False
 
 
 @contextlib.contextmanager

@@ -253,7 +253,8 @@ class Loop:
         Raises:
             UserError: it is not.
         """
-        if micro_batch.is_whole and self.world.world_size == 1:
+        is_for_all = self.model.forwards_together and self.world.world_size > 1
+        if not is_for_all and (micro_batch.is_whole or not micro_batch.samples):
             return
         samples = micro_batch.samples or 1  # of a filler, which takes part where forward passes are collective
 

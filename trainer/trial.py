@@ -85,7 +85,7 @@ def try_step(run: Callable[[Any], float], data: Any, samples: int, device: torch
             return run(take(data, rows)), []
         except Exception as error:  # of the user's code
             raise UserError(
-                f"the step fails on {len(rows)} of {samples} samples ({type(error).__name__}: {first_line(error)}), "
+                f"the step fails on {len(rows)} samples of a batch ({type(error).__name__}: {first_line(error)}), "
                 f"and ranks and micro-batches have parts of a batch; for it to be believed, {_OF_STEP}"
             ) from error
 
