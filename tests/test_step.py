@@ -285,7 +285,7 @@ def test_a_step_has_the_bare_model_and_its_loss_is_tried_on_parts(tmp_path):
         assert "it is their sum: return their mean" in said["summing"]
         assert "no mean over samples, and can't be computed in parts" in said["contrasting"]
         assert "the step fails on 2 samples of a batch (RuntimeError: shape" in said["needing_pairs"]
-        assert said["drawing"].startswith("the step's loss draws random numbers")
+        assert said["drawing"].startswith("the step's loss is another one each time, as if it drew random numbers")
         assert said["claiming"] == ""  # it has said its weight
 
 
