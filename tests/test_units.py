@@ -108,14 +108,17 @@ def micro_batches(case: Case, is_regular: bool, rank: int, world_size: int) -> I
 
 def gradients(rank: int, world_size: int) -> dict[tuple[str, bool], tuple[Tensor, int]]:
     """Of each loss, of a batch of rows and of a ragged one, and how many collectives it took beside DDP's."""
+    net = Net(nn.Identity())
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    job: Job = {"net": net, "loss_fn": nn.MSELoss(), "optimizer": optimizer}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Samples(torch.zeros(1, 3), torch.zeros(1))
+        loop = make_loop(folder, {"trainer": job, "train": data, "batch_size": 1})
     found = {}
     for name, case in CASES.items():
+        net.activation, loop.step = case.activation, supervised_step(case.loss)
         for is_regular in (True, False):
-            net = Net(case.activation)
-            job: Job = {"net": net, "loss_fn": case.loss, "optimizer": torch.optim.SGD(net.parameters(), lr=1.0)}
-            data = Samples(torch.zeros(1, 3), torch.zeros(1))
-            with tempfile.TemporaryDirectory() as folder:
-                loop = make_loop(folder, {"trainer": job, "train": data, "batch_size": 1})
+            optimizer.zero_grad()
             with count_collectives() as collectives:
                 loop.backward(micro_batches(case, is_regular, rank, world_size))
             found[name, is_regular] = net.layer.weight.grad.clone(), sum(collectives.values())

@@ -131,6 +131,8 @@ def _checked(result: Any) -> Mapping[str, Any]:
 
 
 def _as_weight(weight: Any, device: torch.device) -> Tensor:
+    if isinstance(weight, int | float):
+        return _count(weight, device)
     try:
         units = torch.as_tensor(weight, dtype=torch.float64, device=device).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -143,6 +145,10 @@ def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return loss.where(weight != 0, 0.0) * weight.to(loss.dtype), weight
 
 
+def _count(units: float, device: torch.device) -> Tensor:
+    return torch.full((), float(units), dtype=torch.float64, device=device)  # which waits for no copy
+
+
 def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tensor | None]:
     """The mean over samples times their number, which the other ranks know where the batch is regular.
 
@@ -152,7 +158,7 @@ def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tens
     if part.is_regular:
         return loss * part.samples, None
     require_rows(part, mend)
-    return _weighted(loss, torch.tensor(part.samples, dtype=torch.float64, device=loss.device))
+    return _weighted(loss, _count(part.samples, loss.device))
 
 
 def require_rows(part: MicroBatch, mend: str) -> None:
@@ -217,8 +223,7 @@ def _of_torchs(loss_fn: Any, reduction: str) -> TotalLoss:
         loss = _scalar(loss_fn(predictions, target), "the loss")
         if part.is_regular:  # as many units for each sample
             return loss * part.samples, None
-        units = count_units(loss_fn, predictions, target)
-        return _weighted(loss, torch.tensor(units, dtype=torch.float64, device=loss.device))
+        return _weighted(loss, _count(count_units(loss_fn, predictions, target), loss.device))
 
     return total
 
