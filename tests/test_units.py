@@ -28,7 +28,7 @@ WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.7])
 class Case(NamedTuple):
     loss: Callable[[Any, Any], Tensor]
     target: Callable[[int], Tensor]
-    activation: Callable[[Tensor], Tensor] = nn.Identity()
+    activation: Callable[[Tensor], Tensor] = torch.clone
 
 
 def numbers(rows: int) -> Tensor:
@@ -108,7 +108,7 @@ def micro_batches(case: Case, is_regular: bool, rank: int, world_size: int) -> I
 
 def gradients(rank: int, world_size: int) -> dict[tuple[str, bool], tuple[Tensor, int]]:
     """Of each loss, of a batch of rows and of a ragged one, and how many collectives it took beside DDP's."""
-    net = Net(nn.Identity())
+    net = Net(torch.clone)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     job: Job = {"net": net, "loss_fn": nn.MSELoss(), "optimizer": optimizer}
     with tempfile.TemporaryDirectory() as folder:
@@ -236,7 +236,7 @@ def test_a_batch_that_is_no_row_a_sample_needs_a_weight():
 def weighed(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[str]]:
     """Gradients of an own loop: of methods of the model, and of a ragged batch; and what is refused."""
     ranks = Ranks(device="cpu")
-    net = ranks.wrap(Net(nn.Identity()))
+    net = ranks.wrap(Net(torch.clone))
     ranks._part = next(iter(micro_batches(CASES["MSE"], True, rank, world_size)))
     by_method = []
     for _ in range(2):  # once called, once not
@@ -256,7 +256,7 @@ def weighed(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[str]]:
 def test_a_loop_of_ones_own_weighs_what_its_batches_hold():
     found = run_ranks(2, weighed)
     features = [next(iter(micro_batches(CASES["MSE"], True, rank, 2))).data[0] for rank in range(2)]
-    net = Net(nn.Identity())
+    net = Net(torch.clone)
     # Two of a rank's samples, of 8 in the batch; and as many as there are, where that is found by a sum.
     torch.cat([net(each).square() for each in features]).mean().backward()
     for half, whole, refused in found:

@@ -106,11 +106,10 @@ def user_step(function: UserStep) -> Step:
             raise UserError("the step returned a `weight` for some batches and none for others: return it for all")
         if weight is not None:
             total, units = _weighted(loss, _as_weight(weight, loss.device))
-            return Outcome(total, units, result.get("predictions"), result.get("target"))
-        total, units = _of_samples(
-            loss, micro_batch, "let the step return its `weight`, of how many units its loss is the mean"
-        )
-        return Outcome(total, units, result.get("predictions"), result.get("target"), is_believed=True)
+        else:
+            mend = "let the step return its `weight`, of how many units its loss is the mean"
+            total, units = _of_samples(loss, micro_batch, mend)
+        return Outcome(total, units, result.get("predictions"), result.get("target"), is_believed=weight is None)
 
     return _without_trace(step)
 
@@ -140,7 +139,7 @@ def _as_weight(weight: Any, device: torch.device) -> Tensor:
     return _scalar(units, "the step's weight")
 
 
-def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """The mean times its weight. The mean of no units is nan in most ways to write it, where their sum is 0."""
     return loss.where(weight != 0, 0.0) * weight.to(loss.dtype), weight
 

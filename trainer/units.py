@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ Units = Callable[[Tensor, Tensor], int]
 
 
 def _elements(predictions: Tensor, target: Tensor) -> int:
-    return torch.broadcast_shapes(predictions.shape, target.shape).numel()
+    return math.prod(torch.broadcast_shapes(predictions.shape, target.shape))
 
 
 def _rows(predictions: Tensor, target: Tensor) -> int:
