@@ -78,11 +78,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if not isinstance(value, type) and callable(getattr(value, "to", None)):
-        moved = (
-            value.to(device, non_blocking=True)
-            if _takes_non_blocking(cast(Hashable, type(value)))
-            else value.to(device)
-        )
+        kind = cast(Hashable, type(value))  # as mypy would have it
+        moved = value.to(device, non_blocking=True) if _takes_non_blocking(kind) else value.to(device)
         return value if moved is None else moved  # it may move its tensors in place
     if _apart(value) is None and _hides_tensors(value):
         raise UserError(
