@@ -237,7 +237,7 @@ def _of_users(loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> TotalLos
         if not isinstance(loss, Tensor):
             raise UserError(f"the loss {name} must return a tensor, it returned {describe(loss)}")
         loss = _scalar(loss, "the loss")
-        if may_be_tried and part.samples and not part.is_whole and torch.is_grad_enabled():
+        if may_be_tried and part.samples and not part.is_whole:
             calls += 1
             if calls & (calls - 1) == 0:  # the 1st, 2nd, 4th, 8th: it waits for the device
                 may_be_tried = try_loss(loss_fn, name, is_sum, (predictions, target), part.samples)
