@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from typing import Any
 from unittest.mock import patch
 
@@ -18,9 +19,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torchmetrics import Accuracy
 from training import Job, Samples, make_loop
 
-from dtrain.trainer.data import SeededDataset
+from dtrain.errors import UserError
+from dtrain.job import Fsdp
+from dtrain.trainer.data import MicroBatch, SeededDataset
 from dtrain.trainer.seeds import derive_seed, sample_seeds
 from dtrain.trainer.sharding import Indices
+from dtrain.trainer.step import user_step
 
 CLASSES, LENGTH = 3, 4
 
@@ -185,3 +189,130 @@ def test_a_step_waits_for_nothing_and_sends_one_small_message_beside_the_gradien
         assert not waits
         assert buckets == steps  # the gradients: once a batch, however many micro-batches it has
         assert collectives == {"all_reduce": buckets + steps * (1 + LOSSES[loss][1])}
+
+
+# -- a step of the user's own ---------------------------------------------------------------------
+
+
+class Parts(nn.Module):
+    """A model whose steps use its attributes and methods, and count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.num_classes = CLASSES
+        self.calls = 0
+        self.encoder = nn.Sequential(nn.Linear(LENGTH, 6), nn.LayerNorm(6), nn.Linear(6, 6))
+        self.head = nn.Linear(6, CLASSES)
+        self.scale = nn.Parameter(torch.ones(1))  # of fsdp's root, whatever is called
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.encoder(x) * self.scale
+
+
+def by_methods(model: nn.Module, batch: Any) -> dict[str, Any]:
+    features, target = batch
+    scores = model.head(model.encode(features))
+    return {"loss": F.binary_cross_entropy_with_logits(scores, F.one_hot(target, model.num_classes).float())}
+
+
+def summing(model: nn.Module, batch: Any) -> dict[str, Any]:
+    return {"loss": F.cross_entropy(model.head(model.encode(batch[0])), batch[1], reduction="sum")}
+
+
+def contrasting(model: nn.Module, batch: Any) -> dict[str, Any]:
+    features = model.head(model.encode(batch[0]))
+    return {"loss": F.cross_entropy(features @ features.T, torch.arange(len(features)))}
+
+
+def needing_pairs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    one, other = model.head(model.encode(batch[0])).reshape(2, 2, -1)
+    return {"loss": (one - other).square().mean()}
+
+
+def drawing(model: nn.Module, batch: Any) -> dict[str, Any]:
+    return {"loss": (model.head(model.encode(batch[0])) * torch.rand(())).mean()}
+
+
+def claiming(model: nn.Module, batch: Any) -> dict[str, Any]:
+    return contrasting(model, batch) | {"weight": len(batch[0])}
+
+
+def own_job(step: Any, strategy: Any = "ddp") -> Job:
+    net = Parts()
+    torch.manual_seed(5)
+    data = Samples(torch.randn(9, LENGTH), torch.randint(CLASSES, (9,)))  # the last batch has one
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    trainer = {"net": net, "step": step, "optimizer": optimizer, "strategy": strategy}
+    return {"trainer": trainer, "train": data, "batch_size": 8 if step is not by_methods else 4}
+
+
+def own_steps(rank: int, world_size: int, folder: str) -> tuple[list[Any], dict[str, str]]:
+    """Weights, and calls that the model counted, by strategy; what was said of other steps."""
+    results = []
+    for strategy in ("ddp", Fsdp()):
+        loop = make_loop(f"{folder}/{strategy}", own_job(by_methods, strategy))
+        loop.train_epoch()
+        loop.model.share_buffers()
+        results.append((loop.model.weights(), loop.model.bare.calls))
+    said = {}
+    for step in (summing, contrasting, needing_pairs, drawing, claiming):
+        errors = io.StringIO()
+        with redirect_stderr(errors):
+            try:
+                make_loop(f"{folder}/{step.__name__}", own_job(step)).train_epoch()
+            except UserError as error:
+                print(error, file=errors)
+        said[step.__name__] = errors.getvalue()
+    return results, said
+
+
+def test_a_step_has_the_bare_model_and_its_loss_is_tried_on_parts(tmp_path):
+    found = run_ranks(2, own_steps, str(tmp_path))
+    job = own_job(by_methods)
+    net, data, optimizer = job["trainer"]["net"], job["train"], job["trainer"]["optimizer"]
+    for chosen in torch.arange(9).split(4):
+        optimizer.zero_grad()
+        by_methods(net, (data.features[chosen], data.target[chosen]))["loss"].backward()
+        optimizer.step()
+    for weights, _ in found[0][0]:
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+    for results, said in found:
+        assert [calls for _, calls in results] == [3, 3]  # trying leaves no trace
+        assert "make" in said["summing"]
+        assert "it is their sum: return their mean" in said["summing"]
+        assert "no mean over samples, and can't be computed in parts" in said["contrasting"]
+        assert "the step fails on 2 samples of a batch (RuntimeError: shape" in said["needing_pairs"]
+        assert said["drawing"].startswith("the step's loss is another one each time, as if it drew random numbers")
+        assert said["claiming"] == ""  # it has said its weight
+
+
+WRONG_RESULTS: dict[str, tuple[Any, str]] = {
+    "a tensor": (torch.ones(()), "step must return a dict with a `loss`, it returned float32"),
+    "no loss": ({"los": 1}, "step must return a dict with a `loss`, it returned a dict with keys los"),
+    "a key": ({"loss": torch.ones(()), "weigth": 3}, "unknown key 'weigth'; did you mean weight[?] known: loss, pred"),
+    "a number": ({"loss": 0.5}, "loss must be a tensor, it is the float 0.5, whose gradient is lost with `.item"),
+    "many": ({"loss": torch.ones(2)}, "the step's loss must be one number, it has shape"),
+    "no number": ({"loss": torch.ones(()), "weight": "all"}, "the step's weight must be a number, it is str"),
+    "weights": ({"loss": torch.ones(()), "weight": [1, 2]}, "the step's weight must be one number, it has shape"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_RESULTS)
+def test_what_a_step_must_not_return(kind):
+    result, says = WRONG_RESULTS[kind]
+    with pytest.raises(UserError, match=says):
+        user_step(lambda model, batch: result)(nn.Identity(), MicroBatch(torch.ones(2), 2, 2))
+
+
+def test_a_step_that_returns_a_weight_returns_it_always():
+    def step(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+        return {"loss": batch.mean()} | ({"weight": 2} if batch.sum() > 0 else {})
+
+    own = user_step(step)
+    own(nn.Identity(), MicroBatch(torch.ones(2), 2, 2))
+    own(nn.Identity().eval(), MicroBatch(-torch.ones(2), 2, 2))  # evaluated it may be another
+    with pytest.raises(UserError, match="a `weight` for some batches and none for others"):
+        own(nn.Identity(), MicroBatch(-torch.ones(2), 2, 2))

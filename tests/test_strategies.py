@@ -200,7 +200,7 @@ def shards(rank: int, world_size: int, on_meta: bool) -> dict[str, Any]:
     states = [optimizer.state[p]["sum"] for p in net.parameters()]
     assert all(isinstance(state, DTensor) and (state.to_local() == 0.5).all() for state in states)
     assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, net.parameters()))
-    net(torch.randn(4, 5)).sum().backward()
+    model.module(lambda net: net(torch.randn(4, 5)).sum()).backward()
     optimizer.step()  # on what it has adopted
     changed = float(net.head.weight.full_tensor().sum())
     return {"own": own, "whole": whole, "gathered": gathered, "hidden": net.hidden, "changed": changed}
@@ -275,7 +275,7 @@ def overflow(rank: int, world_size: int) -> list[Any]:
     precision = Precision("fp32", torch.device("cpu"))
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     update = Update(model, optimizer, precision)
-    precision.scaled(net(torch.ones(1, 3)).sum()).backward()
+    precision.scaled(model.module(lambda net: net(torch.ones(1, 3)).sum())).backward()
     before = model.weights()
     if rank == 1:
         net.weight.grad.to_local()[0] = torch.inf

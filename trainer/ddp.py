@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .parallel import Parallel, has_sparse_gradients, require_all_used
+from .data import MicroBatch
+from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within
+from .step import Outcome, Step
 from .world import World
+
+_ALLOW = ", or allow it: fit.find_unused_parameters: true"
 
 
 class DataParallel(Parallel):
@@ -25,8 +31,9 @@ class DataParallel(Parallel):
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
         self._finds_unused = find_unused_parameters
         self.bare.to(world.device)
+        self._stepping = Stepping(self.bare)
         if world.world_size > 1 and any(parameter.requires_grad for parameter in self.bare.parameters()):
-            wrapped = DistributedDataParallel(
+            wrapped = Averaging(
                 self.bare,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
@@ -37,8 +44,14 @@ class DataParallel(Parallel):
                 settle_buckets(wrapped)
             self.module = wrapped
 
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        if not isinstance(self.module, Averaging):
+            return super().run(step, micro_batch)
+        with _wrapping(self.module, self._stepping):
+            return run_within(self.module, step, micro_batch)
+
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or not isinstance(self.module, DistributedDataParallel):
+        if last or not isinstance(self.module, Averaging):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
@@ -48,7 +61,7 @@ class DataParallel(Parallel):
             require_all_used(self.bare, loss, mend=_ALLOW)
 
     def require_averaged(self, loss: torch.Tensor, step: int) -> None:
-        if not isinstance(self.module, DistributedDataParallel):
+        if not isinstance(self.module, Averaging):
             return
         try:
             self.module.reducer._check_reducer_finalized()  # as DDP does before its next forward pass
@@ -56,11 +69,40 @@ class DataParallel(Parallel):
             require_all_used(self.bare, loss, f" of step {step}", _ALLOW)
             raise
 
+    def expect_backward(self, loss: Tensor) -> None:
+        """See that the backward pass of this loss averages the gradients. No collective.
 
-_ALLOW = ", or allow it: fit.find_unused_parameters: true"
+        DDP is ready for one after its own forward pass. A loop may have called methods of the model instead.
+        """
+        if not isinstance(self.module, Averaging):
+            return
+        if not self.module.was_called and torch.is_grad_enabled() and self._is_behind(loss):
+            with _wrapping(self.module, self._stepping):
+                self.module(lambda net: torch.zeros(()))
+        self.module.was_called = False
+
+    def _is_behind(self, loss: Tensor) -> bool:
+        reached = reached_leaves(loss)
+        return reached is None or any(id(parameter) in reached for parameter in self.bare.parameters())
 
 
-def settle_buckets(wrapped: DistributedDataParallel) -> None:
+class Averaging(DistributedDataParallel):
+    """DDP with the attributes and methods of its model beside its own."""
+
+    was_called = False  # since it was last looked at
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.was_called = True
+        return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def settle_buckets(wrapped: Averaging) -> None:
     """Have DDP group its gradients for good, now and always alike. All ranks take part, in a sum of zeros.
 
     DDP regroups its buckets after the first backward pass of a process, in the order in which the gradients came.
@@ -68,12 +110,22 @@ def settle_buckets(wrapped: DistributedDataParallel) -> None:
     same numbers in another order than the uninterrupted run did. Here the first pass is one through each
     parameter in turn, before any of the model's own: the grouping follows from the model alone.
     """
-    net = wrapped.module
-    wrapped.module = _TouchAll(net)
-    for _ in range(2):  # the second forward regroups
-        wrapped().backward()
-    wrapped.module = net
+    with _wrapping(wrapped, _TouchAll(wrapped.module)):
+        for _ in range(2):  # the second forward regroups
+            wrapped().backward()
     wrapped.zero_grad()
+    wrapped.was_called = False
+
+
+@contextlib.contextmanager
+def _wrapping(wrapped: DistributedDataParallel, other: nn.Module) -> Iterator[None]:
+    """In the block, DDP calls another module of the same parameters."""
+    net = wrapped.module
+    wrapped.module = other
+    try:
+        yield
+    finally:
+        wrapped.module = net
 
 
 class _TouchAll(nn.Module):

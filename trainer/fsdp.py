@@ -6,6 +6,7 @@ The model's blocks are gathered one at a time, when it is their turn to compute.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,11 @@ from dtrain.errors import UserError
 from dtrain.job import Fsdp
 
 from .blocks import of_classes, repeated
+from .data import MicroBatch
 from .optimizer_state import held
-from .parallel import Parallel, require_divisible
+from .parallel import Parallel, Stepping, require_divisible, run_within
+from .step import Outcome, Step
+from .transfer import map_tensors
 from .weights import bare_state_dict
 from .world import World, ensure_group
 
@@ -63,13 +67,16 @@ class FullySharded(Parallel):
             dtype = None  # torch's batch norm has its statistics and its parameters in one type
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
         offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
-        for block in [*reversed(blocks), self.bare]:
+        self.module = Stepping(self.bare)
+        if dtype is not None:  # FSDP2 casts what blocks are given, and of its root's arguments knows only a step
+            self.bare.register_forward_pre_hook(functools.partial(_cast, dtype), with_kwargs=True)
+        for block in [*reversed(blocks), self.module]:
             self._fill(block)
             fully_shard(
                 block,
                 mesh=self._mesh,
                 # The root's own are needed first in the backward pass: they stay.
-                reshard_after_forward=settings.reshard_after_forward and block is not self.bare,
+                reshard_after_forward=settings.reshard_after_forward and block is not self.module,
                 mp_policy=policy,
                 offload_policy=offload,
             )
@@ -118,6 +125,9 @@ class FullySharded(Parallel):
         mine: Any = torch.empty_like(part.detach(), dtype=whole.dtype)
         return mine.copy_(distribute_tensor(whole, self._mesh, mine.placements, src_data_rank=None))
 
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        return run_within(self.module, step, micro_batch)
+
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
         assert isinstance(self.module, FSDPModule)
@@ -128,9 +138,19 @@ class FullySharded(Parallel):
     def evaluating(self) -> Iterator[None]:
         with super().evaluating():
             yield
-        for module in self.bare.modules():
+        self._reshard()
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        with super().trying():
+            yield
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Cut the root again, which without a backward pass stays gathered, with the parameters that it had."""
+        for module in self.module.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # without a backward pass the root would stay gathered, and have other parameters
+                module.reshard()
 
     def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
         whole = {}
@@ -144,6 +164,11 @@ class FullySharded(Parallel):
     def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         part = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
         return None if part is None or part.shape != shape else torch.empty_like(part.detach(), dtype=dtype)
+
+
+def _cast(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The arguments of a forward pass, its floating-point numbers of this type."""
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs))
 
 
 def _real(tensor: Tensor, device: torch.device) -> Tensor:

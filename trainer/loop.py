@@ -12,7 +12,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -44,12 +44,14 @@ from .step import Step
 from .stop import DOUBT, StopAgreement, Stopped
 from .tally import Tally
 from .tree import require_data
+from .trial import standing_still, try_step
 from .update import Update
 from .weights import mismatches
 from .world import World
 
 # In the paths of `shared_state`, the section and the name of the parameter.
 _OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/held/[^/]+)*(?:/state)?/([^/]+)(?:/[^/]+)?")
+TRIED_AT = frozenset(10**k for k in range(10))  # steps at which a user's step is tried, since one may be a lucky one
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
@@ -216,13 +218,13 @@ class Loop:
         """
         totals: list[Tensor] = []
         weight: Tensor | None = None
-        for micro_batch in micro_batches:
+        for i, micro_batch in enumerate(micro_batches):
             # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
             scale = self.world.world_size / micro_batch.batch_samples
             undone = contextlib.nullcontext() if micro_batch.samples else self.model.without_trace()
             with self.model.accumulating(last=micro_batch.is_last), undone:
                 self.heartbeat.enter(Phase.FORWARD)
-                outcome = self.step(self.model.module, micro_batch)
+                outcome = self.model.run(self.step, micro_batch)
                 if not outcome.total.requires_grad:
                     raise UserError(
                         "the loss does not depend on the model: on the way to it something was detached (detach(), "
@@ -239,6 +241,8 @@ class Loop:
                     weight = outcome.weight if weight is None else weight + outcome.weight
             if micro_batch.is_last:
                 self.model.require_averaged(outcome.total, self.place.step + 1)
+            if outcome.is_believed and i == 0 and counted and self.place.step + 1 in TRIED_AT:
+                self.try_step(micro_batch)  # after the backward pass, which needs the buffers as they were
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples)
@@ -246,6 +250,24 @@ class Loop:
         if weight is not None:
             self.divide_gradients(weight)
         return totals, weight
+
+    def try_step(self, micro_batch: MicroBatch) -> None:
+        """See that the step's loss is the mean over samples, where batches are cut. All ranks take part.
+
+        Raises:
+            UserError: it is not.
+        """
+        is_for_all = self.model.forwards_together and self.world.world_size > 1
+        if not is_for_all and (micro_batch.is_whole or not micro_batch.samples):
+            return
+        samples = micro_batch.samples or 1  # of a filler, which takes part where forward passes are collective
+
+        def run(data: Any) -> float:
+            part = replace(micro_batch, data=data, samples=1, batch_samples=1, is_regular=True)
+            return float(self.model.run(self.step, part).total)
+
+        with self.model.trying(), standing_still(self.model.bare):
+            try_step(run, micro_batch.data, samples, self.world.device, self.precision.name != "fp32")
 
     def step_by_closure(self, micro_batches: list[MicroBatch]) -> None:
         """A step of an optimizer that evaluates the batch as often as it likes. All ranks take part.
@@ -553,10 +575,10 @@ def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally) -> N
     """Add this rank's share of a batch to the tally. All ranks take part where `model.forwards_together`."""
     for micro_batch in batch.micro_batches:
         if micro_batch.samples:
-            tally.add(step(model.bare, micro_batch), micro_batch.samples)
+            tally.add(model.run(step, micro_batch), micro_batch.samples)
         else:
             with model.without_trace():
-                step(model.bare, micro_batch)
+                model.run(step, micro_batch)
 
 
 def gather_values(world: World, tallies: Sequence[Tally]) -> dict[str, Any]:

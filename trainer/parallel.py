@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from dtrain.errors import UserError
 
 from .agreement import require_same_model
 from .buffers import Buffers, buffers_of, copies_of, make_room, on_device, put_back, share_buffers
+from .data import MicroBatch
 from .learned_loss import LearnedLoss
 from .modes import evaluation_mode
 from .optimizer_state import load_named_state, named_state, parameter_groups
 from .seeds import rng_kept
+from .step import Outcome, Step
 from .weights import bare_state_dict
 from .world import World
 
@@ -28,9 +31,9 @@ class Parallel:
     """A model on each rank, with rank 0's weights and buffers; here is what a strategy may leave as it is.
 
     Attributes:
-        bare: the model under its own names, for evaluation and saving.
         loss: what the loss has of its own.
-        module: what is called in training. Its backward pass averages the gradients over the ranks.
+        bare: the model under its own names, which a step is given and which is saved.
+        module: whose forward pass stands around a step's, so that the backward pass averages the gradients.
         forwards_together: whether a forward pass is a collective too, in evaluation as in training.
     """
 
@@ -50,6 +53,14 @@ class Parallel:
 
         All ranks take part. None: the model is only evaluated.
         """
+
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        """What the step finds with the bare model, within a forward pass of `module`.
+
+        So a step may use all that the model has, its methods and submodules too, and whatever wraps the model is ready
+        for the backward pass. All ranks take part where `forwards_together`.
+        """
+        return step(self.bare, micro_batch)
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
@@ -164,10 +175,39 @@ class Parallel:
         put_back(self.bare, before)
         put_back(self.loss.module, loss_before)
 
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """Around forward passes in training that no backward pass follows, and that leave no trace."""
+        with self.without_trace():
+            yield
+
     def share_buffers(self) -> None:
         """Give all ranks rank 0's buffers, of the model and of its loss. All ranks take part."""
         share_buffers(self.bare, self.world)
         self.loss.share_buffers()
+
+
+class Stepping(nn.Module):
+    """A model whose forward pass is whatever is to be done with it: what a strategy wraps instead of the model."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, function: Callable[[nn.Module], Tensor]) -> Tensor:
+        return function(self.net)
+
+
+def run_within(module: nn.Module, step: Step, micro_batch: MicroBatch) -> Outcome:
+    """The step within the forward pass of a wrapped `Stepping`, which sees the tensor that backward begins with."""
+    found: list[Outcome] = []
+
+    def function(net: nn.Module) -> Tensor:
+        found.append(step(net, micro_batch))
+        return found[0].total
+
+    total = module(function)
+    return replace(found[0], total=total)
 
 
 def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "") -> None:

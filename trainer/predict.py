@@ -61,10 +61,10 @@ def predict_shares(
             parts = [part for part in batches.shard.micro_batches(number) if part or fill_empty]
             for part, micro_batch in zip(parts, batch.micro_batches, strict=True):
                 if part:
-                    rows = _rows(step(model.bare, micro_batch), len(part))
+                    rows = _rows(model.run(step, micro_batch), len(part))
                 else:
                     with model.without_trace():
-                        rows = _rows(step(model.bare, micro_batch), None)[:0]
+                        rows = _rows(model.run(step, micro_batch), None)[:0]
                 yield part.start, rows.cpu()
 
 

@@ -22,6 +22,7 @@ from .ddp import DataParallel
 from .given import require_model, unwrapped
 from .reduce import reduce_states
 from .seeds import derive_seed, seed_everything
+from .step import require_rows
 from .weights import bare_state_dict, save_weights
 from .world import join_world
 
@@ -78,21 +79,29 @@ class Ranks:
     def weigh(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
         """The part of this rank's mean loss in that of the whole batch: what `backward` is to be called on.
 
-        Ranks have shares of different sizes, whose mean losses must not count alike.
+        Ranks have shares of different sizes, whose mean losses must not count alike. What the gradient is of may be
+        computed by calling the model, or by methods of it.
 
         Args:
             units: of how many the loss is the mean on this rank, where that is not its number of samples in a batch of
-                `shard`: tokens, say, or the sum of class weights. All ranks take part then, in a sum.
+                `shard`: tokens, say, or the sum of class weights. All ranks take part then, in a sum; so they do where
+                a collate function of the user's own has made the batch.
 
         Raises:
-            UserError: no batch of `shard` is in hand, or no model's gradients are averaged.
+            UserError: no batch of `shard` is in hand, or none of which the samples can be counted; or no model's
+                gradients are averaged.
         """
         if self.world_size > 1 and not self._models:
             raise UserError("Ranks.weigh scales a loss for a model whose gradients are averaged: net = ranks.wrap(net)")
+        for model in self._models:
+            model.expect_backward(loss)
         if units is None:
             if (part := self._part) is None:
                 raise UserError("Ranks.weigh: iterate over the batches of ranks.shard(loader), or give `units`")
-            return loss * (part.samples * self.world_size / part.batch_samples)
+            if part.is_regular or self.world_size == 1:
+                return loss * (part.samples * self.world_size / part.batch_samples)
+            require_rows(part, "give Ranks.weigh the `units` of which the loss is the mean")
+            units = part.samples
         own = torch.as_tensor(units, dtype=torch.float64, device=loss.device).detach() * float(self.has_samples)
         total = self.world.sum(own)
         share = own * self.world_size / total.where(total != 0, 1.0)

@@ -7,22 +7,20 @@ of the sum over all ranks and micro-batches, divided by the whole batch's weight
 from __future__ import annotations
 
 import copy
-import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dtrain.errors import UserError, first_line
+from dtrain.errors import UserError, among, first_line
 
 from .data import MicroBatch
 from .losses import WeightedMean
-from .seeds import rng_kept
+from .transfer import is_by_rows, tensors
+from .trial import try_loss
+from .units import as_module, class_weight, count_units, is_torchs, is_weighted, mixes_samples
 
 UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
 
@@ -35,14 +33,17 @@ class Outcome:
         total: the loss times its weight, a scalar with a graph.
         weight: the number of units of which the loss is the mean; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
+        is_believed: whether the loss is taken for the mean over samples since nobody says otherwise.
     """
 
     total: Tensor
     weight: Tensor | None
     predictions: Any
     target: Any
+    is_believed: bool = False
 
 
+KEYS = ("loss", "predictions", "target", "weight")
 Step = Callable[[nn.Module, MicroBatch], Outcome]
 
 
@@ -52,6 +53,7 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
     Raises:
         UserError: a loss that gives no single number, so that no sum can be made of it.
     """
+    loss_fn = as_module(loss_fn)
     total_loss = _total_loss(loss_fn)
 
     def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
@@ -74,13 +76,19 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
 
 
 def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> None:
-    """Raise UserError where a loss of torch's has met what it was not made for; nothing where it is the user's."""
-    is_torchs = type(loss_fn).__module__ == nn.CrossEntropyLoss.__module__
-    if not is_torchs or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+    """Raise UserError where a loss of torch's has met what it was not made for."""
+    is_users = type(loss_fn).__module__ != nn.CrossEntropyLoss.__module__
+    if is_users or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return
     mend = "; BCEWithLogitsLoss takes logits" if isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions) else ""
-    given = f"predictions {describe(predictions)}, target {describe(target)}"
+    if isinstance(error, TypeError) and "argument" in str(error):
+        mend = "; a loss that takes more than predictions and target is called in a `step`"
+    given = _given(predictions, target)
     raise UserError(f"the loss {describe(loss_fn)} does not fit: {first_line(error)}; {given}{mend}") from error
+
+
+def _given(predictions: Any, target: Any) -> str:
+    return f"predictions {describe(predictions)}, target {describe(target)}"
 
 
 def _is_logits(predictions: Any) -> bool:
@@ -89,26 +97,79 @@ def _is_logits(predictions: Any) -> bool:
 
 def user_step(function: UserStep) -> Step:
     """A user's `function(model, batch) -> {loss, predictions, target, weight}`; all but the loss may be left out."""
+    weighs: dict[bool, bool] = {}  # whether it has returned a weight, by whether it trains
 
     def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
-        result = function(model, micro_batch.data)
-        if not isinstance(result, Mapping) or not isinstance(result.get("loss"), Tensor):
-            raise UserError(
-                f"step must return a dict with a tensor `loss`, it returned {describe(result)}; "
-                "keys: loss, predictions, target, weight"
-            )
-        loss = _scalar(result["loss"], "the loss")
-        weight = result.get("weight")
-        if weight is None:
-            total = loss * micro_batch.samples
+        result = _checked(function(model, micro_batch.data))
+        loss, weight = _scalar(result["loss"], "the step's loss"), result.get("weight")
+        if weighs.setdefault(model.training, weight is not None) is not (weight is not None):
+            raise UserError("the step returned a `weight` for some batches and none for others: return it for all")
+        if weight is not None:
+            total, units = _weighted(loss, _as_weight(weight, loss.device))
         else:
-            weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device).detach()
-            weight = _scalar(weight, "step's weight")
-            # The mean of no units is nan in most ways to write it, where their sum is 0.
-            total = loss.where(weight != 0, 0.0) * weight.to(loss.dtype)
-        return Outcome(total, weight, result.get("predictions"), result.get("target"))
+            mend = "let the step return its `weight`, of how many units its loss is the mean"
+            total, units = _of_samples(loss, micro_batch, mend)
+        return Outcome(total, units, result.get("predictions"), result.get("target"), is_believed=weight is None)
 
     return _without_trace(step)
+
+
+def _checked(result: Any) -> Mapping[str, Any]:
+    if not isinstance(result, Mapping) or "loss" not in result:
+        raise UserError(
+            f"step must return a dict with a `loss`, it returned {describe(result)}; keys: {', '.join(KEYS)}"
+        )
+    for key in result:
+        if key not in KEYS:
+            raise UserError(f"step returned the unknown key {key!r}; {among(str(key), KEYS)}")
+    loss = result["loss"]
+    if not isinstance(loss, Tensor):
+        mend = ", whose gradient is lost with `.item()`" if isinstance(loss, float) else ""
+        raise UserError(f"the step's loss must be a tensor, it is {describe(loss)}{mend}")
+    return result
+
+
+def _as_weight(weight: Any, device: torch.device) -> Tensor:
+    if isinstance(weight, int | float):
+        return _count(weight, device)
+    try:
+        units = torch.as_tensor(weight, dtype=torch.float64, device=device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"the step's weight must be a number, it is {describe(weight)}") from None
+    return _scalar(units, "the step's weight")
+
+
+def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The mean times its weight. The mean of no units is nan in most ways to write it, where their sum is 0."""
+    return loss.where(weight != 0, 0.0) * weight.to(loss.dtype), weight
+
+
+def _count(units: float, device: torch.device) -> Tensor:
+    return torch.full((), float(units), dtype=torch.float64, device=device)  # which waits for no copy
+
+
+def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tensor | None]:
+    """The mean over samples times their number, which the other ranks know where the batch is regular.
+
+    Raises:
+        UserError: a batch is cut of which nobody knows how many samples its parts have.
+    """
+    if part.is_regular:
+        return loss * part.samples, None
+    require_rows(part, mend)
+    return _weighted(loss, _count(part.samples, loss.device))
+
+
+def require_rows(part: MicroBatch, mend: str) -> None:
+    """Raise UserError where a batch is cut, and nobody but the user knows how many units this part of it has."""
+    if part.is_regular or part.is_whole or not part.samples or is_by_rows(part.data, part.samples):
+        return
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors(part.data))
+    raise UserError(
+        f"{part.samples} samples, a part of a batch, have become tensors of shapes {shapes or '(none)'}: the collate "
+        f"function, or the loader, does not make a row of each, so that dtrain can't know how much this part's loss "
+        f"counts; {mend}"
+    )
 
 
 def _without_trace(step: Step) -> Step:
@@ -128,26 +189,9 @@ TotalLoss = Callable[[Any, Any, MicroBatch], tuple[Tensor, "Tensor | None"]]
 
 
 def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
-    loss_fn = _as_module(loss_fn)
     reduction = getattr(loss_fn, "reduction", "mean")
     if reduction == "none":
         raise UserError(f"{describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
-
-    begun = False
-    unchecked = type(loss_fn).__module__ != nn.CrossEntropyLoss.__module__  # torch's own are known to be means
-
-    def mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        nonlocal unchecked, begun
-        if not begun and isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions):  # a GPU would not survive it
-            raise ValueError("predictions are not all in [0, 1]")
-        begun = True
-        loss = _scalar(loss_fn(predictions, target), "the loss")
-        if unchecked and part.samples > 1 and not part.is_whole and torch.is_grad_enabled():
-            unchecked = False
-            _require_sum_of_parts(loss_fn, reduction, predictions, target, part.samples)
-        # A loss that sums is not divided by the batch's size, so it is multiplied by it beforehand.
-        return loss * (part.batch_samples if reduction == "sum" else part.samples), None
-
     if isinstance(loss_fn, WeightedMean) and reduction == "mean":
         units = loss_fn.units
 
@@ -156,69 +200,52 @@ def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
             return losses.sum(), weights.sum(dtype=torch.float64)
 
         return mean_of_units
-    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or reduction != "mean":
-        return mean
-    if type(loss_fn).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
-        return mean  # a subclass that computes something of its own
+    return _of_torchs(loss_fn, reduction) if is_torchs(loss_fn) else _of_users(loss_fn, reduction)
 
+
+def _of_torchs(loss_fn: Any, reduction: str) -> TotalLoss:
     summed = copy.copy(loss_fn)
     summed.reduction = "sum"
+    begun = False
 
-    def weighted_mean(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        if torch.is_floating_point(target):  # class probabilities: torch takes the mean over samples
-            return mean(predictions, target, part)
-        return summed(predictions, target), _class_weight(summed, target)
+    def total(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        nonlocal begun
+        if not begun and isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions):  # a GPU would not survive it
+            raise ValueError("predictions are not all in [0, 1]")
+        begun = True
+        if reason := mixes_samples(loss_fn, predictions, target):
+            raise UserError(f"the loss {describe(loss_fn)} {reason}; {_given(predictions, target)}")
+        if reduction == "sum":  # it is not divided by the batch's size, so it is multiplied by it beforehand
+            return _scalar(loss_fn(predictions, target), "the loss") * part.batch_samples, None
+        if is_weighted(loss_fn, target):
+            return summed(predictions, target), class_weight(summed, target)
+        loss = _scalar(loss_fn(predictions, target), "the loss")
+        if part.is_regular:  # as many units for each sample
+            return loss * part.samples, None
+        return _weighted(loss, _count(count_units(loss_fn, predictions, target), loss.device))
 
-    return weighted_mean
-
-
-@torch.no_grad()
-def _require_sum_of_parts(loss_fn: Any, reduction: str, predictions: Any, target: Any, samples: int) -> None:
-    """Raise UserError where a batch's loss is not the mean (or the sum) of its samples', as a contrastive one.
-
-    Seen on one batch cut in two. A loss that draws random numbers, or whose arguments don't begin with the samples,
-    is believed.
-    """
-    tensors = [leaf for leaf in tree_leaves((predictions, target)) if isinstance(leaf, Tensor)]
-    if not tensors or any(tensor.ndim == 0 or len(tensor) != samples for tensor in tensors):
-        return
-    loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn  # it may count its calls
-    cut = samples // 2
-
-    def of(begin: int, end: int) -> float:
-        part = tree_map_only(Tensor, lambda tensor: tensor[begin:end], (predictions, target))
-        return float(loss_fn(*part)) * (1 if reduction == "sum" else end - begin) / samples
-
-    with rng_kept(tensors[0].device):
-        whole, again = of(0, samples), of(0, samples)
-        parts = of(0, cut), of(cut, samples)
-    is_coarse = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    if whole == again and not math.isclose(whole, sum(parts), rel_tol=2e-2 if is_coarse else 1e-3, abs_tol=1e-6):
-        kind = "sum" if reduction == "sum" else "mean"
-        raise UserError(
-            f"the loss {describe(loss_fn)} of {samples} samples is {whole:.6g}, but its parts of {cut} and "
-            f"{samples - cut} make {sum(parts):.6g}: it is no {kind} over samples, and can't be computed in parts, on "
-            "several ranks or in micro-batches; write it as a `step` that returns its `weight`, or train in one process"
-        )
+    return total
 
 
-def _as_module(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """`torch.nn.functional`'s losses over classes, also with arguments bound by partial, as the modules they are."""
-    bound = loss_fn if isinstance(loss_fn, functools.partial) else functools.partial(loss_fn)
-    if bound.func is F.cross_entropy and not bound.args:
-        return nn.CrossEntropyLoss(**bound.keywords)
-    if bound.func is F.nll_loss and not bound.args:
-        return nn.NLLLoss(**bound.keywords)
-    return loss_fn
+def _of_users(loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> TotalLoss:
+    name, is_sum = describe(loss_fn), reduction == "sum"
+    calls, may_be_tried = 0, True
 
+    def total(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        nonlocal calls, may_be_tried
+        loss = loss_fn(predictions, target)
+        if not isinstance(loss, Tensor):
+            raise UserError(f"the loss {name} must return a tensor, it returned {describe(loss)}")
+        loss = _scalar(loss, "the loss")
+        if may_be_tried and part.samples and not part.is_whole:
+            calls += 1
+            if calls & (calls - 1) == 0:  # the 1st, 2nd, 4th, 8th: it waits for the device
+                may_be_tried = try_loss(loss_fn, name, is_sum, (predictions, target), part.samples)
+        if is_sum:
+            return loss * part.batch_samples, None
+        return _of_samples(loss, part, "derive the loss from dtrain.WeightedMean, or write a `step` with a `weight`")
 
-def _class_weight(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> Tensor:
-    """What torch divides the summed loss by: the targets that count, each with its class's weight. Float64."""
-    counts = target != loss_fn.ignore_index
-    if loss_fn.weight is None:
-        return counts.sum(dtype=torch.float64)
-    classes = target.where(counts, torch.zeros_like(target)).long()
-    return (loss_fn.weight[classes] * counts).sum(dtype=torch.float64)
+    return total
 
 
 def _scalar(value: Tensor, name: str) -> Tensor:
@@ -233,6 +260,8 @@ def describe(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, bool | int | float):
+        return f"the {type(value).__name__} {value}"
     if isinstance(value, Mapping):
         return f"a dict with keys {', '.join(map(str, value))}"
     return getattr(value, "__name__", type(value).__name__)

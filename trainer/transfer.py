@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import inspect
 from collections import UserList, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ def is_by_rows(batch: Any, samples: int) -> bool:
     return bool(found) and all(tensor.ndim and len(tensor) == samples for tensor in found)
 
 
+def take(batch: Any, rows: Sequence[int]) -> Any:
+    """These samples of a batch whose tensors begin with the samples; texts are lists of them."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, list) and all(isinstance(member, str | bytes) for member in batch):
+        return [batch[row] for row in rows]
+    return _with_members(functools.partial(take, rows=rows), batch)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device.
 
@@ -69,7 +78,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if not isinstance(value, type) and callable(getattr(value, "to", None)):
-        moved = value.to(device, non_blocking=True) if _takes_non_blocking(type(value)) else value.to(device)
+        kind = cast(Hashable, type(value))  # as mypy would have it
+        moved = value.to(device, non_blocking=True) if _takes_non_blocking(kind) else value.to(device)
         return value if moved is None else moved  # it may move its tensors in place
     if _apart(value) is None and _hides_tensors(value):
         raise UserError(
@@ -151,7 +161,7 @@ def _fields(value: Any) -> list[str] | None:
 
 def _mapping(value: Any, members: Sequence[Any]) -> Any:
     if not isinstance(value, MutableMapping):
-        return type(value)(dict(zip(value, members, strict=True)))  # type: ignore[call-arg]
+        return type(value)(dict(zip(value, members, strict=True)))
     made = copy.copy(value)  # a subclass may have more than its items
     attributes = getattr(made, "__dict__", {})
     for (key, before), member in zip(value.items(), members, strict=True):

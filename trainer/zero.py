@@ -25,9 +25,11 @@ from torch.optim import Optimizer
 from dtrain import zero_config
 from dtrain.errors import Problem, UserError, first_line
 
+from .data import MicroBatch
 from .optimizer_state import held, parameter_groups
 from .optimizers import has_modes, needs_closure
-from .parallel import Parallel, require_all_used, require_divisible
+from .parallel import Parallel, Stepping, require_all_used, require_divisible, run_within
+from .step import Outcome, Step
 from .weights import bare_tensors
 from .world import World, ensure_group
 
@@ -104,7 +106,7 @@ class Engine(Parallel):
         deepspeed = _deepspeed(self.world.device)
         try:
             self._bring(deepspeed)
-            self._engine, *_ = deepspeed.initialize(model=self.bare, optimizer=optimizer, config=self._config)
+            self._engine, *_ = deepspeed.initialize(model=Stepping(self.bare), optimizer=optimizer, config=self._config)
         except pydantic.ValidationError as error:
             raise UserError([_problem(each) for each in error.errors()]) from None
         except (AssertionError, ValueError) as error:  # how it says that settings contradict each other
@@ -116,6 +118,11 @@ class Engine(Parallel):
         """Bring the model to the device before the engine is made, where that is not left to it."""
 
     # -- a step ----------------------------------------------------------------------------------
+
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        if self._engine is None:
+            return super().run(step, micro_batch)
+        return run_within(self._engine, step, micro_batch)
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
