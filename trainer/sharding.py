@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from .order import Permutation
 from .seeds import derive_seed, sample_seeds
 
 BLOCK = 4096  # positions whose indices are found at once
@@ -27,9 +27,7 @@ def in_order(positions: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def shuffled(num_samples: int, seed: int, epoch: int) -> Order:
     """The samples' order in this epoch: a function of (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-    order: NDArray[np.int64] = torch.randperm(num_samples, generator=generator).numpy()
-    return order.__getitem__
+    return Permutation(num_samples, derive_seed("order", seed, epoch))
 
 
 @dataclass(frozen=True)
