@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torchmetrics import Accuracy
 from training import Job, Samples, make_loop
 
-from dtrain.trainer.data import SeededDataset
+from dtrain.trainer.samples import read_samples
 from dtrain.trainer.seeds import derive_seed, sample_seeds
 from dtrain.trainer.sharding import Indices
 
@@ -102,7 +102,7 @@ def test_an_empty_share_leaves_no_trace(number, micro_batch_size, tmp_path):
     results = run_ranks(3, take_a_step, str(tmp_path), number, micro_batch_size)
 
     whole, gradients, buffers = samples(number, noise=0.1), [], []
-    data = SeededDataset(whole).__getitems__(seeded(range(number)))
+    data = read_samples(whole, seeded(range(number)))
     for rank, micro_batches in enumerate(SHARES[number, micro_batch_size]):
         net = Net()
         seed(rank)

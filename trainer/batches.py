@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from dtrain.errors import UserError
 
 from .data import Batches, IndexedBatches, Source
+from .ready import ReadyBatches
 from .stream import LoaderShares, StreamBatches, StreamShares
 from .world import World
 
@@ -33,7 +34,9 @@ def batches_of(
             raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
         return StreamBatches(own, world, fill_empty=fill_empty)
     source = data if isinstance(data, Source) else Source.of(data)
-    if not source.is_stream:
-        return IndexedBatches(source, world, seed, micro_batch_size, fill_empty=fill_empty)
-    shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
-    return StreamBatches(shares, world, fill_empty=fill_empty)
+    seed = source.seed(seed, world)
+    if source.is_stream:
+        shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+        return StreamBatches(shares, world, fill_empty=fill_empty)
+    kind = ReadyBatches if source.is_ready else IndexedBatches
+    return kind(source, world, seed, micro_batch_size, fill_empty=fill_empty)

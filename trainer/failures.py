@@ -1,0 +1,76 @@
+"""What fails in a user's dataset or collate function: which sample it was, and how the rank hears of it."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """An exception in the block says what was read: as a note, so that it stays what it is."""
+    try:
+        yield
+    except StopIteration as error:
+        # It would end whatever generator it passes through, in silence.
+        stopped = RuntimeError(f"{what} raised StopIteration{': ' * bool(error.args)}{error}")
+        raise stopped.with_traceback(error.__traceback__) from error
+    except Exception as error:
+        noted(error, what)
+        raise
+
+
+def noted(error: Exception, what: str) -> None:
+    """What `add_note` does, which Python 3.10 doesn't have."""
+    error.__notes__ = [*getattr(error, "__notes__", []), what]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception on its way from a loading process to its rank."""
+
+    error: bytes  # pickled: an exception that can't be must not fail on its way
+    frames: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        frames = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        name = type(error).__name__
+        for form in (error, _Rebuilt(type(error), error.args, vars(error)), RuntimeError(f"{name}: {error}")):
+            try:
+                pickled = pickle.dumps(form)
+                pickle.loads(pickled)
+                break
+            except Exception:  # of the user's class, by its nature
+                continue
+        return cls(pickled, frames)
+
+    def again(self) -> NoReturn:
+        """Raise it in the rank, caused by what it was there."""
+        error = pickle.loads(self.error)
+        raise (error.whole() if isinstance(error, _Rebuilt) else error) from InLoadingProcess(self.frames)
+
+
+@dataclass(frozen=True)
+class _Rebuilt:
+    """An exception whose class takes other arguments than it hands on, so that pickle can't make it again."""
+
+    type: type[BaseException]
+    args: tuple[Any, ...]
+    state: dict[str, Any]
+
+    def whole(self) -> BaseException:
+        error = self.type.__new__(self.type, *self.args)
+        vars(error).update(self.state)
+        return error
+
+
+class InLoadingProcess(Exception):
+    """The traceback that an exception had in a loading process."""
+
+    def __str__(self) -> str:
+        return f"in a loading process\n{self.args[0]}"
