@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, NoReturn
 
 
-@contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
-    """An exception in the block says what was read: as a note, so that it stays what it is."""
-    try:
-        yield
-    except StopIteration as error:
-        # It would end whatever generator it passes through, in silence.
-        stopped = RuntimeError(f"{what} raised StopIteration{': ' * bool(error.args)}{error}")
-        raise stopped.with_traceback(error.__traceback__) from error
-    except Exception as error:
-        noted(error, what)
-        raise
+class reading:  # reads like contextlib's own
+    """An exception in the block says what was read: as a note, so that it stays what it is.
+
+    But for StopIteration, which would end whatever generator it passes through, in silence.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, frames: TracebackType | None) -> None:
+        if isinstance(error, StopIteration):
+            stopped = RuntimeError(f"{self._what} raised StopIteration{': ' * bool(error.args)}{error}")
+            raise stopped.with_traceback(frames) from error
+        if isinstance(error, Exception):
+            noted(error, self._what)
 
 
 def noted(error: Exception, what: str) -> None:

@@ -80,7 +80,8 @@ class Ranks:
 
         Args:
             units: of how many the loss is the mean on this rank, where that is not its number of samples in a batch of
-                `shard`: tokens, say, or the sum of class weights. All ranks take part then, in a sum.
+                `shard`: tokens, say, or the sum of class weights. All ranks take part then, in a sum; as they do where
+                a collate function of the user's own may have made of a share more or fewer samples than it was given.
 
         Raises:
             UserError: no batch of `shard` is in hand, or no model's gradients are averaged.
@@ -90,7 +91,9 @@ class Ranks:
         if units is None:
             if (part := self._part) is None:
                 raise UserError("Ranks.weigh: iterate over the batches of ranks.shard(loader), or give `units`")
-            return loss * (part.samples * self.world_size / part.batch_samples)
+            if part.is_regular:
+                return loss * (part.samples * self.world_size / part.batch_samples)
+            units = part.samples
         own = torch.as_tensor(units, dtype=torch.float64, device=loss.device).detach() * float(self.has_samples)
         total = self.world.sum(own)
         share = own * self.world_size / total.where(total != 0, 1.0)
@@ -156,7 +159,7 @@ class Sharded:
 
     def __len__(self) -> int:
         if (steps := self._batches.num_steps) is None:
-            raise TypeError("a stream has no length")
+            raise TypeError("how many batches there are is not known before an epoch")
         return steps
 
     def __iter__(self) -> Iterator[Any]:
