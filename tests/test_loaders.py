@@ -367,7 +367,7 @@ def test_a_failure_arrives_as_itself_and_names_the_sample(how, workers, kind, sa
     if how == "own":
         assert raised.value.code == 7
     if how in ("own", "missing"):
-        assert raised.value.__notes__ == ["sample 2 of Failing"]
+        assert raised.value.__notes__ == ["sample 2 of Failing"] + ["in loading process 0"] * workers
     if workers:  # the user's lines
         assert "in a loading process" in str(raised.value.__cause__)
         assert kind is UserError or "in __getitem__" in str(raised.value.__cause__)

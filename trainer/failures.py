@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
+from dtrain.errors import InLoadingProcess, UserError
 
-class reading:  # reads like contextlib's own
+
+class reading:
     """An exception in the block says what was read: as a note, so that it stays what it is.
 
     But for StopIteration, which would end whatever generator it passes through, in silence.
@@ -22,14 +24,13 @@ class reading:  # reads like contextlib's own
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, frames: TracebackType | None) -> None:
-        if isinstance(error, StopIteration):
-            stopped = RuntimeError(f"{self._what} raised StopIteration{': ' * bool(error.args)}{error}")
-            raise stopped.with_traceback(frames) from error
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit):
             noted(error, self._what)
+        if isinstance(error, StopIteration):
+            raise RuntimeError(f"{self._what} raised StopIteration{': ' * bool(error.args)}{error}") from error
 
 
-def noted(error: Exception, what: str) -> None:
+def noted(error: BaseException, what: str) -> None:
     """What `add_note` does, which Python 3.10 doesn't have."""
     error.__notes__ = [*getattr(error, "__notes__", []), what]  # type: ignore[attr-defined]
 
@@ -42,7 +43,9 @@ class Failure:
     frames: str
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
+    def of(cls, error: BaseException, process: int) -> Failure:
+        if not isinstance(error, UserError):
+            noted(error, f"in loading process {process}")
         frames = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         name = type(error).__name__
         for form in (error, _Rebuilt(type(error), error.args, vars(error)), RuntimeError(f"{name}: {error}")):
@@ -72,10 +75,3 @@ class _Rebuilt:
         error = self.type.__new__(self.type, *self.args)
         vars(error).update(self.state)
         return error
-
-
-class InLoadingProcess(Exception):
-    """The traceback that an exception had in a loading process."""
-
-    def __str__(self) -> str:
-        return f"in a loading process\n{self.args[0]}"

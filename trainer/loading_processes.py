@@ -46,7 +46,7 @@ class Reading(Dataset[Any]):
     def __init__(self, dataset: Any, worker_init_fn: Callable[[int], None] | None) -> None:
         self.dataset = dataset  # the user's
         self._worker_init_fn = worker_init_fn
-        self._is_process = False
+        self._process: int | None = None  # its number, where this is one
         self._failed: Failure | None = None
 
     def answer(self, request: Any) -> Any:
@@ -59,22 +59,23 @@ class Reading(Dataset[Any]):
 
     def begin(self) -> None:
         """In a loading process, at its start."""
-        self._is_process = True
-        info = self.info(cast(WorkerInfo, get_worker_info()))
+        torchs = cast(WorkerInfo, get_worker_info())
+        self._process = torchs.id
+        info = self.info(torchs)
         show(info)
         if self._worker_init_fn is not None:
             try:
                 self._worker_init_fn(info.id)
             except (Exception, SystemExit) as error:
-                self._failed = Failure.of(error)
+                self._failed = Failure.of(error, torchs.id)
 
     def __getitem__(self, request: Any) -> Any:
-        if not self._is_process:
+        if self._process is None:
             return self.answer(request)
         try:
             return self._failed or self.answer(request)
         except (Exception, SystemExit) as error:
-            return Failure.of(error)
+            return Failure.of(error, self._process)
 
 
 class Loader:
