@@ -196,6 +196,9 @@ def all_as_rank(rank: int, world_size: int, micro_batch_size: int | None) -> dic
     for name, make in makers.items():
         found[name] = read(make(), world, micro_batch_size), read(make(), world, epoch=2)
     assert torch.equal(torch.get_rng_state(), before)
+    if world_size > 1:
+        torch.manual_seed(SEED), np.random.seed(SEED), random.seed(SEED)
+        found["listed"] = (read(list(DataLoader(Numbers(), BATCH)), world, micro_batch_size), [[]])
     return found
 
 
@@ -220,6 +223,11 @@ def test_batches_are_those_of_a_plain_loop(found, name):
         assert [[index for index, _ in batch] for batch in each[name][0]] == expected
         assert each[name] == found[0][name]  # in what is drawn for each sample, too
     assert found[0][name][0] != found[0][name][1]
+
+
+def test_a_list_of_batches_is_cut_over_the_ranks(found):
+    for each in found[1:]:
+        assert [index for batch in each["listed"][0] for index, _ in batch] == list(range(SIZE))
 
 
 @pytest.mark.parametrize("name", DRAWN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
@@ -28,12 +28,16 @@ def batches_of(
     Raises:
         UserError: what can't be read so.
     """
-    if not isinstance(data, Source | DataLoader):
-        own = LoaderShares(data, world, seed)
+    source = Source.of(data) if isinstance(data, DataLoader) else data
+    if isinstance(source, list | tuple) and world.world_size > 1:
+        source = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
+        shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+        return StreamBatches(shares, world, fill_empty=fill_empty)
+    if not isinstance(source, Source):
+        own = LoaderShares(source, world, seed)
         if micro_batch_size is not None:
             raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
         return StreamBatches(own, world, fill_empty=fill_empty)
-    source = data if isinstance(data, Source) else Source.of(data)
     seed = source.seed(seed, world)
     if source.is_stream:
         shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
