@@ -60,12 +60,22 @@ def is_by_rows(batch: Any, samples: int) -> bool:
 def num_collated(batch: Any, asked: int) -> int:
     """How many samples a collate function of the user's own, asked for so many, has put into a batch.
 
-    What all its tensors begin with; what was asked for, where they don't agree, or there are none.
+    As many as all its parts hold, tensors or lists with an entry a sample; or as all its tensors begin with; what was
+    asked for, where they don't agree.
     """
     if batch is None or (isinstance(batch, Sequence | Mapping) and not batch):
         return 0
+    parts = list(
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    )
+    columns = {_length(part) for part in parts}
     firsts = {len(tensor) for tensor in tensors(batch) if tensor.ndim}
-    return firsts.pop() if len(firsts) == 1 else asked
+    return next((counts.pop() for counts in (columns - {None}, firsts) if len(counts) == 1), asked)
+
+
+def _length(part: Any) -> Any:
+    is_column = isinstance(part, list | tuple) or (isinstance(part, Tensor) and part.ndim)
+    return len(part) if is_column else None
 
 
 def num_rows(batch: Any) -> int | None:
