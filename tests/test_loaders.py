@@ -328,7 +328,7 @@ def test_a_stream_that_worker_init_fn_splits_is_read_once():
 
 class Slow(Numbers):
     def __getitem__(self, key: Any) -> Any:
-        time.sleep(60)
+        time.sleep(1)
 
 
 class Unreadable(Exception):
