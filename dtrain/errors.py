@@ -47,6 +47,13 @@ class ResumeError(UserError):
     """There are checkpoints, and none that the run can continue from. In a rank too, the command exits with 2."""
 
 
+class InLoadingProcess(Exception):
+    """The cause of an exception that a rank has from one of its loading processes: the traceback there, as a text."""
+
+    def __str__(self) -> str:
+        return f"in a loading process\n{self.args[0]}"
+
+
 class RanksFailed(Exception):
     """A rank has failed, which has been said: the command exits with 1."""
 

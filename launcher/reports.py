@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dtrain.errors import UserError
+from dtrain.errors import InLoadingProcess, UserError
 
 from . import stacks
 
@@ -35,15 +35,16 @@ def of(error: BaseException, exit_status: int) -> dict[str, str]:
     lines = "" if isinstance(error, UserError) else users_traceback(error)
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         message = f"exit code {exit_status}"
+    elif isinstance(error.__cause__, InLoadingProcess) and lines:
+        lines = _users(_parse(str(error.__cause__))[0])
     elif loading := _FROM_LOADING.match(message):
         kind, process = loading.groups()
         frames, last = _parse(message[loading.end() :])
         own_words = re.sub(rf"^[\w.]*{kind}(: |$)", "", last)
         message = f"{own_words} (in loading process {process})".strip()
-        shown = [frame for frame in frames if stacks.is_users(frame.file)] or frames[-3:]
-        lines = "".join(frame.text for frame in shown)
+        lines = _users(frames)
     elif is_dead_loader(error):
-        lines = ""
+        lines = ""  # torch raises it wherever the main thread was
     if _NO_SHARED_MEMORY.search(message):
         message += _SHARED_MEMORY
     return {"type": kind, "message": message, "traceback": lines}
@@ -92,6 +93,10 @@ def users_traceback(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if stacks.is_users(frame.filename)]
     return "".join(traceback.format_list(users or frames[-3:]))
+
+
+def _users(frames: list[_Frame]) -> str:
+    return "".join(frame.text for frame in [each for each in frames if stacks.is_users(each.file)] or frames[-3:])
 
 
 def excerpt(text: str, room: int) -> list[str]:

@@ -13,7 +13,8 @@ from ranks import run_ranks
 from torch.utils.data import Dataset, Subset
 from training import epoch_order
 
-from dtrain.trainer.data import IndexedBatches, Source, reads_blocks
+from dtrain.trainer.data import IndexedBatches, Source
+from dtrain.trainer.samples import reads_blocks
 from dtrain.trainer.seeds import sample_seeds
 from dtrain.trainer.world import World, join_world
 
@@ -37,8 +38,11 @@ class Noisy(Dataset):
 
 
 class Blocks(Noisy):
+    """Draws for all samples of a block, as one that transforms whole batches does."""
+
     def __getitems__(self, indices: list[int]) -> list[tuple[int, torch.Tensor]]:
-        return [self[index] for index in indices]
+        values = [torch.tensor(draws(), dtype=torch.float64) for _ in range(len(indices))]
+        return list(zip(list(indices), values, strict=True))
 
 
 def load(world: World, dataset: Dataset[Any], workers: int, micro_batch_size: int | None, first_step: int = 0) -> Any:

@@ -21,7 +21,8 @@ from training import Job, Samples, make_loop
 
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
-from dtrain.trainer.data import MicroBatch, SeededDataset
+from dtrain.trainer.data import MicroBatch
+from dtrain.trainer.samples import read_samples
 from dtrain.trainer.seeds import derive_seed, sample_seeds
 from dtrain.trainer.sharding import Indices
 from dtrain.trainer.step import user_step
@@ -106,7 +107,7 @@ def test_an_empty_share_leaves_no_trace(number, micro_batch_size, tmp_path):
     results = run_ranks(3, take_a_step, str(tmp_path), number, micro_batch_size)
 
     whole, gradients, buffers = samples(number, noise=0.1), [], []
-    data = SeededDataset(whole).__getitems__(seeded(range(number)))
+    data = read_samples(whole, seeded(range(number)))
     for rank, micro_batches in enumerate(SHARES[number, micro_batch_size]):
         net = Net()
         seed(rank)

@@ -20,7 +20,7 @@ from command import JOB
 from marks import campaign
 from ranks import run_ranks
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import Accuracy
 from training import Job, differences, final_state, train
@@ -648,7 +648,6 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "micro_batch_size can't be kept with batches that list makes",
     ),
     "sampler": (lambda: Source(Empty(), 4, True, sampler=range(3)), "Empty is a stream, whose samples no sampler"),  # type: ignore[arg-type]
-    "no batch size": (lambda: Source.of(DataLoader(Empty(), batch_size=None)), "the DataLoader has no batch_size"),
     "fewer than ranks": (
         lambda: next(stream_batches(World(2, 3, torch.device("cpu")), Numbers(Kind("evenly")), batch=2).epoch(1)),
         "Numbers splits itself among the ranks: batch_size 2 .* at least 3",

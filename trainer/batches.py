@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
@@ -11,6 +11,7 @@ from dtrain.errors import UserError
 
 from .agreement import require_same_data
 from .data import Batches, IndexedBatches, Source
+from .ready import ReadyBatches
 from .stream import LoaderShares, StreamBatches, StreamShares
 from .world import World
 
@@ -30,15 +31,22 @@ def batches_of(
     Raises:
         UserError: what can't be read so.
     """
-    if isinstance(data, DataLoader):
-        data = Source.of(data)
-    require_same_data(world, data)
-    if not isinstance(data, Source):
-        own = LoaderShares(data, world, seed)
+    source = Source.of(data) if isinstance(data, DataLoader) else data
+    is_list = isinstance(source, list | tuple) and world.world_size > 1
+    if is_list:
+        source = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
+    require_same_data(world, source)
+    if is_list:
+        shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+        return StreamBatches(shares, world, fill_empty=fill_empty)
+    if not isinstance(source, Source):
+        own = LoaderShares(source, world, seed)
         if micro_batch_size is not None:
             raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
         return StreamBatches(own, world, fill_empty=fill_empty)
-    if not data.is_stream:
-        return IndexedBatches(data, world, seed, micro_batch_size, fill_empty=fill_empty)
-    shares = StreamShares(data, world, seed, micro_batch_size, fill_empty=fill_empty)
-    return StreamBatches(shares, world, fill_empty=fill_empty)
+    seed = source.seed(seed, world)
+    if source.is_stream:
+        shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+        return StreamBatches(shares, world, fill_empty=fill_empty)
+    kind = ReadyBatches if source.is_ready else IndexedBatches
+    return kind(source, world, seed, micro_batch_size, fill_empty=fill_empty)

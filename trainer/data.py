@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, default_convert
 
 from dtrain.errors import UserError
 
-from .loading_processes import leave_signals, start_loading
-from .seeds import derive_seed, loading_apart, seed_loading
-from .sharding import IndexBatches, Indices, Order, Shard, in_order, shuffled
-from .transfer import to_device
+from .dataloader import source_arguments
+from .drawn import draw_batches, draw_samples, length
+from .loading_processes import DEFAULT, Loader, Processes
+from .samples import SampleReading
+from .seeds import derive_seed
+from .sharding import ListedShard, Order, Shard, in_order, index_batches, shuffled
+from .transfer import num_collated, to_device
 from .world import World
 
 
@@ -34,28 +26,39 @@ class Source:
     """Samples, and how they are to be read."""
 
     dataset: Dataset[Any]
-    batch_size: int  # samples per optimizer step, over all ranks
+    batch_size: int | None  # samples per optimizer step, over all ranks; None: see `is_ready` and `batch_sampler`
     shuffle: bool  # without meaning for a stream
     workers: int = 0  # loading processes per rank
-    collate: Callable[[list[Any]], Any] | None = None
-    sampler: Sampler[int] | None = None  # draws the order, instead of `shuffle`
+    collate: Callable[[Any], Any] | None = None
+    sampler: Iterable[Any] | None = None  # draws the order, instead of `shuffle`
+    batch_sampler: Iterable[Sequence[Any]] | None = None  # draws the batches, instead of `batch_size` and `shuffle`
+    drop_last: bool = False  # leave out an epoch's last batch where it is short
+    generator: torch.Generator | None = None  # what it was seeded with counts beside the run's seed
+    processes: Processes = DEFAULT
 
     def __post_init__(self) -> None:
+        name = type(self.dataset).__name__
+        sampler = self.sampler if self.batch_sampler is None else self.batch_sampler
         if self.is_stream:
-            if self.sampler is not None:
-                raise UserError(f"{type(self.dataset).__name__} is a stream, whose samples no sampler can choose")
+            if sampler is not None:
+                raise UserError(f"{name} is a stream, whose samples no sampler can choose")
             return
-        if not hasattr(self.dataset, "__len__"):
+        for each in (sampler, getattr(self.batch_sampler, "sampler", None)):
+            if isinstance(each, DistributedSampler) or hasattr(each, "num_replicas"):
+                raise UserError(
+                    f"{type(each).__name__} gives each rank its part, which dtrain does itself; use shuffle=True"
+                )
+        if sampler is None and not hasattr(self.dataset, "__len__"):
             raise UserError(
-                f"{type(self.dataset).__name__} has no length: a dataset has __len__ and __getitem__, or is a stream "
-                "with __iter__"
+                f"{name} has no length: a dataset has __len__ and __getitem__, or is a stream with __iter__"
             )
-        if isinstance(self.sampler, DistributedSampler):
-            raise UserError("DistributedSampler gives each rank its part, which dtrain does itself; use shuffle=True")
-        if self.sampler is not None and not hasattr(self.sampler, "__len__"):
-            raise UserError(f"{type(self.sampler).__name__} has no length: give it __len__, the samples of an epoch")
         if self.num_samples == 0:
-            raise UserError(f"{type(self._sized).__name__} is empty: its len() is 0")
+            raise UserError(f"{name if sampler is None else type(sampler).__name__} is empty: its len() is 0")
+
+    @classmethod
+    def of(cls, loader: DataLoader[Any]) -> Source:
+        """What a DataLoader reads, with its batch_size as the whole batch over all ranks."""
+        return cls(**source_arguments(loader))
 
     @property
     def is_stream(self) -> bool:
@@ -66,27 +69,29 @@ class Source:
         )
 
     @property
-    def num_samples(self) -> int:
-        """Samples in an epoch; not of a stream."""
-        return len(self._sized)
+    def is_ready(self) -> bool:
+        """Whether the dataset gives batches in place of samples; see `ready`."""
+        return self.batch_size is None and self.batch_sampler is None
 
     @property
-    def _sized(self) -> Sized:
-        return cast(Sized, self.dataset if self.sampler is None else self.sampler)
+    def is_regular(self) -> bool:
+        """Whether a batch of so many samples holds so many: a collate function of the user's own may do otherwise."""
+        return self.collate in (None, default_collate, default_convert)
 
-    @classmethod
-    def of(cls, data: DataLoader[Any]) -> Source:
-        """What a DataLoader reads, with its batch_size as the whole batch over all ranks."""
-        if data.batch_size is None:
-            raise UserError("the DataLoader has no batch_size (a batch_sampler of its own, or none): give it one")
-        if isinstance(data.dataset, IterableDataset):
-            return cls(data.dataset, data.batch_size, False, data.num_workers, data.collate_fn)
-        sampler: Any = data.sampler
-        if isinstance(sampler, RandomSampler) and not (sampler.replacement or sampler._num_samples):
-            sampler, shuffle = None, True
-        else:
-            sampler, shuffle = None if isinstance(sampler, SequentialSampler) else sampler, False
-        return cls(data.dataset, data.batch_size, shuffle, data.num_workers, data.collate_fn, sampler)
+    @property
+    def num_samples(self) -> int | None:
+        """Samples in an epoch; of a batch sampler: batches. None where that is not known."""
+        return length(next(each for each in (self.batch_sampler, self.sampler, self.dataset) if each is not None))
+
+    def seed(self, seed: int, world: World) -> int:
+        """What order and draws follow from: the run's seed, and what a generator that was given was seeded with.
+
+        All ranks take part: rank 0's counts.
+        """
+        samplers = (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None))
+        given = [self.generator, *(getattr(each, "generator", None) for each in samplers)]
+        seeds = [each.initial_seed() for each in given if isinstance(each, torch.Generator)]
+        return derive_seed("generator", seed, world.from_main(seeds[0])) if seeds else seed
 
 
 @dataclass(frozen=True)
@@ -129,36 +134,29 @@ class Batches(Protocol):
         """Continue there with the next `epoch`."""
 
 
-class SeededDataset(Dataset[Any]):
-    """A dataset whose random draws (torch, numpy, random) depend on (seed, epoch, position in the order) alone.
+class Filler:
+    """What a collate function of the user's own has made last, in place of a batch out of which it has left all."""
 
-    So neither ranks nor loading processes, neither micro-batches nor stops change what is drawn for a sample. A
-    dataset that reads in blocks is seeded once a block, by its first position.
-    """
+    def __init__(self) -> None:
+        self.data: Any = None
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self._dataset = dataset
+    def counted(self, data: Any, asked: int, *, needed: bool) -> tuple[Any, int]:
+        """What it has made of so many samples (0: of a filler's), and how many are in it.
 
-    def __getitems__(self, indices: Indices) -> Any:
-        if reads_blocks(self._dataset):
-            seed_loading(indices.seeds[0])
-            return cast(Any, self._dataset).__getitems__(indices)
-        samples = []
-        for index, seed in zip(indices, indices.seeds, strict=True):
-            seed_loading(seed)
-            samples.append(self._dataset[index])
-        return samples
-
-
-def reads_blocks(dataset: Dataset[Any]) -> bool:
-    """Whether the dataset itself reads many samples at once; torch's Subset only hands them on."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return hasattr(dataset, "__getitems__")
+        Raises:
+            UserError: nothing, and there was nothing before either, where the rank needs something to compute.
+        """
+        found = num_collated(data, asked or 2)
+        if found:
+            self.data = data if asked else self.data
+            return data, found if asked else 0
+        if needed and self.data is None:
+            raise UserError("the collate function has left out all of the first samples that this rank has")
+        return self.data, 0
 
 
 class IndexedBatches:
-    """The batches of a dataset whose samples have indices.
+    """The batches of a dataset whose samples have indices, or whatever else a sampler calls them by.
 
     Args:
         fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out.
@@ -167,51 +165,56 @@ class IndexedBatches:
     def __init__(
         self, source: Source, world: World, seed: int, micro_batch_size: int | None, *, fill_empty: bool
     ) -> None:
-        self.shard = Shard(source.num_samples, source.batch_size, world.rank, world.world_size, micro_batch_size)
         self._source = source
         self._world = world
         self._seed = seed
-        self._sampler = IndexBatches(self.shard, fill_empty=fill_empty)
-        self._loader: DataLoader[Any] = DataLoader(
-            SeededDataset(source.dataset),
-            batch_sampler=cast(Any, self._sampler),
-            num_workers=source.workers,
-            collate_fn=source.collate,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=leave_signals,
-            # A loader draws from its generator at each start: from the training's, a resumed epoch would go on with
-            # other numbers.
-            generator=torch.Generator(),
-        )
+        self._micro_batch_size = micro_batch_size
+        self._fill_empty = fill_empty
+        self._filler = Filler()
+        reading = SampleReading(source.dataset, source.collate, source.processes.worker_init_fn)
+        self._loader = Loader(reading, source.workers, source.processes, world, seed)
+        # Of the epoch, and before the first one where that is known already.
+        samples = source.num_samples if source.batch_sampler is None else None
+        self.shard = None if samples is None else self._shard(samples)
 
     @property
-    def num_steps(self) -> int:
-        return self.shard.num_steps
+    def num_steps(self) -> int | None:
+        return self._source.num_samples if self.shard is None else self.shard.num_steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        self._sampler.order = self._order(epoch)
-        self._sampler.key = derive_seed("loading", self._seed, epoch)
-        self._sampler.first_step = first_step
-        loaded = start_loading(self._loader)
-        for step in range(first_step, self.shard.num_steps):
-            yield Batch(self.shard.samples(step), self._micro_batches(step, loaded))
+        order, samples, ends = order_of(self._source, self._seed, epoch, self._world)
+        shard = self.shard = self._shard(samples, ends)
+        key = derive_seed("loading", self._seed, epoch)
+        requests = index_batches(shard, order, key, first_step, fill_empty=self._fill_empty)
+        loaded = self._loader.read(requests, epoch)
+        for step in range(first_step, shard.num_steps):
+            yield Batch(shard.samples(step), self._micro_batches(shard, step, loaded))
 
-    def _order(self, epoch: int) -> Order:
-        source = self._source
-        if source.sampler is not None:
-            return _drawn(source.sampler, source.num_samples, self._seed, epoch, self._world)
-        return shuffled(source.num_samples, self._seed, epoch) if source.shuffle else in_order
+    def _shard(self, samples: int, ends: tuple[int, ...] = ()) -> Shard:
+        own = self._world.rank, self._world.world_size, self._micro_batch_size
+        size = self._source.batch_size
+        if size is None:
+            return ListedShard(samples, -(-samples // len(ends)), *own, ends)
+        whole = samples - samples % size if self._source.drop_last else samples
+        if not whole:
+            name = type(self._source.dataset).__name__
+            raise UserError(f"drop_last leaves no batch of {name}: {samples} samples, batch_size {size}")
+        return Shard(whole, size, *own)
 
-    def _micro_batches(self, step: int, loaded: Iterator[Any]) -> Iterator[MicroBatch]:
-        parts = self.shard.micro_batches(step)
-        samples = self.shard.samples(step)
+    def _micro_batches(self, shard: Shard, step: int, loaded: Iterator[Any]) -> Iterator[MicroBatch]:
+        parts = shard.micro_batches(step)
+        samples = shard.samples(step)
         for i, part in enumerate(parts):
-            if not part and not self._sampler.fill_empty:
+            if not part and not self._fill_empty:
                 continue
-            with nullcontext() if self._source.workers else loading_apart():
-                data = next(loaded)
-            is_last = i == len(parts) - 1
-            yield MicroBatch(to_device(data, self._world.device), len(part), samples, is_last, len(part) == samples)
+            data, found = next(loaded), len(part)
+            if not self._source.is_regular:
+                data, found = self._filler.counted(data, found, needed=self._fill_empty)
+                if not found and not self._fill_empty:
+                    continue
+            is_last, is_whole = i == len(parts) - 1, len(part) == samples
+            data = to_device(data, self._world.device)
+            yield MicroBatch(data, found, samples, is_last, is_whole, self._source.is_regular)
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # epoch and step say it all
@@ -220,20 +223,17 @@ class IndexedBatches:
         pass
 
 
-def _drawn(sampler: Iterable[int], num_samples: int, seed: int, epoch: int, world: World) -> Order:
-    """The order that a user's sampler draws for this epoch, on rank 0. All ranks take part: they get it from there."""
-    indices = np.empty(0, np.int64)
-    if world.is_main:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        with loading_apart():
-            key = derive_seed("order", seed, epoch)
-            seed_loading(key)
-            if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
-                generator.manual_seed(key)
-            indices = np.fromiter(sampler, np.int64)
-    indices = world.from_main(indices)
-    if len(indices) != num_samples:
-        name = type(sampler).__name__
-        raise UserError(f"{name} has drawn {len(indices)} samples for epoch {epoch}, its length is {num_samples}")
-    return indices.__getitem__
+def order_of(source: Source, seed: int, epoch: int, world: World) -> tuple[Order, int, tuple[int, ...]]:
+    """An epoch's order, its number of samples, and where its batches end, if that is drawn too.
+
+    All ranks take part where a sampler of the user's own draws it.
+    """
+    if source.batch_sampler is not None:
+        drawn, ends = draw_batches(source.batch_sampler, seed, epoch, world)
+        return drawn.__getitem__, len(drawn), ends
+    if source.sampler is not None:
+        drawn = draw_samples(source.sampler, seed, epoch, world)
+        return drawn.__getitem__, len(drawn), ()
+    samples = source.num_samples
+    assert samples is not None  # see Source
+    return shuffled(samples, seed, epoch) if source.shuffle else in_order, samples, ()

@@ -23,14 +23,21 @@ def in_order(data: Data) -> Source:
     """The same samples, in the order of their indices.
 
     Raises:
-        UserError: samples without indices.
+        UserError: samples without indices, or others than all.
     """
     if isinstance(data, DataLoader):
         data = Source.of(data)
     if not isinstance(data, Source) or data.is_stream:
         name = type(data.dataset if isinstance(data, Source) else data).__name__
         raise UserError(f"{name} has no order: predict takes a DataLoader of samples with indices")
-    return replace(data, shuffle=False, sampler=None)
+    chosen_by = data.sampler if data.batch_sampler is None else data.batch_sampler
+    if chosen_by is not None or data.batch_size is None or data.drop_last:
+        what = "drop_last" if data.drop_last else "batch_size=None" if chosen_by is None else type(chosen_by).__name__
+        raise UserError(
+            f"predict gives a row for each sample of {type(data.dataset).__name__}, in its order: it takes a "
+            f"DataLoader with a batch_size and without {what}"
+        )
+    return replace(data, shuffle=False)
 
 
 def predict_features(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
@@ -55,6 +62,7 @@ def predict_shares(
     source = in_order(data)
     require_same_data(world, source)
     batches = IndexedBatches(source, world, 0, micro_batch_size, fill_empty=fill_empty)
+    assert batches.shard is not None  # without a sampler it is known from the start
     model.share_buffers()
     with model.evaluating():
         for number, batch in enumerate(batches.epoch(1)):

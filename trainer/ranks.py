@@ -167,7 +167,7 @@ class Sharded:
 
     def __len__(self) -> int:
         if (steps := self._batches.num_steps) is None:
-            raise TypeError("a stream has no length")
+            raise TypeError("how many batches there are is not known before an epoch")
         return steps
 
     def __iter__(self) -> Iterator[Any]:

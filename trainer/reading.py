@@ -8,9 +8,10 @@ and gives each process other samples.
 from __future__ import annotations
 
 import contextlib
+import enum
 import pickle
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, NamedTuple, cast
@@ -18,14 +19,19 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
-from torch.utils.data._utils import worker as torch_worker
+from torch.utils.data import Dataset, default_convert
 from torch.utils.data._utils.worker import WorkerInfo
 
 from dtrain.errors import UserError
 
+from .data import Source
+from .failures import noted, reading
+from .loading_processes import Reading, show
+from .ready import Cut, Cutter
+from .samples import collated
 from .seeds import derive_seed, sample_seeds, seed_loading
 from .sharding import BLOCK, Shard, cut
+from .transfer import num_samples
 from .world import World
 
 
@@ -67,12 +73,11 @@ class ShardInfo(WorkerInfo):
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """In the block, `get_worker_info()` gives this."""
-        before = torch_worker._worker_info
-        torch_worker._worker_info = self
+        before = show(self)
         try:
             yield
         finally:
-            torch_worker._worker_info = before
+            show(before)
 
 
 class Reader(Iterator[Any]):
@@ -173,6 +178,9 @@ class Reader(Iterator[Any]):
         except StopIteration:
             self.ended = True
             raise
+        except Exception as error:
+            noted(error, f"sample {self.position} (from 0) of {type(self._iterable).__name__}")
+            raise
 
     def _shown(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._info is None else self._info.shown()
@@ -189,101 +197,131 @@ class Share(NamedTuple):
     splits: bool
     batch_samples: int  # of the whole batch; 0 where the stream splits itself, so that only all ranks together know
     mark: int  # of a plain stream's first sample: must be the same in all processes
+    is_regular: bool  # see MicroBatch
 
 
-class Stream(IterableDataset[Any]):
-    """What a DataLoader's process iterates over: its rank's shares, without an end; empty ones when none is left.
+class Ask(enum.Enum):
+    """What a loading process is asked for, but for the Progress from which an epoch goes on."""
 
-    A UserError is handed over like a share, since a loading process would turn it into a traceback.
-    """
+    NEXT = enum.auto()  # its next share
+    NOTHING = enum.auto()  # its turn is not yet
+
+
+class Stream(Reading):
+    """Answers with its rank's shares in turn, without an end; with empty ones when none is left."""
 
     def __init__(
-        self,
-        dataset: Iterable[Any],
-        batch_size: int,
-        workers: int,
-        collate: Callable[[list[Any]], Any] | None,
-        world: World,
-        seed: int,
-        micro_batch_size: int | None,
-        *,
-        fill_empty: bool,
+        self, source: Source, world: World, seed: int, micro_batch_size: int | None, *, fill_empty: bool
     ) -> None:
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._workers = max(1, workers)
-        self._collate = collate or default_collate
+        super().__init__(source.dataset, source.processes.worker_init_fn)
+        self._name = type(source.dataset).__name__
+        self._batch_size = source.batch_size
+        self._drop_last = source.drop_last
+        self._collate = source.collate
+        self._is_regular = source.is_regular
         self._rank = world.rank
         self._world_size = world.world_size
         self._seed = seed
         self._micro_batch_size = micro_batch_size
         self._fill_empty = fill_empty
-        self.progress = Progress()
+        self._cutter = Cutter(self._name, world.rank, world.world_size, micro_batch_size, fill_empty)
+        self._workers = max(1, source.workers)
+        self._worker = 0
+        self._info: ShardInfo | None = None  # what the user's worker_init_fn was shown
+        self._splits = False  # whether that has split the stream
+        self._shares: Iterator[Share] = iter(())
 
     @property
     def num_micro_batches(self) -> int:
         """Parts of a share, on each rank."""
-        return self._of_batch(self._batch_size).num_micro_batches(0)
+        return 1 if self._batch_size is None else self._of_batch(self._batch_size).num_micro_batches(0)
 
-    def __iter__(self) -> Iterator[Share | UserError]:
-        try:
-            yield from self._shares()
-        except UserError as error:
-            yield error
+    def info(self, info: WorkerInfo) -> WorkerInfo:
+        self._worker = info.id
+        self._info = self._shard_info(epoch=0)
+        return self._info
 
-    def _shares(self) -> Iterator[Share]:
-        info = get_worker_info()
-        started = 0 if info is None else info.id
-        progress = self.progress
-        worker = (progress.turn + started) % self._workers  # a DataLoader asks its processes in turn, from 0 on
-        shard, num_shards = self._rank * self._workers + worker, self._world_size * self._workers
-        seed = derive_seed("worker", self._seed, progress.epoch)
-        reader = Reader(
-            self._dataset,
-            self._seed,
-            progress.epoch,
-            progress.places[worker if progress.splits else 0],
-            shard,
-            splits=progress.splits,
-            info=ShardInfo(shard, num_shards, seed, cast(Dataset[Any], self._dataset)),
-        )
-        yield from self._of_shard(reader, worker) if reader.splits else self._of_whole(reader, started)
+    def begin(self) -> None:
+        super().begin()
+        self._splits = self._info is not None and self._info.was_asked
 
-    def _of_whole(self, reader: Reader, started: int) -> Iterator[Share]:
-        """Of a plain stream. The process started as number w makes the steps w, w + workers, ... from the place on."""
+    def answer(self, request: Progress | Ask) -> Share | None:
+        if request is Ask.NOTHING:
+            return None
+        if isinstance(request, Progress):
+            self._shares = self._from(request)
+        return next(self._shares)
+
+    def _from(self, progress: Progress) -> Iterator[Share]:
+        splits = progress.splits or self._splits
+        info = self._shard_info(progress.epoch)
+        place = progress.places[self._worker if progress.splits else 0]
+        reader = Reader(self.dataset, self._seed, progress.epoch, place, info.id, splits=splits, info=info)
+        return self._of_shard(reader) if reader.splits else self._of_whole(reader)
+
+    def _of_whole(self, reader: Reader) -> Iterator[Share]:
+        """Of a plain stream. Process number w makes the steps w, w + workers, ... from the place on."""
         mark = _mark(reader.first)
-        reader.skip(started * self._batch_size)
+        size = self._batch_size or 1
+        reader.skip(self._worker * size)
         while True:
-            batch = reader.take(self._batch_size)
-            parts = self._of_batch(len(batch)).micro_batches(0) if batch else []
-            micro_batches = self._collated(batch, parts)
-            samples = sum(map(len, parts))
-            yield Share(samples, micro_batches, started, reader.place, False, len(batch), mark)
-            reader.skip((self._workers - 1) * self._batch_size)
+            cut = self._cut(self._take(reader, size))
+            own = sum(samples for _, samples in cut.micro_batches)
+            place = reader.place
+            yield Share(own, cut.micro_batches, self._worker, place, False, cut.samples, mark, cut.is_regular)
+            reader.skip((self._workers - 1) * size)
 
-    def _of_shard(self, reader: Reader, worker: int) -> Iterator[Share]:
+    def _of_shard(self, reader: Reader) -> Iterator[Share]:
         """Of a stream that splits itself: all that this process's part brings, a nominal share at a time."""
-        nominal = self._of_batch(self._batch_size).share(0)
-        if not nominal:
-            raise UserError(
-                f"{type(self._dataset).__name__} splits itself among the ranks: batch_size {self._batch_size} leaves "
-                f"some of {self._world_size} ranks without a sample; it must be at least {self._world_size}"
-            )
+        size = 1 if self._batch_size is None else self._nominal(self._batch_size)
         while True:
-            samples = reader.take(len(nominal))
-            parts = cut(range(len(samples)), self.num_micro_batches) if samples else []
-            yield Share(len(samples), self._collated(samples, parts), worker, reader.place, True, 0, 0)
+            taken = self._take(reader, size)
+            if self._batch_size is None:  # a batch is this rank's share
+                batches = [self._converted(batch) for batch in taken]
+                parts = [(batch, num_samples(batch) or 1) for batch in batches]
+            else:
+                parts = self._collated(taken, cut(range(len(taken)), self.num_micro_batches) if taken else [])
+            own = sum(samples for _, samples in parts)
+            is_regular = self._is_regular and self._batch_size is not None
+            yield Share(own, parts, self._worker, reader.place, True, 0, 0, is_regular)
+
+    def _take(self, reader: Reader, size: int) -> list[Any]:
+        taken = reader.take(size)
+        return [] if self._drop_last and len(taken) < size else taken
+
+    def _cut(self, taken: list[Any]) -> Cut:
+        if not taken:
+            return Cut(0, [], self._is_regular)
+        if self._batch_size is None:
+            return self._cutter(self._converted(taken[0]))
+        return Cut(len(taken), self._collated(taken, self._of_batch(len(taken)).micro_batches(0)), self._is_regular)
+
+    def _nominal(self, batch_size: int) -> int:
+        if nominal := len(self._of_batch(batch_size).share(0)):
+            return nominal
+        raise UserError(
+            f"{self._name} splits itself among the ranks: batch_size {batch_size} leaves some of {self._world_size} "
+            f"ranks without a sample; it must be at least {self._world_size}"
+        )
+
+    def _shard_info(self, epoch: int) -> ShardInfo:
+        shard, num_shards = self._rank * self._workers + self._worker, self._world_size * self._workers
+        return ShardInfo(shard, num_shards, derive_seed("worker", self._seed, epoch), cast(Dataset[Any], self.dataset))
 
     def _of_batch(self, samples: int) -> Shard:
-        return Shard(samples, self._batch_size, self._rank, self._world_size, self._micro_batch_size)
+        return Shard(samples, self._batch_size or 1, self._rank, self._world_size, self._micro_batch_size)
 
     def _collated(self, samples: list[Any], parts: list[range]) -> list[tuple[Any, int]]:
         filled = [
-            (samples[part.start : part.stop] if part else [samples[0]] * 2, len(part))  # two: see IndexBatches
+            (samples[part.start : part.stop] if part else [samples[0]] * 2, len(part))  # two: see index_batches
             for part in parts
             if part or self._fill_empty
         ]
-        return [(self._collate(chosen), size) for chosen, size in filled]
+        return [(collated(chosen, self._collate, self.dataset), size) for chosen, size in filled]
+
+    def _converted(self, batch: Any) -> Any:
+        with reading(f"collate of a batch of {self._name}"):
+            return (self._collate or default_convert)(batch)
 
 
 def _seeds(key: int, position: int) -> Iterator[int]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -70,19 +70,20 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
 
 def beginning(source: Source) -> Source:
     """The source's first samples, an odd number of them: some batches, and an uneven one."""
+    assert source.batch_size is not None  # a job says it
     samples = BATCHES * source.batch_size + source.batch_size // 2 + 1
     if source.is_stream:
         return replace(source, dataset=FirstOfStream(source.dataset, samples))
-    samples = min(source.num_samples, samples)
     if source.sampler is not None:
         return replace(source, sampler=First(source.sampler, samples))
+    samples = min(len(cast(Sized, source.dataset)), samples)
     return replace(source, dataset=Subset(source.dataset, range(samples)))
 
 
-class First(Sampler[int]):
+class First(Sampler[Any]):
     """The first samples that a sampler draws."""
 
-    def __init__(self, sampler: Sampler[int], samples: int) -> None:
+    def __init__(self, sampler: Iterable[Any], samples: int) -> None:
         self._sampler = sampler
         self._samples = samples
 
@@ -91,11 +92,11 @@ class First(Sampler[int]):
             raise AttributeError(name)
         return getattr(self._sampler, name)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return itertools.islice(self._sampler, self._samples)
 
     def __len__(self) -> int:
-        return self._samples
+        return min(len(cast(Sized, self._sampler)), self._samples)
 
 
 class FirstOfStream(IterableDataset[Any]):

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import default_collate
 
 from dtrain.errors import UserError
 
 from .data import MicroBatch, Source
+from .samples import collated
 from .seeds import loading_apart, seed_loading
 from .step import Step
 
@@ -29,7 +29,7 @@ def first_samples(source: Source, count: int) -> tuple[Any, int]:
             samples = [dataset[index] for index in range(min(count, len(dataset)))]
         if not samples:
             raise UserError(f"{type(source.dataset).__name__} has no sample")
-        return (source.collate or default_collate)(samples), len(samples)
+        return collated(samples, source.collate, source.dataset), len(samples)
 
 
 @torch.no_grad()

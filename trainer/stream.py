@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count, repeat
 from types import GeneratorType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dtrain.errors import UserError
 
-from .data import Batch, MicroBatch, Source
-from .loading_processes import leave_signals, start_loading
-from .reading import Place, Progress, Reader, Share, Stream
+from .data import Batch, Filler, MicroBatch, Source
+from .drawn import length
+from .loading_processes import Loader
+from .reading import Ask, Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
 from .transfer import num_samples, to_device
 from .world import World
@@ -57,7 +57,7 @@ class StreamBatches:
         self._size = {"ranks": world.world_size, "workers": shares.workers}
         self._saved_size = self._size
         self._progress = Progress()
-        self._filler: Any = None  # the last micro-batch that this rank had
+        self._filler = Filler()  # the last micro-batch that this rank had
         self._mark: int | None = None
 
     @property
@@ -138,7 +138,7 @@ class StreamBatches:
 
     def _agree(self, share: Share, epoch: int) -> int:
         """The batch's samples over all ranks. All ranks take part; in a broadcast too where one needs a filler."""
-        needs_filler = self._fill_empty and share.splits and not share.samples and self._filler is None
+        needs_filler = self._fill_empty and share.splits and not share.samples and self._filler.data is None
         found = self._gather([share.samples, share.batch_samples, share.mark, needs_filler])
         of_ranks, whole, marks, needs = found.T
         alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, share.mark)
@@ -168,17 +168,24 @@ class StreamBatches:
         """Give ranks that have had no sample yet the source rank's first micro-batch. All ranks take part."""
         box = [share.micro_batches[0][0] if self._world.rank == source else None]
         dist.broadcast_object_list(box, src=source, group=self._world.control)
-        if self._filler is None:
-            self._filler = box[0]
+        if self._filler.data is None:
+            self._filler.data = box[0]
 
     def _micro_batches(self, share: Share, samples: int) -> Iterator[MicroBatch]:
         parts = share.micro_batches
-        if parts and share.splits and self._fill_empty:
-            self._filler = parts[-1][0]
-        elif not parts and self._fill_empty:
-            parts = [(self._filler, 0)] * self._shares.num_micro_batches
-        for i, (data, size) in enumerate(parts):
-            yield MicroBatch(to_device(data, self._world.device), size, samples, i == len(parts) - 1, size == samples)
+        if not parts and self._fill_empty:
+            parts = [(self._filler.data, 0)] * self._shares.num_micro_batches
+        for i, (data, asked) in enumerate(parts):
+            found = asked
+            if not share.is_regular:
+                data, found = self._filler.counted(data, asked, needed=self._fill_empty)
+                if not found and not self._fill_empty:
+                    continue
+            elif share.splits and asked:
+                self._filler.data = data
+            is_last, is_whole = i == len(parts) - 1, asked == samples
+            data = to_device(data, self._world.device)
+            yield MicroBatch(data, found, samples, is_last, is_whole, share.is_regular)
 
 
 class StreamShares:
@@ -190,41 +197,24 @@ class StreamShares:
         self.name = type(source.dataset).__name__
         self.workers = max(1, source.workers)
         self._source = source
-        self._stream = Stream(
-            cast(Iterable[Any], source.dataset),
-            source.batch_size,
-            source.workers,
-            source.collate,
-            world,
-            seed,
-            micro_batch_size,
-            fill_empty=fill_empty,
-        )
+        self._stream = Stream(source, world, seed, micro_batch_size, fill_empty=fill_empty)
         self.num_micro_batches = self._stream.num_micro_batches
-        self._loader: DataLoader[Any] = DataLoader(
-            self._stream,
-            batch_size=None,
-            num_workers=source.workers,
-            collate_fn=_as_it_is,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=leave_signals,
-            generator=torch.Generator(),  # see IndexedBatches
-        )
+        self._loader = Loader(self._stream, source.workers, source.processes, world, seed)
 
     @property
     def num_steps(self) -> int | None:
-        dataset: Any = self._source.dataset
-        return -(-len(dataset) // self._source.batch_size) if hasattr(dataset, "__len__") else None
+        source = self._source
+        samples, size = length(source.dataset), source.batch_size or 1
+        if samples is None:
+            return None
+        return samples // size if source.drop_last else -(-samples // size)
 
     def read(self, progress: Progress) -> Iterator[Share]:
-        self._stream.progress = progress
-        loaded = start_loading(self._loader)
-        while True:
-            with _apart(self._source.workers):
-                share = next(loaded)
-            if isinstance(share, UserError):
-                raise share
-            yield Share(*share)  # pinned memory comes as a copy
+        # The processes are asked in turn, the first one first; the epoch may go on with another's turn.
+        begin = chain(repeat(Ask.NOTHING, progress.turn), repeat(progress, self.workers), repeat(Ask.NEXT))
+        for share in self._loader.read(begin, progress.epoch):
+            if share is not None:
+                yield Share(*share)  # pinned memory comes as a copy
 
 
 class LoaderShares:
@@ -258,18 +248,11 @@ class LoaderShares:
                 batches = reader.take(1)
                 samples = sum(map(_num_samples, batches))
             if samples or not batches:
-                yield Share(samples, [(each, samples) for each in batches], 0, reader.place, True, 0, 0)
+                parts = [(each, samples) for each in batches]
+                yield Share(samples, parts, 0, reader.place, True, 0, 0, is_regular=False)
 
 
 def _num_samples(batch: Any) -> int:
     if (samples := num_samples(batch)) is None:
         raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a dimension of samples")
     return samples
-
-
-def _apart(workers: int) -> AbstractContextManager[None]:
-    return nullcontext() if workers else loading_apart()
-
-
-def _as_it_is(share: Any) -> Any:
-    return share

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def write_predictions(trainer: Trainer, source: Source, out: Path) -> None:
     kinds = world.gather(None if own is None else (tuple(own[1].shape[1:]), str(own[1].numpy().dtype)))
     shape, dtype = next(kind for kind in kinds if kind is not None)
     file = out.with_suffix(".npy")
-    refused = _reserve(file, (source.num_samples, *shape), np.dtype(dtype)) if world.is_main else ""
+    refused = _reserve(file, (len(cast(Sized, source.dataset)), *shape), np.dtype(dtype)) if world.is_main else ""
     if refused := world.from_main(refused):
         raise UserError(refused)
     rows = np.load(file, mmap_mode="r+")

@@ -14,6 +14,7 @@ from collections import UserList, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -63,6 +64,55 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
     if isinstance(batch, list) and all(isinstance(member, str | bytes) for member in batch):
         return [batch[row] for row in rows]
     return _with_members(functools.partial(take, rows=rows), batch)
+def num_collated(batch: Any, asked: int) -> int:
+    """How many samples a collate function of the user's own, asked for so many, has put into a batch.
+
+    As many as all its parts hold, tensors or lists with an entry a sample; or as all its tensors begin with; what was
+    asked for, where they don't agree.
+    """
+    if batch is None or (isinstance(batch, Sequence | Mapping) and not batch):
+        return 0
+    parts = list(
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    )
+    columns = {_length(part) for part in parts}
+    firsts = {len(tensor) for tensor in tensors(batch) if tensor.ndim}
+    return next((counts.pop() for counts in (columns - {None}, firsts) if len(counts) == 1), asked)
+
+
+def _length(part: Any) -> Any:
+    is_column = isinstance(part, list | tuple) or (isinstance(part, Tensor) and part.ndim)
+    return len(part) if is_column else None
+
+
+def num_rows(batch: Any) -> int | None:
+    """How many samples every part of a batch begins with; None where they don't agree, or one has no samples."""
+    counts = set(_counts(batch))
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _counts(value: Any) -> Iterator[int | None]:
+    if isinstance(value, Tensor | np.ndarray):
+        yield len(value) if value.ndim else None
+    elif _is_column(value):
+        yield len(value)
+    elif isinstance(value, PackedSequence) or (apart := _apart(value)) is None:
+        yield None
+    else:
+        for member in apart[0]:
+            yield from _counts(member)
+
+
+def take_rows(batch: Any, rows: slice) -> Any:
+    """These samples of a batch that has `num_rows`."""
+    if isinstance(batch, Tensor | np.ndarray) or _is_column(batch):
+        return batch[rows]
+    return _with_members(lambda member: take_rows(member, rows), batch)
+
+
+def _is_column(value: Any) -> bool:
+    """Whether it is a list of one plain value a sample, as torch's collate function leaves texts."""
+    return isinstance(value, list | tuple) and all(isinstance(each, str | bytes | int | float) for each in value)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
