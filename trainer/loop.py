@@ -238,7 +238,7 @@ class Loop:
                     weight = outcome.weight if weight is None else weight + outcome.weight
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
-                self.train_tally.add(outcome, micro_batch.samples)
+                self.train_tally.add(outcome, micro_batch.samples, self.place.step_in_epoch)
         if weight is not None:
             self.divide_gradients(weight)
         return totals, weight
@@ -312,7 +312,7 @@ class Loop:
         with averaged, self.model.evaluating():
             for i, batch in enumerate(batches.epoch(self.place.epoch)):
                 self.stop.ask()
-                evaluate_batch(self.model, self.step, batch, tally)
+                evaluate_batch(self.model, self.step, batch, tally, i)
                 self.beat(Phase.VALIDATING, i + 1)
                 if signal_number := self.stop.agreed():
                     return signal_number
@@ -537,11 +537,11 @@ class Loop:
 
 
 @torch.no_grad()
-def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally) -> None:
-    """Add this rank's share of a batch to the tally. All ranks take part where `model.forwards_together`."""
+def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally, number: int) -> None:
+    """Add this rank's share of batch `number` to the tally. All ranks take part where `model.forwards_together`."""
     for micro_batch in batch.micro_batches:
         if micro_batch.samples:
-            tally.add(step(model.bare, micro_batch), micro_batch.samples)
+            tally.add(step(model.bare, micro_batch), micro_batch.samples, number)
         else:
             with model.without_trace():
                 step(model.bare, micro_batch)

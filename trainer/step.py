@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ class Outcome:
         total: the loss times its weight, a scalar with a graph.
         weight: the number of units of which the loss is the mean; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
+        metrics: by name, arguments of metrics that compare something else.
     """
 
     total: Tensor
     weight: Tensor | None
     predictions: Any
     target: Any
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 Step = Callable[[nn.Module, MicroBatch], Outcome]
@@ -88,14 +90,14 @@ def _is_logits(predictions: Any) -> bool:
 
 
 def user_step(function: UserStep) -> Step:
-    """A user's `function(model, batch) -> {loss, predictions, target, weight}`; all but the loss may be left out."""
+    """A user's `function(model, batch) -> {loss, predictions, target, weight, metrics}`; only the loss is needed."""
 
     def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
         result = function(model, micro_batch.data)
         if not isinstance(result, Mapping) or not isinstance(result.get("loss"), Tensor):
             raise UserError(
                 f"step must return a dict with a tensor `loss`, it returned {describe(result)}; "
-                "keys: loss, predictions, target, weight"
+                "keys: loss, predictions, target, weight, metrics"
             )
         loss = _scalar(result["loss"], "the loss")
         weight = result.get("weight")
@@ -106,7 +108,12 @@ def user_step(function: UserStep) -> Step:
             weight = _scalar(weight, "step's weight")
             # The mean of no units is nan in most ways to write it, where their sum is 0.
             total = loss.where(weight != 0, 0.0) * weight.to(loss.dtype)
-        return Outcome(total, weight, result.get("predictions"), result.get("target"))
+        metrics = result.get("metrics", {})
+        if not isinstance(metrics, Mapping):
+            raise UserError(
+                f"step's `metrics` must be a dict of arguments by metrics' names, it is {describe(metrics)}"
+            )
+        return Outcome(total, weight, result.get("predictions"), result.get("target"), metrics)
 
     return _without_trace(step)
 
