@@ -7,8 +7,8 @@ _REASONS = {
     "BootStrapper": "draws samples in each update, and would draw others on another number of ranks; a function of all "
     "(predictions, target) can draw from all of them",
     "MetricTracker": "keeps the values of epochs, which metrics.jsonl does: give the metric in it",
-    "_AbstractGroupStatScores": "counts a group as another one where a batch, or a rank's part of it, lacks a group; give "
-    "torchmetrics.functional's as a function of all (predictions, target, groups)",
+    "_AbstractGroupStatScores": "counts a group as another one where a batch, or a rank's part of it, lacks a group; "
+    "torchmetrics.functional's is right, as a function of all (predictions, target, groups)",
     "NormalizedRootMeanSquaredError": "is brought together wrongly by torchmetrics itself where several processes have "
     "samples; MeanSquaredError(squared=False) is right, and can be divided by what is known of the target",
 }
