@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,9 @@ SAMPLES = 4
 _LASTING = (TypeError, AttributeError, KeyError, ImportError)
 
 
-def try_metrics(model: Parallel, step: Step, data: Data, tally: Tally) -> Mapping[str, Any]:
+def try_metrics(
+    model: Parallel, step: Step, data: Data, tally: Tally, warn: Callable[[str], None]
+) -> Mapping[str, Any]:
     """What the tally would report of the first samples, if they are enough for that; it leaves no trace.
 
     All ranks take part: each evaluates the model on the same samples. Streams and loaders of the user's own aren't
@@ -52,4 +54,5 @@ def try_metrics(model: Parallel, step: Step, data: Data, tally: Tally) -> Mappin
     except UserError as error:
         if error.__cause__ is None or isinstance(error.__cause__, _LASTING):
             raise
+        warn(f"{error}; so on the first {micro_batch.samples} validation samples, which may be too few")
         return {}

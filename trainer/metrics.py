@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,13 @@ def _as_metric(name: str, given: Any) -> AnyMetric:
     return FunctionMetric(given)
 
 
+class Arguments(NamedTuple):
+    """Of a metric's update."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class MetricSet:
     """The metrics of one phase, training or validation, on one rank.
 
@@ -134,15 +141,15 @@ class MetricSet:
         """Take in one batch of this rank, which must not be empty. No collective, no wait for the device.
 
         Args:
-            arguments: of metrics that are to get something else than predictions and target, by name: a tuple, or a
-                dict for arguments by name, or the only one.
+            arguments: by name, of metrics that get something else than predictions and target: a tuple of them, a
+                dict of them by name, or the only one.
             batch: its number, the same on all ranks, of which each has a part of it.
             samples: how many samples this part has, where that is known.
         """
         predictions, target, own = map_tensors(Tensor.detach, (predictions, target, dict(arguments or {})))
         activated: dict[str, Any] = {}
         for name, metric in self._metrics.items():
-            args, kwargs = _arguments(own[name]) if name in own else ((predictions, target), {})
+            args, kwargs = _arguments(own[name]) if name in own else Arguments((predictions, target), {})
             activation = self._activations[name]
             if isinstance(metric, FunctionMetric):
                 metric.samples = samples
@@ -309,10 +316,12 @@ def _never() -> bool:
     return False
 
 
-def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(given: Any) -> Arguments:
+    if isinstance(given, Arguments):
+        return given
     if isinstance(given, Mapping):
-        return (), dict(given)
-    return (given if isinstance(given, tuple) else (given,)), {}
+        return Arguments((), dict(given))
+    return Arguments(given if isinstance(given, tuple) else (given,), {})
 
 
 def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -285,7 +285,7 @@ class Trainer:
                 None if self.ema is None else Ema(self.net, self.ema),
             )
             if val_data is not None:
-                tried = try_metrics(self.model, self.step, val_data, tallies[1])
+                tried = try_metrics(self.model, self.step, val_data, tallies[1], self._warn)
                 for name in dict.fromkeys((best.monitor, watched)):
                     self._check_against(name, tried)
             loop.run()
