@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import torch
-
 Result: TypeAlias = "float | list[Any]"
 
 
@@ -23,10 +21,9 @@ def named_values(name: str, result: Any) -> dict[str, Result]:
 
 
 def _plain(result: Any) -> Result:
-    if isinstance(result, list | tuple):
-        return [_plain(each) for each in result]
-    values: Result = torch.as_tensor(result).double().tolist()
-    return values
+    if hasattr(result, "tolist"):  # a tensor's, or an array's
+        result = result.tolist()
+    return [_plain(each) for each in result] if isinstance(result, list | tuple) else float(result)
 
 
 def values_of_no_sample(name: str, metric: Any) -> dict[str, Result] | None:

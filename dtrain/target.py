@@ -20,6 +20,7 @@ from typing import Any
 from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.job import Job, LoadedJob, MetricTarget, Target
 from dtrain.logits import guesses_logits
+from dtrain.metric_values import values_of_no_sample
 from dtrain.monitor import monitor_problem
 from dtrain.unfit_metrics import why_unfit
 
@@ -282,8 +283,6 @@ def _check_monitors(job: Job, name: str, metric: object) -> list[Problem]:
     for path, monitor in job.monitors.items():
         phase, _, value = monitor.partition("_")
         if value == name or value.startswith(f"{name}_"):
-            from dtrain.metric_values import values_of_no_sample  # torch, which no other job's check waits for
-
             values = values_of_no_sample(monitor[: len(phase) + 1] + name, metric)
             known = {**job.reported, f"{phase}_{name}": values}
             if problem := monitor_problem(monitor, known):

@@ -63,7 +63,7 @@ def as_metrics(given: Given) -> dict[str, AnyMetric]:
 
 
 def _as_metric(name: str, given: Any) -> AnyMetric:
-    if reason := why_unfit(given):
+    if reason := None if isinstance(given, type) else why_unfit(given):
         raise UserError(f"metric {name}: {reason}")
     if isinstance(given, MetricCollection):
         # Its members that are alike after the first update would share their states from then on: by chance too.
