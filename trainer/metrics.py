@@ -56,10 +56,7 @@ def as_metrics(given: Given) -> dict[str, AnyMetric]:
     Raises:
         UserError: what is no metric, or can't be one over several ranks.
     """
-    metrics = {name: _as_metric(name, each) for name, each in given.items()}
-    if "loss" in metrics:
-        raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
-    return metrics
+    return {name: _as_metric(name, each) for name, each in given.items()}
 
 
 def _as_metric(name: str, given: Any) -> AnyMetric:

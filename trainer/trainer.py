@@ -166,6 +166,8 @@ class Trainer:
             from .metrics import as_metrics
 
             self.metrics = as_metrics(metrics_dict)
+            if "loss" in self.metrics:
+                raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
