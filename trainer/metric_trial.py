@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dtrain.errors import UserError
+from dtrain.errors import UserError, among
+from dtrain.monitor import monitor_problem
 
 from .batches import Data
 from .data import IndexedBatches
@@ -56,3 +57,21 @@ def try_metrics(
             raise
         warn(f"{error}; so on the first {micro_batch.samples} validation samples, which may be too few")
         return {}
+
+
+def require_reported(
+    monitor: str, tried: Mapping[str, Any], metrics: Collection[str], warn: Callable[[str], None]
+) -> None:
+    """Look at a monitor of the validation once more, now that its first samples have been seen.
+
+    Raises:
+        UserError: it names no single number.
+    """
+    phase, _, metric = monitor.partition("_")
+    name = f"val_{metric}"  # as of the average of the weights
+    if not tried or phase == "train":
+        return
+    if isinstance(tried.get(name), list) or (name not in tried and metric in metrics):
+        raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")
+    if name not in tried:  # which a metric of several values may report of other samples
+        warn(f"monitor {monitor}: not reported of the first validation samples; {among(name, list(tried))}")

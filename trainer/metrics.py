@@ -211,12 +211,12 @@ class MetricSet:
             for name, metric in self._metrics.items():
                 seed_everything(0)
                 try:
-                    values = named_values(name, metric.compute())
+                    reported = named_values(name, metric.compute())
                 except (*_MISFITS, UserError) as error:
                     self._refuse(name, error)
-                if clash := results.keys() & values.keys():
+                if clash := results.keys() & reported.keys():
                     raise UserError(f"metric {name}: another metric reports {', '.join(sorted(clash))} too")
-                results |= values
+                results |= reported
         return results
 
     def reset(self) -> None:

@@ -25,7 +25,9 @@ from .weights import bare_state_dict, save_weights
 from .world import join_world
 
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
-    from .metrics import Given, MetricSet, Result
+    from dtrain.metric_values import Result
+
+    from .metrics import Given, MetricSet
 
 
 class Ranks:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtrain.errors import UserError, among, first_line
+from dtrain.errors import UserError, first_line
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
@@ -35,7 +35,7 @@ from .ddp import DataParallel
 from .ema import Ema
 from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler
 from .loop import Loop, Schedule, evaluate_batch, gather_values
-from .metric_trial import try_metrics
+from .metric_trial import require_reported, try_metrics
 from .optimizers import require_rates
 from .parallel import Parallel
 from .predict import predict_features, predict_shares
@@ -289,21 +289,9 @@ class Trainer:
             if val_data is not None:
                 tried = try_metrics(self.model, self.step, val_data, tallies[1], self._warn)
                 for name in dict.fromkeys((best.monitor, watched)):
-                    self._check_against(name, tried)
+                    require_reported(name, tried, self.metrics, self._warn)
             loop.run()
         return loop
-
-    def _check_against(self, monitor: str, tried: Mapping[str, Any]) -> None:
-        """Look at a monitor once more, now that the first validation samples have been seen."""
-        phase, _, metric = monitor.partition("_")
-        name = f"val_{metric}"
-        if not tried or phase == "train":
-            return
-        # A metric of several values may report more of them for other samples.
-        if isinstance(tried.get(name), list) or (name not in tried and metric in self.metrics):
-            raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")
-        if name not in tried:
-            self._warn(f"monitor {monitor}: not reported of the first validation samples; {among(name, list(tried))}")
 
     def draw(self, loop: Loop) -> None:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
