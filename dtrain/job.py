@@ -20,8 +20,9 @@ from pydantic import (
 )
 
 from dtrain import sbatch, zero_config
-from dtrain.errors import Problem, among
+from dtrain.errors import Problem
 from dtrain.heartbeat import HANG_TIMEOUT_S
+from dtrain.monitor import monitor_problem
 from dtrain.run import RunDir
 
 
@@ -290,11 +291,19 @@ class Job(Section):
         return self.fit.early_stopping.mode if self.fit.early_stopping else "min"
 
     @property
-    def reported(self) -> list[str]:
-        """Every value that may be reported each epoch and that a monitor may name."""
+    def reported(self) -> dict[str, dict[str, float] | None]:
+        """What may be reported each epoch, and named by a monitor: see `monitor_problem`."""
         train = [f"train_{name}" for name, metric in self.metrics.items() if metric.train is not False]
         phases = ["val"] * bool(self.data.val) + ["ema"] * bool(self.data.val and self.fit.ema)
-        return ["train_loss", *train, *(f"{phase}_{name}" for phase in phases for name in ["loss", *self.metrics])]
+        names = ["train_loss", *train, *(f"{phase}_{name}" for phase in phases for name in ["loss", *self.metrics])]
+        return {name: {name: 0.0} if name.partition("_")[2] == "loss" else None for name in names}
+
+    @property
+    def monitors(self) -> dict[str, str]:
+        """The keys that say what is monitored, with its name."""
+        own = {"fit.early_stopping.monitor": self.monitor}
+        scheduler = self.scheduler and self.scheduler.monitor
+        return own | ({"scheduler.monitor": scheduler} if scheduler else {})
 
 
 class ScriptJob(Section):
@@ -393,12 +402,10 @@ def contradictions(job: Job) -> list[Problem]:
     for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
         if is_given and job.fit.strategy != section:
             problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
-    problems += _wrong_monitor(job, job.monitor, "fit.early_stopping.monitor")
-    if job.scheduler and job.scheduler.monitor:
-        problems += _wrong_monitor(job, job.scheduler.monitor, "scheduler.monitor")
     if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
         message = "an optimizer is no scheduler; torch's are in torch.optim.lr_scheduler"
         problems.append(Problem(message, "scheduler._target_"))
+    problems += [each for path, name in job.monitors.items() for each in _wrong_monitor(job, name, path)]
     problems += _wrong_plateau(job)
     settings = [("optimizer", job.optimizer.arguments)]
     settings += [(f"optimizer.groups.{i}", group.model_extra or {}) for i, group in enumerate(job.optimizer.groups)]
@@ -409,12 +416,11 @@ def contradictions(job: Job) -> list[Problem]:
 
 
 def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
-    if monitor in job.reported:
+    if not (problem := monitor_problem(monitor, job.reported)):
         return []
-    hint = among(monitor, job.reported)
     if monitor.startswith("val_") and not job.data.val:
-        hint = "without data.val there is no validation"
-    return [Problem(f"nothing is reported as {monitor}", path, hint=hint)]
+        problem = f"nothing is reported as {monitor}; without data.val there is no validation"
+    return [Problem(problem, path)]
 
 
 def _wrong_plateau(job: Job) -> list[Problem]:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
-from dtrain.job import LoadedJob, MetricTarget, Target
+from dtrain.job import Job, LoadedJob, MetricTarget, Target
 from dtrain.logits import guesses_logits
+from dtrain.metric_values import values_of_no_sample
+from dtrain.monitor import monitor_problem
 from dtrain.names import collisions, describe, job_path, load_what_ranks_have, resolve
+from dtrain.unfit_metrics import why_unfit
 
 _PARTIAL = "_partial_"
 _HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys that Hydra knows beside _target_ and _partial_
@@ -232,8 +235,9 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
         problems += _check_object(job.scheduler, 1, "scheduler", ["optimizer"])
     if job.loss:
         problems += _build(job.loss, "loss")[1]
-    for name, metric in job.metrics.items():
-        problems += _check_metric(metric, f"metrics.{name}")
+    for name, target in job.metrics.items():
+        metric, found = _check_metric(target, f"metrics.{name}")
+        problems += found or _check_monitors(job, name, metric)
     return [loaded.at(problem) for problem in problems]
 
 
@@ -250,33 +254,51 @@ def _build(target: Target, where: str) -> tuple[object, list[Problem]]:
 
 def build_metric(target: MetricTarget) -> Any:
     """A metric; or, of a function of (predictions, target), the function, with its arguments bound."""
-    return bind_function(target) if _is_function_of_two(target) else instantiate(target)
+    return bind_function(target) if _num_missing(target) > 1 else instantiate(target)
 
 
-def _is_function_of_two(target: MetricTarget) -> bool:
-    """Whether the target is no class, and still wants two arguments beside its own."""
+def _num_missing(target: MetricTarget) -> int:
+    """How many arguments a function still wants beside its own: two or more, if it is one of samples; 0 of a class."""
     function = _resolve_callable(target.target)
     signature = None if inspect.isclass(function) else _signature(function)
     parameters = [] if signature is None else signature.parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len([p for p in needed if p.name not in target.arguments]) == 2
+    return len([p for p in needed if p.name not in target.arguments])
 
 
-def _check_metric(target: MetricTarget, where: str) -> list[Problem]:
+def _check_metric(target: MetricTarget, where: str) -> tuple[object, list[Problem]]:
+    """The metric, None for a function of samples, and what is wrong with it."""
     try:
-        is_function = _is_function_of_two(target)
+        missing = _num_missing(target)
     except UserError:  # a wrong name, which is told below
-        is_function = False
-    if is_function:
-        return check_target(target, 2, where)
+        missing = 0
+    if missing > 1:
+        return None, check_target(target, missing, where)
     metric, problems = _build(target, where)
-    if problems:
-        return problems
+    return metric, problems or _unfit(metric, target, where)
+
+
+def _unfit(metric: object, target: MetricTarget, where: str) -> list[Problem]:
     kind = type(metric).__name__
     if not all(hasattr(metric, each) for each in ("update", "compute", "reset")):
         return [Problem(f"{kind} is no metric: it lacks update, compute or reset", where)]
+    if reason := why_unfit(metric):
+        return [Problem(reason, where)]
     if target.activation is None and guesses_logits(metric):
         message = f"{kind} guesses from each batch whether it was given logits or probabilities"
         hint = "say activation: sigmoid or softmax (logits), or none (probabilities)"
         return [Problem(message, where, hint=hint)]
     return []
+
+
+def _check_monitors(job: Job, name: str, metric: object) -> list[Problem]:
+    """What is wrong with a monitor that means this metric, by the names of its values."""
+    problems = []
+    for path, monitor in job.monitors.items():
+        phase, _, value = monitor.partition("_")
+        if value == name or value.startswith(f"{name}_"):
+            values = values_of_no_sample(monitor[: len(phase) + 1] + name, metric)
+            known = {**job.reported, f"{phase}_{name}": values}
+            if problem := monitor_problem(monitor, known):
+                problems.append(Problem(problem, path))
+    return problems

@@ -85,7 +85,7 @@ def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_v
     metrics = {"acc": Accuracy(task="multiclass", num_classes=3), "confusion": MulticlassConfusionMatrix(3)}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, metrics, device="cpu", run_dir=tmp_path / "run")
-    with pytest.raises(UserError, match=f"monitor {monitor} names nothing.*{hint}"):
+    with pytest.raises(UserError, match=f"nothing is reported as {monitor}.*{hint}"):
         trainer.fit(data, data if with_val else None, monitor=monitor)
     for wrong, says in (
         ({"patience": 0}, "patience is 0: it counts epochs, from 1"),

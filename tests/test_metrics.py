@@ -14,13 +14,21 @@ import torchmetrics as tm
 from ranks import count_collectives, run_ranks
 from sklearn.metrics import roc_auc_score
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelRankingLoss
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.utilities.compute import normalize_logits_if_needed
-from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
+from torchmetrics.wrappers import (
+    BootStrapper,
+    ClasswiseWrapper,
+    MetricTracker,
+    MinMaxMetric,
+    MultioutputWrapper,
+    Running,
+)
 
 from dtrain.errors import UserError
-from dtrain.trainer.metrics import FunctionMetric, MetricSet, keeps_samples
+from dtrain.trainer.metrics import FunctionMetric, MetricSet, as_metrics, keeps_samples
 from dtrain.trainer.reduce import reduce_states
 
 
@@ -173,7 +181,7 @@ def expected(kind):
 def check(results, kind):
     assert results.keys() == expected(kind).keys()
     for name, value in expected(kind).items():
-        wanted = torch.stack(value) if isinstance(value, tuple) else value
+        wanted = torch.stack(value) if isinstance(value, tuple) else torch.as_tensor(value)
         actual = torch.tensor(results[name], dtype=torch.float64)
         if name in ("cat", "each_ssim"):  # resumed on fewer ranks, the samples come in another order
             actual, wanted = actual.sort().values, wanted.sort().values
@@ -482,9 +490,21 @@ def test_a_metric_that_cannot_be_computed_is_named():
         finish(metrics)
 
 
-def test_a_window_of_updates_is_refused():
-    with pytest.raises(UserError, match="metric m: Running counts updates"):
-        MetricSet({"m": Running(tm.MeanSquaredError())}, {}, "cpu")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Running(tm.MeanSquaredError()), "metric m: Running is of the last updates"),
+        (
+            MetricCollection([BootStrapper(tm.MeanSquaredError())]),
+            "metric m: BootStrapper draws samples",
+        ),
+        (MetricTracker(tm.MeanSquaredError()), "metric m: MetricTracker keeps the values of epochs"),
+        (tm.MeanSquaredError, "metric m: MeanSquaredError is neither a metric of torchmetrics nor a function"),
+    ],
+)
+def test_what_has_no_value_over_ranks_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        as_metrics({"m": given})
 
 
 def test_keeps_samples():

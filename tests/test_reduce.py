@@ -37,7 +37,7 @@ def same(actual, expected: Tensor) -> None:
 
 def test_alone_every_value_comes_back_as_it_is():
     values = [torch.tensor([1.0, 2.0]), torch.tensor(3), [torch.ones(2)], []]
-    states = [State(v, r) for v, r in zip(values, ("stack", "sum", "cat", "stack"), strict=True)]
+    states = [State(v, r) for v, r in zip(values, ("stack", "sum", "stack", "stack"), strict=True)]
     assert all(a is b for a, b in zip(reduce_states(states), values, strict=True))
 
 
@@ -111,12 +111,12 @@ def test_a_stack_of_no_updated_rank_is_the_default():
 
 def test_lists_of_uneven_lengths_and_an_empty_one():
     lists = [[torch.ones(2, 3)], [], [torch.zeros(1, 3), torch.full((4, 3), 7.0)]]
-    pieces = only(run_ranks(3, reduced, by_rank(*lists, reduction="cat")))
+    pieces = only(run_ranks(3, reduced, by_rank(*lists, reduction="stack")))
     same(torch.cat(pieces), torch.cat([*lists[0], *lists[2]]))
 
 
 def test_lists_empty_on_all_ranks():
-    assert only(run_ranks(2, reduced, by_rank([], [], reduction="cat"))) == []
+    assert only(run_ranks(2, reduced, by_rank([], [], reduction="stack"))) == []
 
 
 def test_lists_keep_their_elements_of_any_dtype_and_shape():
@@ -127,20 +127,23 @@ def test_lists_keep_their_elements_of_any_dtype_and_shape():
         same(piece, expected)
 
 
-def test_scalars_join_in_a_list():
-    lists = [torch.tensor(1.0), torch.tensor([2.0])], [torch.tensor(3.0)]
-    pieces = only(run_ranks(2, reduced, by_rank(*lists, reduction="cat")))
-    assert torch.cat(pieces).tolist() == [1, 2, 3]
+def in_batches(rank, world_size, lists, batches):
+    return reduce_states([State(lists[rank], "stack", batches=batches[rank])])
 
 
-def test_what_is_no_tensor_is_refused():
-    with pytest.raises(RuntimeError, match="anything but tensors"):
-        run_ranks(2, reduced, by_rank(["a"], ["b"], reduction="stack"))
+def test_lists_hold_anything_and_come_batch_by_batch():
+    lists = ["a", {"x": torch.ones(2), "y": ("b", None)}, "c"], [], [torch.zeros(1), ["d", torch.tensor(7)]]
+    first, second, third, fourth, fifth = only(run_ranks(3, in_batches, lists, ([0, 2, 2], [], [0, 1])))
+    assert [first, fifth] == ["a", "c"]
+    assert [second.tolist(), third[0], third[1].item()] == [[0.0], "d", 7]
+    assert [fourth["x"].tolist(), fourth["y"]] == [[1.0, 1.0], ("b", None)]
 
 
 def reduced_in_a_group(rank, world_size):
     group = dist.new_group([1, 2])
-    return reduce_states([State(torch.tensor(rank), "sum"), State([torch.tensor([rank])], "cat")], group) if rank else 0
+    return (
+        reduce_states([State(torch.tensor(rank), "sum"), State([torch.tensor([rank])], "stack")], group) if rank else 0
+    )
 
 
 def test_a_group_ends_on_its_own_first_rank():
@@ -153,7 +156,7 @@ def test_a_group_ends_on_its_own_first_rank():
 def count_for_many(rank, world_size):
     states = [State(torch.ones(3, dtype=dtype), "sum") for dtype in (torch.int32, torch.int64, torch.float32) * 9]
     states += [State(torch.ones(2), reduction) for reduction in ("max", "min", "stack") * 9]
-    states += [State([torch.ones(2, dtype=dtype)], "cat") for dtype in (torch.float32, torch.bool) * 9]
+    states += [State([torch.ones(2, dtype=dtype)], "stack") for dtype in (torch.float32, torch.bool) * 9]
     with count_collectives() as counter:
         reduce_states(states)
     return counter
@@ -166,7 +169,7 @@ def test_any_number_of_states_takes_four_collectives():
 
 def count_for_sums(rank, world_size):
     with count_collectives() as counter:
-        reduce_states([State(torch.ones(3), "sum"), State([], "cat")])
+        reduce_states([State(torch.ones(3), "sum"), State([], "stack")])
     return counter
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.errors import UserError, nearest
+from dtrain.errors import UserError, among
 from dtrain.run import Row
 
 
@@ -33,9 +33,8 @@ class Best:
         """
         value = row.get(self.monitor)
         if not isinstance(value, float):
-            close = nearest(self.monitor, [name for name, found in row.items() if isinstance(found, float)])
-            hint = f"; did you mean {close}?" if close else ""
-            raise UserError(f"monitor {self.monitor} names no single value that an epoch reports{hint}")
+            names = [name for name, found in row.items() if isinstance(found, float)]
+            raise UserError(f"monitor {self.monitor} names no single value of this epoch; {among(self.monitor, names)}")
         better = value < self.value if self.mode == "min" else value > self.value
         if self.epoch == 0 or better or (math.isnan(self.value) and not math.isnan(value)):
             self.value, self.epoch, self.stale_epochs = value, int(row["epoch"]), 0

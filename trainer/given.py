@@ -65,8 +65,8 @@ def require_loss(loss_fn: Any) -> None:
 
 
 def require_metrics(metrics: Any) -> None:
-    """Raise UserError for metrics that are not by name."""
-    if metrics is not None and not isinstance(metrics, Mapping):
+    """Raise UserError for metrics that are not by name. A MetricCollection is a ModuleDict."""
+    if metrics is not None and not isinstance(metrics, Mapping | nn.ModuleDict):
         message = f"a {_name(metrics)} of metrics has no names to report them under: give a dict, " + "{'acc': metric}"
         raise UserError(Problem(message, "metrics"))
 

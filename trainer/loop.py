@@ -245,7 +245,7 @@ class Loop:
                 self.try_step(micro_batch)  # after the backward pass, which needs the buffers as they were
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
-                self.train_tally.add(outcome, micro_batch.samples)
+                self.train_tally.add(outcome, micro_batch.samples, self.place.step_in_epoch)
         self.model.loss.average_gradients()
         if weight is not None:
             self.divide_gradients(weight)
@@ -338,7 +338,7 @@ class Loop:
         with averaged, self.model.evaluating():
             for i, batch in enumerate(batches.epoch(self.place.epoch)):
                 self.stop.ask()
-                evaluate_batch(self.model, self.step, batch, tally)
+                evaluate_batch(self.model, self.step, batch, tally, i)
                 self.beat(Phase.VALIDATING, i + 1)
                 if signal_number := self.stop.agreed():
                     return signal_number
@@ -571,11 +571,11 @@ class Loop:
 
 
 @torch.no_grad()
-def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally) -> None:
-    """Add this rank's share of a batch to the tally. All ranks take part where `model.forwards_together`."""
+def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally, number: int) -> None:
+    """Add this rank's share of batch `number` to the tally. All ranks take part where `model.forwards_together`."""
     for micro_batch in batch.micro_batches:
         if micro_batch.samples:
-            tally.add(model.run(step, micro_batch), micro_batch.samples)
+            tally.add(model.run(step, micro_batch), micro_batch.samples, number)
         else:
             with model.without_trace():
                 model.run(step, micro_batch)

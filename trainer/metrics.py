@@ -1,30 +1,34 @@
 """A phase's metrics: updated locally on each rank, brought together and computed on rank 0 at its end.
 
-torchmetrics keeps the states; `reduce_states` synchronises them, those of all metrics and phases at once.
+torchmetrics keeps the states; `reduce_states` synchronises them, those of all metrics and phases at once. A list state
+comes in the order of a single process, whose batches are cut over the ranks: each element is noted with its batch.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
-from torchmetrics.wrappers import Running
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from dtrain.errors import UserError
 from dtrain.logits import guesses_logits
+from dtrain.metric_values import Result, named_values, values_of_no_sample
+from dtrain.unfit_metrics import why_unfit
 
-from .reduce import Reduction, State, Value
+from .function_metric import FunctionMetric
+from .reduce import Part, Reduction, State, Value, in_order
+from .seeds import rng_kept, seed_everything
 from .step import describe
 from .transfer import map_tensors
 
-Result: TypeAlias = "float | list[Any]"
+AnyMetric: TypeAlias = Metric | MetricCollection
+Given: TypeAlias = "Mapping[str, AnyMetric | Callable[..., Any]] | MetricCollection"
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": functools.partial(torch.softmax, dim=1),
@@ -40,39 +44,40 @@ _ELEMENTWISE: dict[Any, tuple[Reduction, Callable[[Tensor, Tensor], Tensor]]] = 
 _MISFITS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
 
 
-def keeps_samples(metric: Metric) -> bool:
+def keeps_samples(metric: AnyMetric) -> bool:
     """Whether the metric has a list state, which grows with the samples that it sees."""
     states = [value for part in _parts(metric).values() for value in part.metric_state.values()]
     return any(isinstance(value, list) for value in states)
 
 
-class FunctionMetric(Metric):
-    """A function `f(predictions, target)` of all samples at once, as scikit-learn's are but for the order.
+def as_metrics(given: Given) -> dict[str, AnyMetric]:
+    """The metrics by name: of a collection its own, under its names; functions made metrics.
 
-    It gets CPU tensors, of the predictions and targets of a whole epoch.
+    Raises:
+        UserError: what is no metric, or can't be one over several ranks.
     """
-
-    predictions: list[Tensor]
-    target: list[Tensor]
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.add_state("predictions", default=[], dist_reduce_fx="cat")
-        self.add_state("target", default=[], dist_reduce_fx="cat")
-
-    def update(self, predictions: Tensor, target: Tensor) -> None:
-        self.predictions.append(predictions)
-        self.target.append(target)
-
-    def compute(self) -> Any:
-        value = self.function(dim_zero_cat(self.predictions).cpu(), dim_zero_cat(self.target).cpu())
-        return torch.as_tensor(value)
+    return {name: _as_metric(name, each) for name, each in given.items()}
 
 
-def as_metrics(given: Mapping[str, Metric | Callable[[Tensor, Tensor], Any]]) -> dict[str, Metric]:
-    """The metrics by name, functions of (predictions, target) made metrics."""
-    return {name: each if isinstance(each, Metric) else FunctionMetric(each) for name, each in given.items()}
+def _as_metric(name: str, given: Any) -> AnyMetric:
+    if reason := None if isinstance(given, type) else why_unfit(given):
+        raise UserError(f"metric {name}: {reason}")
+    if isinstance(given, MetricCollection):
+        # Its members that are alike after the first update would share their states from then on: by chance too.
+        members = dict(given.items(keep_base=True, copy_state=False))
+        return MetricCollection(cast(Any, members), prefix=given.prefix, postfix=given.postfix, compute_groups=False)
+    if isinstance(given, Metric):
+        return given
+    if not callable(given) or isinstance(given, (nn.Module, type)):
+        raise UserError(f"metric {name}: {describe(given)} is neither a metric of torchmetrics nor a function")
+    return FunctionMetric(given)
+
+
+class Arguments(NamedTuple):
+    """Of a metric's update."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class MetricSet:
@@ -88,7 +93,7 @@ class MetricSet:
     """
 
     def __init__(
-        self, metrics: Mapping[str, Metric], activations: Mapping[str, str | None], device: torch.device | str
+        self, metrics: Mapping[str, AnyMetric], activations: Mapping[str, str | None], device: torch.device | str
     ) -> None:
         self._metrics = {name: metric.to(device) for name, metric in metrics.items()}
         self._activations = {name: activations.get(name) or "none" for name in metrics}
@@ -100,12 +105,15 @@ class MetricSet:
             for name, metric in metrics.items()
             for path, part in _parts(metric).items()
         }
+        # Of each element of a list state, the number of the batch that it is from.
+        self._batches: dict[str, dict[str, list[int]]] = {
+            label: {name: [] for name, value in part.metric_state.items() if isinstance(value, list)}
+            for label, part in self._parts.items()
+        }
         self._num_updates = 0
         # Batches that a guessing metric took for logits. int64, as most sums of classification metrics are.
         self._num_guesses = torch.zeros((), dtype=torch.int64, device=device)
-        for label, part in self._parts.items():
-            if isinstance(part, Running):
-                raise UserError(f"metric {label}: Running counts updates, and each rank has its own")
+        for part in self._parts.values():
             part.distributed_available_fn = _never  # else compute would synchronise by itself
 
     @property
@@ -113,33 +121,79 @@ class MetricSet:
         """The metrics' own names, whatever number of values each of them reports."""
         return list(self._metrics)
 
+    def values_of_no_sample(self, name: str) -> dict[str, Result] | None:
+        """The metric's values by name, where they can be known before the first sample."""
+        return values_of_no_sample(name, self._metrics[name])
+
     @torch.no_grad()
-    def update(self, predictions: Any, target: Any) -> None:
-        """Take in one batch of this rank, which must not be empty. No collective, no wait for the device."""
-        predictions, target = map_tensors(Tensor.detach, (predictions, target))
+    def update(
+        self,
+        predictions: Any,
+        target: Any,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        batch: int = 0,
+        samples: int | None = None,
+    ) -> None:
+        """Take in one batch of this rank, which must not be empty. No collective, no wait for the device.
+
+        Args:
+            arguments: by name, of metrics that get something else than predictions and target: a tuple of them, a
+                dict of them by name, or the only one.
+            batch: its number, the same on all ranks, of which each has a part of it.
+            samples: how many samples this part has, where that is known.
+        """
+        predictions, target, own = map_tensors(Tensor.detach, (predictions, target, dict(arguments or {})))
         activated: dict[str, Any] = {}
         for name, metric in self._metrics.items():
+            args, kwargs = _arguments(own[name]) if name in own else Arguments((predictions, target), {})
             activation = self._activations[name]
+            if isinstance(metric, FunctionMetric):
+                metric.samples = samples
             try:
-                if activation not in activated:
-                    activated[activation] = _ACTIVATIONS[activation](predictions)
-                metric.update(activated[activation], target)
+                if name not in own:
+                    if activation not in activated:
+                        activated[activation] = _ACTIVATIONS[activation](predictions)
+                    args = activated[activation], target
+                elif activation != "none":
+                    raise ValueError("step gives it arguments of its own, and is to apply the activation itself")
+                metric.update(*args, **kwargs)
             except _MISFITS as error:
-                given = f"predictions {describe(predictions)}, target {describe(target)}"
-                self._refuse(name, error, f"; {given}, activation {activation}")
+                self._refuse(name, error, f"; {_described(args, kwargs)}, activation {activation}")
         self._num_updates += 1
-        if self._guessing and isinstance(predictions, Tensor) and predictions.is_floating_point():
-            self._num_guesses += ~((predictions >= 0) & (predictions <= 1)).all()
+        self._note(batch)
+        self._look_for_logits(predictions, own)
+
+    def _note(self, batch: int) -> None:
+        for part, name, batches in self._lists():
+            state = getattr(part, name)
+            if isinstance(state, list):
+                del batches[len(state) :]
+                batches.extend([batch] * (len(state) - len(batches)))
+
+    def _look_for_logits(self, predictions: Any, own: Mapping[str, Any]) -> None:
+        looked_at = [own[name] for name in self._guessing if name in own]
+        if len(looked_at) < len(self._guessing):
+            looked_at.append((predictions,))
+        for given in looked_at:
+            args, kwargs = _arguments(given)
+            first = next(iter((*args, *kwargs.values())), None)
+            if isinstance(first, Tensor) and first.is_floating_point():
+                self._num_guesses += ~((first >= 0) & (first <= 1)).all()
 
     def states(self) -> list[State]:
         """This rank's states, in the same order on all ranks, for `reduce_states`."""
-        own = [_state(part, name, self._is_updated(part)) for part, name in self._slots()]
+        own = [
+            _state(part, name, self._is_updated(part), self._batches[label].get(name, ()))
+            for label, part, name in self._slots()
+        ]
         return [State(self._num_guesses, "sum"), *own]
 
     def finish(self, reduced: Sequence[Value]) -> dict[str, Result]:
         """On rank 0, the results, from what `reduce_states` made of `states()`. `reset` must follow.
 
-        A scalar is a float, a tensor nested lists of floats, and an entry of a dict is called name_key.
+        A scalar is a float, a tensor nested lists of floats, and an entry of a dict is called name_key. What a metric
+        draws while it computes is the same at any number of ranks, and leaves no trace.
         """
         num_guesses, *values = reduced
         if num_guesses:
@@ -147,17 +201,22 @@ class MetricSet:
                 f"metrics {', '.join(self._guessing)}: some predictions are outside [0, 1], and torchmetrics"
                 " would guess for each batch whether it holds logits: set `activation: softmax` or `sigmoid`"
             )
-        for (part, state), value in zip(self._slots(), values, strict=True):
+        for (_, part, state), value in zip(self._slots(), values, strict=True):
             _set_state(part, state, value)
         for part in self._parts.values():
             part._update_count = max(part.update_count, 1)  # no warning where this rank had no sample
             part._computed = None  # what it may remember is of this rank's samples, or of fewer
         results: dict[str, Result] = {}
-        for name, metric in self._metrics.items():
-            try:
-                results |= _flat(name, metric.compute())
-            except _MISFITS as error:
-                self._refuse(name, error)
+        with rng_kept(self._num_guesses.device):
+            for name, metric in self._metrics.items():
+                seed_everything(0)
+                try:
+                    reported = named_values(name, metric.compute())
+                except (*_MISFITS, UserError) as error:
+                    self._refuse(name, error)
+                if clash := results.keys() & reported.keys():
+                    raise UserError(f"metric {name}: another metric reports {', '.join(sorted(clash))} too")
+                results |= reported
         return results
 
     def reset(self) -> None:
@@ -166,6 +225,8 @@ class MetricSet:
         self._num_guesses.zero_()
         for part in self._parts.values():
             part.reset()
+        for _, _, batches in self._lists():
+            batches.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states, in the middle of an epoch or at its end: copies, in plain containers.
@@ -178,6 +239,7 @@ class MetricSet:
                 "num_updates": part.update_count,
                 "states": _copied(part.metric_state),
                 "memory": _copied(_memory(part)),
+                "batches": _copied(self._batches[label]),
             }
             for label, part in self._parts.items()
         }
@@ -192,6 +254,7 @@ class MetricSet:
             part._update_count = saved["num_updates"]
             for name, value in _copied({**saved["states"], **saved["memory"]}).items():
                 _set_state(part, name, value)
+            self._batches[label] = _copied(saved["batches"])
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One rank's `state_dict` that stands for those of several, given in the order of their ranks.
@@ -203,23 +266,36 @@ class MetricSet:
         for label, part in self._parts.items():
             saved = [state["parts"][label] for state in states]
             updated = [each for each in saved if each["updated"]]
+            lists = {
+                name: in_order([Part(each["batches"][name], each["states"][name]) for each in saved])
+                for name in self._batches[label]
+            }
             parts[label] = {
                 "updated": bool(updated),
                 "num_updates": sum(each["num_updates"] for each in saved),
                 "states": {
-                    name: _merged([each["states"][name] for each in updated or saved[:1]], reduction, label)
+                    name: list(lists[name].pieces)
+                    if name in lists
+                    else _merged([each["states"][name] for each in updated or saved[:1]], reduction, label)
                     for name, reduction in part._reductions.items()
                 },
+                "batches": {name: list(part.batches) for name, part in lists.items()},
                 "memory": saved[0]["memory"],  # of results, which rank 0 alone computes
             }
         counts = {key: sum(state[key] for state in states) for key in ("num_updates", "num_guesses")}
         return {**counts, "parts": parts}
 
-    def _slots(self) -> Iterator[tuple[Metric, str]]:
-        """All states: each by its metric and its name there."""
-        for part in self._parts.values():
+    def _slots(self) -> Iterator[tuple[str, Metric, str]]:
+        """All states: each by its metric, with its label, and its name there."""
+        for label, part in self._parts.items():
             for name in part.metric_state:
-                yield part, name
+                yield label, part, name
+
+    def _lists(self) -> Iterator[tuple[Metric, str, list[int]]]:
+        """The list states, with the batches of their elements."""
+        for label, part in self._parts.items():
+            for name, batches in self._batches[label].items():
+                yield part, name, batches
 
     def _is_updated(self, part: Metric) -> bool:
         # A wrapper does not count its own updates.
@@ -228,7 +304,8 @@ class MetricSet:
     def _refuse(self, name: str, error: Exception, given: str = "") -> NoReturn:
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
             raise error
-        kind = type(self._metrics[name]).__name__
+        metric = self._metrics[name]
+        kind = describe(metric.function if isinstance(metric, FunctionMetric) else metric)
         raise UserError(f"metric {name} ({kind}) does not fit: {error}{given}") from error
 
 
@@ -236,7 +313,21 @@ def _never() -> bool:
     return False
 
 
-def _parts(metric: Metric) -> dict[str, Metric]:
+def _arguments(given: Any) -> Arguments:
+    if isinstance(given, Arguments):
+        return given
+    if isinstance(given, Mapping):
+        return Arguments((), dict(given))
+    return Arguments(given if isinstance(given, tuple) else (given,), {})
+
+
+def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    names = ("predictions", "target", *map(str, range(2, len(args))))
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return ", ".join(f"{name} {describe(value)}" for name, value in named.items())
+
+
+def _parts(metric: AnyMetric) -> dict[str, Metric]:
     """The metric itself, at "", and those inside it, by their paths."""
     return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
 
@@ -247,7 +338,7 @@ def _memory(metric: Metric) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name not in metric.metric_state}
 
 
-def _state(part: Metric, name: str, updated: bool) -> State:
+def _state(part: Metric, name: str, updated: bool, batches: Sequence[int]) -> State:
     """A metric's state as torchmetrics means it, but for one thing: a list is given to no function.
 
     `compute` then finds the list that a single process would have.
@@ -255,15 +346,13 @@ def _state(part: Metric, name: str, updated: bool) -> State:
     value = part.metric_state[name]
     reduction: Any = part._reductions[name]
     if isinstance(value, list):
-        return State(value, "cat" if reduction is dim_zero_cat else "stack", updated)
+        return State(value, "stack", updated, batches=batches)
     if reduction in _ELEMENTWISE:
         return State(value, _ELEMENTWISE[reduction][0], updated)
     return State(value, "stack", updated, None if reduction is dim_zero_cat else reduction)
 
 
 def _merged(values: list[Any], reduction: Any, label: str) -> Any:
-    if isinstance(values[0], list):
-        return [piece for pieces in values for piece in pieces]
     if reduction in _ELEMENTWISE:
         return functools.reduce(_ELEMENTWISE[reduction][1], values)
     all_equal = all(torch.equal(values[0], other) for other in values[1:])
@@ -278,28 +367,10 @@ def _merged(values: list[Any], reduction: Any, label: str) -> Any:
 def _set_state(part: Metric, name: str, value: Value) -> None:
     if isinstance(value, list):
         device = "cpu" if part.compute_on_cpu else part.device
-        setattr(part, name, [piece.to(device) for piece in value])
+        setattr(part, name, map_tensors(lambda tensor: tensor.to(device), value))
     else:
         setattr(part, name, value.to(part.device))
 
 
 def _copied(tree: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
-
-
-def _flat(name: str, result: Any) -> dict[str, Result]:
-    if not isinstance(result, Mapping):
-        return {name: _plain(result)}
-    flat: dict[str, Result] = {}
-    for key, value in result.items():
-        flat |= _flat(f"{name}_{key}", value)
-    return flat
-
-
-def _plain(result: Any) -> Result:
-    if isinstance(result, Tensor):
-        values: Result = result.double().tolist()
-        return values
-    if isinstance(result, list | tuple):
-        return [_plain(each) for each in result]
-    return float(result)
+    return map_tensors(lambda tensor: tensor.detach().clone(), tree)

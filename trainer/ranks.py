@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ from .weights import bare_state_dict, save_weights
 from .world import join_world
 
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
-    from torchmetrics import Metric
+    from dtrain.metric_values import Result
 
-    from .metrics import MetricSet, Result
+    from .metrics import Given, MetricSet
 
 
 class Ranks:
@@ -51,6 +51,7 @@ class Ranks:
         self._models: list[DataParallel] = []
         self._part: MicroBatch | None = None  # what the loop has in hand
         self._is_seeded = False
+        self._num_batches = 0  # that the loop has had in hand, as many on all ranks
 
     @property
     def has_samples(self) -> bool:
@@ -107,11 +108,11 @@ class Ranks:
         share = own * self.world_size / total.where(total != 0, 1.0)
         return loss.where(own != 0, 0.0) * share.to(loss.dtype)  # the mean of no units is nan
 
-    def synchronise(self, metrics: Mapping[str, Metric | Callable[[Tensor, Tensor], Any]]) -> dict[str, Synchronised]:
+    def synchronise(self, metrics: Given) -> dict[str, Synchronised]:
         """Metrics whose `compute` is of all ranks' samples, each counted once.
 
         Args:
-            metrics: torchmetrics' own, or functions of all (predictions, target).
+            metrics: torchmetrics' own, or functions of all samples' arguments; a MetricCollection, or one among them.
         """
         from .metrics import MetricSet, as_metrics
 
@@ -133,6 +134,12 @@ class Ranks:
         if refused := self.world.from_main(refused):
             raise UserError(refused)
 
+    def _update(self, metrics: MetricSet, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from .metrics import Arguments
+
+        samples = None if self._part is None else self._part.samples
+        metrics.update(None, None, {name: Arguments(args, kwargs)}, batch=self._num_batches, samples=samples)
+
     def _epoch(self, batches: Batches, epoch: int) -> Iterator[Any]:
         if not self._is_seeded:  # the model is made, alike everywhere; from here on ranks draw masks of their own
             seed_everything(derive_seed("rank", self._seed, self.rank))
@@ -143,6 +150,7 @@ class Ranks:
         outer = self._part  # of a loop around this one
         try:
             for batch in batches.epoch(epoch):
+                self._num_batches += 1
                 for part in batch.micro_batches:
                     self._part = part
                     with contextlib.ExitStack() as undone:
@@ -187,10 +195,10 @@ class Synchronised:
         self._name = name
         self._own = own
 
-    def update(self, predictions: Any, target: Any) -> None:
-        """Take in a batch of this rank. To MeanMetric the two are values and their weight. No collective."""
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Take in a batch of this rank, by the metric's own arguments: predictions and target mostly. No collective."""
         if self._ranks.has_samples:
-            self._own.update(predictions, target)
+            self._ranks._update(self._own, self._name, args, kwargs)
 
     def compute(self) -> Result | dict[str, Result]:
         """The value, on all ranks: a number, lists of numbers, or such by name. All ranks take part."""

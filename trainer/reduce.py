@@ -6,19 +6,29 @@ the integer sums, one for the floating sums, and one gather for everything else.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Value: TypeAlias = "Tensor | list[Tensor]"
-Reduction = Literal["sum", "max", "min", "cat", "stack"]
-Header = list[list[tuple[torch.dtype, tuple[int, ...]]]]  # for each state, what a rank contributes to it
+from .transfer import map_tensors, tensors
+
+Value: TypeAlias = "Tensor | list[Any]"
+Reduction = Literal["sum", "max", "min", "stack"]
+
+
+class Part(NamedTuple):
+    """What a rank contributes to a state: pieces, and the number of the batch that each of them is from."""
+
+    batches: Sequence[int]
+    pieces: Sequence[Any]
+
+
+Header = list[Part]  # for each state a rank's part, with meta tensors: of the same dtypes and shapes, without numbers
 
 
 @dataclass
@@ -26,25 +36,29 @@ class State:
     """What one rank knows of a value that belongs to all of them.
 
     Attributes:
-        value: a tensor, or a list of tensors of any dtypes and shapes, possibly empty.
+        value: a tensor, or a list, possibly empty, of tensors of any dtypes and shapes, of whatever else pickles
+            (strings), or of nestings of such, as `map_tensors` knows them.
         reduction: "sum", "max" and "min" are elementwise. A tensor that is "stack" becomes [W, ...] over
-            the W ranks that are `updated`; with one of them it stays as it is, as in a single process. A list
-            has "stack", which keeps its elements apart, or "cat", which joins those of one rank along dim 0.
+            the W ranks that are `updated`; with one of them it stays as it is, as in a single process. Lists are
+            always "stack": those of all ranks make one.
         updated: whether `value` has seen any sample. Where it has not, only a sum looks at it.
         combine: is given the stack, where there is one, and returns what is to stand for it.
+        batches: for each element of a list, the number of the batch that it is from. Batch by batch, and in each
+            rank by rank, the elements come in the order of a single process, since each batch is cut over the ranks.
     """
 
     value: Value
     reduction: Reduction
     updated: bool = True
     combine: Callable[[Tensor], Tensor] | None = None
+    batches: Sequence[int] = ()
 
 
 def reduce_states(states: Sequence[State], group: dist.ProcessGroup | None = None) -> list[Value] | None:
     """The value of each state over all ranks, on rank 0 of the group; None on the others.
 
     All ranks of the group take part, with the same states in the same order. A world of one, or none, gets
-    its own values back without a collective. Sums stay on their device; all else, in the order of the ranks,
+    its own values back without a collective. Sums stay on their device; all else
     arrives where the group communicates: on the CPU under gloo, on the GPU under NCCL.
 
     Integer sums are exact. Floating sums are added in float64 and rounded once to their own dtype; since each
@@ -66,24 +80,26 @@ def reduce_states(states: Sequence[State], group: dist.ProcessGroup | None = Non
     return [merged[i] for i in range(len(states))]
 
 
-def _contribution(state: State) -> list[Tensor]:
+def _contribution(state: State) -> Part:
     if isinstance(state.value, Tensor):
-        return [state.value] if state.updated or state.reduction == "sum" else []
-    if not all(isinstance(piece, Tensor) for piece in state.value):
-        raise TypeError("a list that holds anything but tensors cannot be gathered over ranks")
-    if state.reduction == "cat" and state.value:  # one piece a rank, instead of one for each update
-        return [torch.cat([piece if piece.ndim else piece[None] for piece in state.value])]
-    return state.value
+        return Part([0], [state.value]) if state.updated or state.reduction == "sum" else Part([], [])
+    return Part(state.batches or [0] * len(state.value), state.value)
 
 
-def _exchange(parts: Sequence[Sequence[Tensor]], group: dist.ProcessGroup | None) -> list[Header]:
-    """Each rank's dtypes and shapes, on all ranks. All ranks take part.
+def _exchange(parts: Sequence[Part], group: dist.ProcessGroup | None) -> list[Header]:
+    """Each rank's dtypes and shapes, and what is no tensor, on all ranks. All ranks take part.
 
     Sums need it too: the first update may have changed a state's dtype or shape, and a rank without any
     sample would then enter the reduce with another length than the rest.
     """
+    outlines: dict[tuple[torch.dtype, torch.Size], Tensor] = {}  # an object pickled again takes a few bytes
+
+    def outline(tensor: Tensor) -> Tensor:
+        kind = tensor.dtype, tensor.shape
+        return outlines.setdefault(kind, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
     headers: list[Header] = [[] for _ in range(dist.get_world_size(group))]
-    own = [[(piece.dtype, tuple(piece.shape)) for piece in pieces] for pieces in parts]
+    own = [Part(part.batches, map_tensors(outline, part.pieces)) for part in parts]
     dist.all_gather_object(headers, own, group=group)
     return headers
 
@@ -95,11 +111,11 @@ def _reduce_sums(
     agreed: dict[torch.dtype, dict[int, tuple[torch.dtype, torch.Size]]] = defaultdict(dict)
     for i, state in enumerate(states):
         if state.reduction == "sum":
-            dtypes, shapes = zip(*(header[i][0] for header in headers), strict=True)
-            dtype = _promoted(dtypes)
+            outlines = [header[i].pieces[0] for header in headers]
+            dtype = _promoted([outline.dtype for outline in outlines])
             is_integer = not (dtype.is_floating_point or dtype.is_complex)
             wire = torch.int64 if is_integer else torch.promote_types(dtype, torch.float64)
-            agreed[wire][i] = dtype, torch.broadcast_shapes(*shapes)
+            agreed[wire][i] = dtype, torch.broadcast_shapes(*(outline.shape for outline in outlines))
 
     sums: dict[int, Tensor] = {}
     for wire, members in agreed.items():
@@ -122,51 +138,58 @@ def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 def _tensor(state: State) -> Tensor:
     if isinstance(state.value, Tensor):
         return state.value.detach()
-    raise TypeError(f"a list cannot be reduced by {state.reduction!r}: use cat or stack")
+    raise TypeError(f"a list cannot be reduced by {state.reduction!r}: use stack")
 
 
 def _gather(
-    parts: Sequence[Sequence[Tensor]],
+    parts: Sequence[Part],
     headers: Sequence[Header],
     device: torch.device,
     group: dist.ProcessGroup | None,
-) -> list[list[Tensor]]:
-    """For each state the pieces of all ranks, rank by rank, on rank 0; empty elsewhere. All ranks take part.
+) -> list[list[Any]]:
+    """For each state the pieces of all ranks, in the order of their batches, on rank 0. All ranks take part.
 
-    The pieces travel as bytes, so that one gather serves every dtype. A gather wants equal lengths: all are
+    Tensors travel as bytes, so that one gather serves every dtype. A gather wants equal lengths: all are
     padded to the longest. When no rank has any, which all of them see in the headers, none calls it.
     """
-    sizes = [sum(_num_bytes(*piece) for pieces in header for piece in pieces) for header in headers]
+    sizes = [sum(outline.nbytes for part in header for outline in tensors(part.pieces)) for header in headers]
     buffer = torch.empty(max(sizes), dtype=torch.uint8, device=device)
     received: list[Tensor] | None = None
     if dist.get_rank(group) == 0:
         received = [torch.empty_like(buffer) for _ in headers]
     if max(sizes):
-        _pack([piece for pieces in parts for piece in pieces], buffer)
+        _pack([tensor for part in parts for tensor in tensors(part.pieces)], buffer)
         dist.gather(buffer, received, group=group, group_dst=0)
     unpacked = [_unpack(*pair) for pair in zip(received or [], headers, strict=False)]
-    return [[piece for rank in unpacked for piece in rank[i]] for i in range(len(parts))]
+    return [list(in_order([rank[i] for rank in unpacked]).pieces) for i in range(len(parts))]
 
 
-def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * math.prod(shape)
-
-
-def _pack(pieces: Sequence[Tensor], buffer: Tensor) -> None:
-    flat = [piece.detach().to(buffer.device).reshape(-1).view(torch.uint8) for piece in pieces]
+def _pack(packed_tensors: Sequence[Tensor], buffer: Tensor) -> None:
+    flat = [each.detach().to(buffer.device).reshape(-1).view(torch.uint8) for each in packed_tensors]
     if flat:
         packed = torch.cat(flat)
         buffer[: len(packed)] = packed
 
 
-def _unpack(buffer: Tensor, header: Header) -> list[list[Tensor]]:
-    sizes = [_num_bytes(*piece) for pieces in header for piece in pieces]
+def _unpack(buffer: Tensor, header: Header) -> list[Part]:
+    sizes = [outline.nbytes for part in header for outline in tensors(part.pieces)]
     raw = iter(buffer[: sum(sizes)].split_with_sizes(sizes))
-    # The clone is aligned, as a view of another dtype must be.
-    return [[next(raw).clone().view(dtype).view(shape) for dtype, shape in pieces] for pieces in header]
+
+    def filled(outline: Tensor) -> Tensor:
+        # The clone is aligned, as a view of another dtype must be.
+        return next(raw).clone().view(outline.dtype).view(outline.shape)
+
+    return [Part(part.batches, map_tensors(filled, part.pieces)) for part in header]
 
 
-def _merged(state: State, pieces: list[Tensor]) -> Value:
+def in_order(parts: Sequence[Part]) -> Part:
+    """The parts of ranks 0, 1, ... as one, in the order of a single process: batch by batch."""
+    pairs = [pair for part in parts for pair in zip(part.batches, part.pieces, strict=True)]
+    pairs.sort(key=lambda pair: pair[0])  # stable: in each batch, rank by rank
+    return Part([batch for batch, _ in pairs], [piece for _, piece in pairs])
+
+
+def _merged(state: State, pieces: list[Any]) -> Value:
     if isinstance(state.value, list):
         return pieces
     if len(pieces) < 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Outcome:
         weight: the number of units of which the loss is the mean; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
         is_believed: whether the loss is taken for the mean over samples since nobody says otherwise.
+        metrics: by name, arguments of metrics that compare something else.
     """
 
     total: Tensor
@@ -41,9 +42,10 @@ class Outcome:
     predictions: Any
     target: Any
     is_believed: bool = False
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-KEYS = ("loss", "predictions", "target", "weight")
+KEYS = ("loss", "predictions", "target", "weight", "metrics")
 Step = Callable[[nn.Module, MicroBatch], Outcome]
 
 
@@ -96,7 +98,7 @@ def _is_logits(predictions: Any) -> bool:
 
 
 def user_step(function: UserStep) -> Step:
-    """A user's `function(model, batch) -> {loss, predictions, target, weight}`; all but the loss may be left out."""
+    """A user's `function(model, batch) -> {loss, predictions, target, weight, metrics}`; only the loss is needed."""
     weighs: dict[bool, bool] = {}  # whether it has returned a weight, by whether it trains
 
     def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
@@ -109,7 +111,13 @@ def user_step(function: UserStep) -> Step:
         else:
             mend = "let the step return its `weight`, of how many units its loss is the mean"
             total, units = _of_samples(loss, micro_batch, mend)
-        return Outcome(total, units, result.get("predictions"), result.get("target"), is_believed=weight is None)
+        metrics = result.get("metrics", {})
+        if not isinstance(metrics, Mapping):
+            raise UserError(
+                f"step's `metrics` must be a dict of arguments by metrics' names, it is {describe(metrics)}"
+            )
+        predictions, target = result.get("predictions"), result.get("target")
+        return Outcome(total, units, predictions, target, is_believed=weight is None, metrics=metrics)
 
     return _without_trace(step)
 

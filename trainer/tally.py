@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from dtrain.errors import UserError
+from dtrain.errors import UserError, among
+from dtrain.metric_values import Result
 
 from .reduce import State, Value
 from .step import Outcome
@@ -18,31 +19,55 @@ if TYPE_CHECKING:  # metrics need torchmetrics, whose import a job without metri
 
 
 class Tally:
-    """Local sums, made without waiting for the device; `reduce_states` brings those of all ranks together."""
+    """Local sums, made without waiting for the device; `reduce_states` brings those of all ranks together.
 
-    def __init__(self, phase: str, device: torch.device, metrics: MetricSet | None = None) -> None:
+    Args:
+        metrics: those that this phase reports.
+        known: the names of all phases' metrics, for which a step may return arguments.
+    """
+
+    def __init__(
+        self, phase: str, device: torch.device, metrics: MetricSet | None = None, known: Collection[str] = ()
+    ) -> None:
         self.phase = phase
         self.metrics = metrics
+        self._known = known
         self.samples = 0  # on this rank
         # Float64, so that an epoch's loss depends on neither the number of steps nor that of ranks.
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
 
-    @property
-    def names(self) -> list[str]:
-        """What `finish` reports, but for metrics that give several values."""
-        metrics = [] if self.metrics is None else list(self.metrics.names)
-        return [f"{self.phase}_{name}" for name in ["loss", *metrics]]
+    def known(self, monitor: str) -> dict[str, dict[str, Result] | None]:
+        """What is reported, as far as it is known before the first sample: see `monitor_problem`."""
+        loss = f"{self.phase}_loss"
+        known: dict[str, dict[str, Result] | None] = {loss: {loss: 0.0}}
+        for name in [] if self.metrics is None else self.metrics.names:
+            reported = f"{self.phase}_{name}"
+            is_meant = monitor == reported or monitor.startswith(f"{reported}_")
+            values = self.metrics.values_of_no_sample(name) if self.metrics is not None and is_meant else None
+            known[reported] = values and {f"{self.phase}_{key}": value for key, value in values.items()}
+        return known
 
-    def add(self, outcome: Outcome, samples: int) -> None:
-        """Take in a micro-batch of this rank."""
+    def add(self, outcome: Outcome, samples: int, batch: int) -> None:
+        """Take in a micro-batch of this rank, of the batch of that number."""
         self.samples += samples
         self._loss += outcome.total.detach()
         self._weight += samples if outcome.weight is None else outcome.weight
+        for name in outcome.metrics.keys() - self._known:
+            raise UserError(f"step returns arguments of the metric {name}; {among(name, sorted(self._known))}")
         if self.metrics is not None:
-            if outcome.predictions is None or outcome.target is None:
-                raise UserError("metrics need `predictions` and `target` in what step returns")
-            self.metrics.update(outcome.predictions, outcome.target)
+            self._require_arguments(self.metrics, outcome)
+            self.metrics.update(outcome.predictions, outcome.target, outcome.metrics, batch=batch, samples=samples)
+
+    def _require_arguments(self, metrics: MetricSet, outcome: Outcome) -> None:
+        if outcome.predictions is not None and outcome.target is not None:
+            return
+        if lacking := [name for name in metrics.names if name not in outcome.metrics]:
+            mend = "; or leave these metrics out of training: `train: false` (Trainer: train_metrics=[...])"
+            raise UserError(
+                f"{self.phase} metrics {', '.join(lacking)} need `predictions` and `target` in what step returns, or "
+                f"arguments of their own in its `metrics`{mend if self.phase == 'train' else ''}"
+            )
 
     def mean_loss(self) -> float:
         """This rank's mean loss so far. Waits for the device: not for every step."""

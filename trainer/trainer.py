@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtrain.errors import Problem, UserError, among, first_line
+from dtrain.errors import Problem, UserError, first_line
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
 from dtrain.keeper import Keeper
+from dtrain.monitor import monitor_problem
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import precision as precisions
@@ -36,6 +37,7 @@ from .ema import Ema
 from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler, unwrapped
 from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
+from .metric_trial import require_reported, try_metrics
 from .optimizers import require_rates
 from .parallel import Parallel
 from .predict import predict_features, predict_shares
@@ -51,7 +53,8 @@ from .world import join_world
 if TYPE_CHECKING:
     import pandas
     import torchinfo
-    from torchmetrics import Metric
+
+    from .metrics import AnyMetric, Given
 
 Strategy = Literal["ddp"] | Fsdp | Mapping[str, Any]
 _fitted: set[Path] = set()  # the run folders that a Trainer of this process has written
@@ -67,9 +70,9 @@ class Trainer:
         loss_fn: `loss_fn(predictions, target)`, a mean over samples; `None` when `step` makes the loss.
         optimizer: made of `net.parameters()`.
         metrics_dict: by name torchmetrics metrics, updated with `(predictions, target)`, or functions of the two,
-            called with those of all samples at an epoch's end.
-        step: `step(model, batch) -> {loss, predictions, target, weight}`, for anything but `(features, target)`;
-            may be given to `fit` instead.
+            called with those of all samples at an epoch's end; a MetricCollection is such a dict, or a metric in one.
+        step: `step(model, batch) -> {loss, predictions, target, weight, metrics}`, for anything but
+            `(features, target)`; may be given to `fit` instead.
         scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
         scheduler_monitor: what one such as ReduceLROnPlateau looks at; by default what `fit` monitors.
         activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
@@ -99,7 +102,7 @@ class Trainer:
         net: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         optimizer: Optimizer | None = None,
-        metrics_dict: Mapping[str, Metric | Callable[[Tensor, Tensor], Any]] | None = None,
+        metrics_dict: Given | None = None,
         *,
         step: UserStep | None = None,
         scheduler: LRScheduler | None = None,
@@ -171,11 +174,13 @@ class Trainer:
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.scheduler_monitor = scheduler_monitor
-        self.metrics: dict[str, Metric] = {}
-        if metrics_dict:
+        self.metrics: dict[str, AnyMetric] = {}
+        if metrics_dict is not None and len(metrics_dict):
             from .metrics import as_metrics
 
             self.metrics = as_metrics(metrics_dict)
+            if "loss" in self.metrics:
+                raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
@@ -301,6 +306,10 @@ class Trainer:
                 self.seed,
                 None if self.ema is None else Ema(self.net, self.ema),
             )
+            if val_data is not None:
+                tried = try_metrics(self.model, self.step, val_data, tallies[1], self._warn)
+                for name in dict.fromkeys((best.monitor, watched)):
+                    require_reported(name, tried, self.metrics, self._warn)
             loop.run()
         return loop
 
@@ -324,8 +333,8 @@ class Trainer:
         batches = self._batches(data, training=False)
         self.model.share_buffers()
         with self.model.evaluating():
-            for batch in batches.epoch(1):
-                evaluate_batch(self.model, self.step, batch, tally)
+            for i, batch in enumerate(batches.epoch(1)):
+                evaluate_batch(self.model, self.step, batch, tally, i)
         return self.world.from_main(gather_values(self.world, [tally]))
 
     def predict(self, data: Data) -> Tensor:
@@ -399,7 +408,8 @@ class Trainer:
             names = [n for n in names if (n in chosen if chosen is not None else not keeps_samples(self.metrics[n]))]
         metrics = {name: copy.deepcopy(self.metrics[name]) for name in names}
         activations = {name: self.activations.get(name) for name in names}
-        return Tally(phase, self.world.device, MetricSet(metrics, activations, self.world.device))
+        own = MetricSet(metrics, activations, self.world.device) if metrics else None
+        return Tally(phase, self.world.device, own, self.metrics)
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         fill_empty = training or self.model.forwards_together
@@ -477,9 +487,9 @@ def _refuse_second_fit(run: RunDir) -> None:
 
 
 def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
-    names = [name for tally in tallies for name in tally.names]
-    if monitor not in names:
-        raise UserError(f"monitor {monitor} names nothing that is reported; {among(monitor, names)}")
+    known = {name: values for tally in tallies for name, values in tally.known(monitor).items()}
+    if problem := monitor_problem(monitor, known):
+        raise UserError(f"monitor: {problem}")
 
 
 def _be_deterministic() -> None:

@@ -41,6 +41,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return _with_members(functools.partial(map_tensors, function), value)
 
 
+def merge_members(function: Callable[[tuple[Any, ...]], Any], values: Sequence[Any]) -> Any:
+    """The like of several nestings, of what the function makes of each member's values; None where they hold none."""
+    if (apart := _apart(values[0])) is None:
+        return None
+    members = [(_apart(value) or ([], None))[0] for value in values]
+    return apart[1]([function(each) for each in zip(*members, strict=True)])
+
+
 def num_samples(batch: Any) -> int | None:
     """The first dimension of a batch's first tensor that has one; None where there is none."""
     if isinstance(batch, PackedSequence):
@@ -64,6 +72,8 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
     if isinstance(batch, list) and all(isinstance(member, str | bytes) for member in batch):
         return [batch[row] for row in rows]
     return _with_members(functools.partial(take, rows=rows), batch)
+
+
 def num_collated(batch: Any, asked: int) -> int:
     """How many samples a collate function of the user's own, asked for so many, has put into a batch.
 

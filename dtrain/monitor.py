@@ -1,0 +1,29 @@
+"""Whether what a monitor names is a single number that every epoch reports, as far as that is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dtrain.errors import among
+
+Known = Mapping[str, "Mapping[str, Any] | None"]
+
+
+def monitor_problem(monitor: str, known: Known) -> str | None:
+    """What is wrong with the monitor's name, or None.
+
+    Args:
+        known: by name what is reported; for each its values by their names, or None where samples must tell: a metric
+            NAME reports a value NAME, or several, NAME_key.
+    """
+    values = {name: value for each in known.values() for name, value in (each or {}).items()}
+    if monitor in values:
+        value = values[monitor]
+        if isinstance(value, list):
+            return f"{monitor} is a list of {len(value)} values, and only a single number can be monitored"
+        return None
+    untold = [name for name, each in known.items() if each is None]
+    if any(monitor == name or monitor.startswith(f"{name}_") for name in untold):
+        return None
+    return f"nothing is reported as {monitor}; {among(monitor, [*values, *untold])}"

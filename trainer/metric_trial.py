@@ -1,0 +1,77 @@
+"""The validation's metrics, tried on its first samples before training: what doesn't fit is found now, not after it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dtrain.errors import UserError, among
+from dtrain.monitor import monitor_problem
+
+from .batches import Data
+from .data import IndexedBatches
+from .parallel import Parallel
+from .predict import in_order
+from .step import Step
+from .tally import Tally
+from .world import World
+
+SAMPLES = 4
+# Errors that a function raises whatever its samples are; others may be of too few samples, or of a single class.
+_LASTING = (TypeError, AttributeError, KeyError, ImportError)
+
+
+def try_metrics(
+    model: Parallel, step: Step, data: Data, tally: Tally, warn: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """What the tally would report of the first samples, if they are enough for that; it leaves no trace.
+
+    All ranks take part: each evaluates the model on the same samples. Streams and loaders of the user's own aren't
+    read, since they may not begin anew.
+
+    Raises:
+        UserError: a metric takes no such samples, or fails in a way that more of them would not mend.
+    """
+    if tally.metrics is None:
+        return {}
+    try:
+        source = in_order(data)
+    except UserError:
+        return {}
+    # In a loading process where there are some: a dataset may open there what can't be handed on to others.
+    source = replace(source, batch_size=min(SAMPLES, source.batch_size), workers=min(1, source.workers))
+    batches = IndexedBatches(source, World(0, 1, model.world.device), 0, None, fill_empty=False)
+    batch = next(batches.epoch(1))
+    micro_batch = next(batch.micro_batches)
+    tally = copy.deepcopy(tally)  # some metrics remember more than `reset` forgets
+    with torch.no_grad(), model.without_trace(), model.evaluating():
+        tally.add(model.run(step, micro_batch), micro_batch.samples, 0)
+    try:
+        return tally.finish([state.value for state in tally.states()])
+    except UserError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, _LASTING):
+            raise
+        warn(f"{error}; so on the first {micro_batch.samples} validation samples, which may be too few")
+        return {}
+
+
+def require_reported(
+    monitor: str, tried: Mapping[str, Any], metrics: Collection[str], warn: Callable[[str], None]
+) -> None:
+    """Look at a monitor of the validation once more, now that its first samples have been seen.
+
+    Raises:
+        UserError: it names no single number.
+    """
+    phase, _, metric = monitor.partition("_")
+    name = f"val_{metric}"  # as of the average of the weights
+    if not tried or phase == "train":
+        return
+    if isinstance(tried.get(name), list) or (name not in tried and metric in metrics):
+        raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")
+    if name not in tried:  # which a metric of several values may report of other samples
+        warn(f"monitor {monitor}: not reported of the first validation samples; {among(name, list(tried))}")
