@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .parallel import Parallel, has_sparse_gradients, require_all_used
+from .parallel import Parallel, has_sparse_gradients, require_all_used, trainable
 from .world import World
 
 
@@ -18,10 +18,22 @@ class DataParallel(Parallel):
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
         self.bare.to(world.device)
-        if world.world_size > 1 and any(parameter.requires_grad for parameter in self.bare.parameters()):
+        self._wrap()
+
+    def begin_fit(self) -> None:
+        before, now = self._trainable.values(), trainable(self.bare).values()
+        if list(map(id, before)) != list(map(id, now)):
+            self._wrap()
+
+    def _wrap(self) -> None:
+        """Have DDP average the gradients of what is trained now, and of nothing else."""
+        self.module = self.bare  # the one before lets go of the parameters
+        self._trainable = trainable(self.bare)
+        device = self.world.device
+        if self.world.world_size > 1 and self._trainable:
             wrapped = DistributedDataParallel(
                 self.bare,
-                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                device_ids=[device.index] if device.type == "cuda" else None,
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
                 gradient_as_bucket_view=True,
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from .seeds import rng_kept
 from .weights import bare_state_dict
 from .world import World
 
+_cut: WeakSet[nn.Module] = WeakSet()  # modules whose parameters a strategy has exchanged, and which no other can take
+
 
 class Parallel:
     """A model on each rank, with rank 0's weights and buffers; here is what a strategy may leave as it is.
@@ -33,17 +36,39 @@ class Parallel:
     forwards_together = False
 
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
+        if any(module in _cut for module in net.modules()):
+            raise UserError(
+                "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
+                "with its weights (weights/last.pt)"
+            )
         self.world = world
         if sync_batchnorm and world.world_size > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.bare = net
         self.module: nn.Module = net
+        self._trainable = trainable(net)
 
     def adopt(self, optimizer: Optimizer | None) -> None:
         """Have an optimizer that was made of the model's parameters train what this rank has of them now.
 
         All ranks take part. None: the model is only evaluated.
         """
+
+    def cut(self) -> None:
+        """Have no other strategy take this model: its parameters become something else."""
+        _cut.update(self.bare.modules())
+
+    def begin_fit(self) -> None:
+        """A fit begins; since the model was taken over, parameters may have been frozen or freed. All ranks take part.
+
+        Raises:
+            UserError: they have, and the strategy can't follow.
+        """
+        if changed := sorted(self._trainable.keys() ^ trainable(self.bare).keys()):
+            raise UserError(
+                f"requires_grad of {shortened(changed)} was changed after Trainer had cut the model; do so before, "
+                "with a new model that has these weights, or use ddp"
+            )
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
@@ -159,11 +184,20 @@ def require_all_used(net: nn.Module, loss: Tensor) -> None:
         return
     unused = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in reached]
     if unused:
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise UserError(
-            f"the loss does not depend on the parameters {shown}, and their gradients are to be averaged over the "
-            "ranks; remove them from the model, or freeze them: requires_grad_(False)"
+            f"the loss does not depend on the parameters {shortened(unused)}, and their gradients are to be averaged "
+            "over the ranks; remove them from the model, or freeze them: requires_grad_(False)"
         )
+
+
+def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are to be trained, by name."""
+    return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first five in a row."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def reached_leaves(loss: torch.Tensor) -> set[int] | None:
