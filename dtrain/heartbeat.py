@@ -20,9 +20,11 @@ HANG_TIMEOUT_S = 1800.0
 _BEAT = struct.Struct("<5q2d")
 _MOVED = struct.Struct("<2qd")  # after the beat: phase, when it began, stop_s
 _STOP = struct.Struct("<q")  # the request, and behind it the answer
+_FIT = struct.Struct("<q")
 _MOVED_AT, _STOP_AT = _BEAT.size, _BEAT.size + _MOVED.size
 _STOPPED_AT = _STOP_AT + _STOP.size
-_SIZE = _STOPPED_AT + _STOP.size
+_FIT_AT = _STOPPED_AT + _STOP.size
+_SIZE = _FIT_AT + _FIT.size
 
 
 class Phase(IntEnum):
@@ -40,7 +42,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is. Counts are of this run, not of this process; 0 epochs mean that nothing has begun."""
+    """Where a rank is. Counts are of this fit, not of this process; 0 epochs mean that nothing has begun."""
 
     epoch: int = 0
     epochs: int = 0
@@ -52,10 +54,16 @@ class Beat:
     phase: Phase = Phase.STARTING
     moved_ns: int = 0  # when it last moved, by time.monotonic_ns
     stop_s: float = 0.0  # how long a stop takes from here, as far as is known: a step and a checkpoint
+    fit: int = 0  # which one of the script
 
     @property
     def validating(self) -> bool:
         return self.phase == Phase.VALIDATING
+
+    @property
+    def in_fit(self) -> str:
+        """Which fit it is, in words before others; nothing in the first one."""
+        return f"fit {self.fit}, " if self.fit > 1 else ""
 
 
 class Heartbeat:
@@ -78,6 +86,12 @@ class Heartbeat:
         _BEAT.pack_into(self._bytes, 0, *numbers, beat.samples, beat.loss)
         _MOVED.pack_into(self._bytes, _MOVED_AT, beat.phase, time.monotonic_ns(), beat.stop_s)
 
+    def begin(self, fit: int) -> None:
+        """The script's first, second or later fit begins; 0: the rank does."""
+        _FIT.pack_into(self._bytes, _FIT_AT, fit)
+        # A later fit begins as a training that runs: a request to stop is heard by it.
+        self.beat(Beat(epochs=self.read().epochs if fit else 0))
+
     def enter(self, phase: Phase) -> None:
         """This rank begins with something else at the same place."""
         struct.pack_into("<2q", self._bytes, _MOVED_AT, phase, time.monotonic_ns())
@@ -86,7 +100,9 @@ class Heartbeat:
         """The last beat."""
         phase, moved_ns, stop_s = _MOVED.unpack_from(self._bytes, _MOVED_AT)
         *counts, samples, loss = _BEAT.unpack_from(self._bytes, 0)
-        return replace(Beat(*counts), samples=samples, loss=loss, phase=Phase(phase), moved_ns=moved_ns, stop_s=stop_s)
+        (fit,) = _FIT.unpack_from(self._bytes, _FIT_AT)
+        beat = replace(Beat(*counts), samples=samples, loss=loss, fit=fit)
+        return replace(beat, phase=Phase(phase), moved_ns=moved_ns, stop_s=stop_s)
 
     @property
     def stop(self) -> int:

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
 from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.output import RankOutput
-from dtrain.run import EXIT_INTERRUPTED, RunDir
+from dtrain.run import EXIT_INTERRUPTED, Row, RunDir
 from dtrain.screen import Screen
 from dtrain.signals import held_back
 from dtrain.tracking_uri import is_off
@@ -54,6 +54,7 @@ class Keeper:
         self._status: dict[str, Any] = {
             "state": "running",
             "exit_code": None,
+            "fit": 1,
             "epoch": 0,
             "step": 0,
             "mlflow_run_id": None,
@@ -61,14 +62,12 @@ class Keeper:
             "restarts": previous.get("restarts", 0) + 1 if previous else 0,
             "error": None,
         }
-        self._status |= {key: previous[key] for key in ("epoch", "step") if key in previous}
+        self._status |= {key: previous[key] for key in ("fit", "epoch", "step") if key in previous}
         self._outputs = [RankOutput(rank, run.rank_log(rank)) for rank in show_ranks] if echo is not None else []
         self._echo = echo
-        self._rows_changed = 0
         self._trouble: str | None = None  # still to be shown
         self._was_in_trouble = False
-        # Epochs done again after a stop are not shown again.
-        self._shown_epoch = max((row["epoch"] for row in run.rows()), default=0)
+        self._histories = {each.path: _History(each, shown=True) for each in (run, *run.fits())}
         self._tracker: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="dtrain-keeper", daemon=True)
@@ -124,7 +123,7 @@ class Keeper:
     def _take_beat(self) -> Beat:
         beat = self._heartbeat.read()
         if beat.epochs:
-            self._status |= {"epoch": beat.epoch, "step": beat.step}
+            self._status |= {"fit": beat.fit, "epoch": beat.epoch, "step": beat.step}
         return beat
 
     def _write(self) -> None:
@@ -173,14 +172,12 @@ class Keeper:
             self.screen.show_output(rank, lines, self._echo)
 
     def _show_new_rows(self) -> None:
-        changed = self.run.metrics.stat().st_mtime_ns if self.run.metrics.exists() else 0
-        if changed == self._rows_changed:
-            return
-        self._rows_changed = changed
-        rows = self.run.rows()
-        for row in rows:
-            if row["epoch"] > self._shown_epoch:
-                self._shown_epoch = row["epoch"]
+        for fit in (self.run, *self.run.fits()):
+            history = self._histories.get(fit.path)
+            if history is None:
+                history = self._histories[fit.path] = _History(fit)
+                self.screen.print(f"run {fit}")
+            for row in history.new():
                 self.screen.show_row(row)
 
     # -- MLflow ----------------------------------------------------------------------------------
@@ -210,3 +207,23 @@ class Keeper:
         if code != 0 and log.exists():
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
             self.screen.print(f"MLflow does not have all of this run: {lines[-1]}")
+
+
+class _History:
+    """A run's rows, each to be shown once: epochs done again after a stop are not shown again."""
+
+    def __init__(self, run: RunDir, *, shown: bool = False) -> None:
+        self._run = run
+        self._changed = 0
+        self._last_epoch = max((row["epoch"] for row in run.rows()), default=0) if shown else 0
+
+    def new(self) -> Iterator[Row]:
+        """The rows that are still to be shown."""
+        changed = self._run.metrics.stat().st_mtime_ns if self._run.metrics.exists() else 0
+        if changed == self._changed:
+            return
+        self._changed = changed
+        for row in self._run.rows():
+            if row["epoch"] > self._last_epoch:
+                self._last_epoch = row["epoch"]
+                yield row

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import UserError
-from dtrain.files import read_json, write_text
+from dtrain.files import read_json, write_json, write_text
 
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
 # In a rank's log: what follows is for its reader, not for the screen.
@@ -63,6 +64,7 @@ class RunDir:
         self.sbatch = self.path / "job.sbatch"
         self.slurm = self.path / "slurm.json"
         self.mlflow = self.path / "mlflow.json"
+        self.fits_file = self.path / "fits.json"
         self.lock_file = self.path / "lock"
 
     @classmethod
@@ -103,6 +105,34 @@ class RunDir:
         self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
         for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+
+    # -- the later fits of a script that was launched --------------------------------------------
+
+    def fit(self, number: int) -> RunDir:
+        """The folder of this script's fit number `number`, where it is given none."""
+        return RunDir(self.path / f"fit-{number}")
+
+    def fits(self) -> list[RunDir]:
+        """The run folders of this script's fits but for that in this one, in their order."""
+        names = (read_json(self.fits_file) or {}).get("fits", [])
+        return [RunDir(os.path.normpath(self.path / name)) for name in names]
+
+    def add_fit(self, fit: RunDir) -> None:
+        """Note that a fit of this script has its folder there."""
+        fits = [*self.fits(), fit]
+        names = dict.fromkeys(os.path.relpath(each.path.absolute(), self.path.absolute()) for each in fits)
+        write_json(self.fits_file, {"fits": list(names)})
+
+    def take_heartbeats(self, script: RunDir | None) -> None:
+        """Have the ranks' heartbeats be those of the script's run, where its agent looks; of its own without one."""
+        own, theirs = self.heartbeat(0).parent, None if script is None else script.heartbeat(0).parent
+        if own.is_symlink():
+            own.unlink()
+        if theirs is None:
+            own.mkdir(exist_ok=True)
+        else:
+            shutil.rmtree(own, ignore_errors=True)
+            own.symlink_to(os.path.relpath(theirs.absolute(), own.parent.absolute()))
 
     # -- history ---------------------------------------------------------------------------------
 

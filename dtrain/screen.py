@@ -69,7 +69,7 @@ class Screen:
             phase = "validation" if beat.validating else "step"
             total = f"/{beat.steps_in_epoch}" if beat.steps_in_epoch else ""
             self.print(
-                f"epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}{total}"
+                f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}{total}"
                 f"  loss {beat.loss:.4g}  {self._rate.samples_per_s:,.0f} samples/s"
             )
 
@@ -87,7 +87,7 @@ class Screen:
         assert self._task is not None
         self._progress.update(
             self._task,
-            description=f"epoch {beat.epoch}/{beat.epochs}{' validation' if beat.validating else ''}",
+            description=f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}{' validation' if beat.validating else ''}",
             completed=beat.step_in_epoch,
             total=beat.steps_in_epoch or None,
             loss="" if math.isnan(beat.loss) else f"loss {beat.loss:.4g}",
@@ -125,6 +125,8 @@ class Rate:
 
     def add(self, beat: Beat) -> None:
         now = time.monotonic()
+        if self._seen and beat.fit != self._seen[-1][1].fit:
+            self._seen.clear()
         if not self._seen or beat.step != self._seen[-1][1].step:
             self._seen.append((now, beat))
         while len(self._seen) > 2 and now - self._seen[0][0] > self.WINDOW_S:

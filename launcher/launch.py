@@ -358,6 +358,9 @@ def find_run(request: Request, name: str) -> RunDir:
         raise UserError(f"{run} holds no run to resume")
     if request.resume and not exists:
         raise UserError(f"{run} does not exist, so there is nothing to resume")
+    script = RunDir(run.path.absolute().parent)
+    if run.path.absolute() in [fit.path.absolute() for fit in script.fits()]:
+        raise UserError(f"{run} is one fit of the run in {script}, which --resume can continue")
     return run
 
 

@@ -29,13 +29,15 @@ def status(path: str) -> int:
     print(f"state     {found['state']}" + _exit_code(found.get("exit_code")))
     if job_id := job_of(run):
         print(f"slurm     job {job_id}, {_in_queue(job_id)}")
-    print(f"epoch     {found['epoch']}, step {found['step']}")
+    number = found.get("fit", 1)
+    print("epoch     " + (f"fit {number}, " if number > 1 else "") + f"{found['epoch']}, step {found['step']}")
     if found.get("mlflow_run_id"):
         print(f"mlflow    {found['mlflow_run_id']}")
     if row := run.last_row():
         print(f"last      {row_line(row)}")
     if found.get("error"):
         print(headline(found["error"], run))
+    print_runs(run.fits())
     return 0
 
 

@@ -23,7 +23,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from dtrain.files import read_json
-from dtrain.heartbeat import Beat, Heartbeat
+from dtrain.heartbeat import Heartbeat
 from dtrain.run import RunDir
 from dtrain.signals import held_back
 
@@ -138,7 +138,7 @@ class Supervisor(LocalElasticAgent):
         self._ended_at.clear()
         for rank, heartbeat in self._heartbeats.items():
             self._run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
-            heartbeat.beat(Beat())
+            heartbeat.begin(0)
             log = self._run.rank_log(rank)
             self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
         with held_back():  # until the ranks have said what they do at them

@@ -60,7 +60,7 @@ class Watchdog:
             of_children = [stacks.request(child, logs[rank]) for child in children(pid)]
             standing_in = next((each for each in of_children if stacks.in_users_code(each)), standing_in)
         standing = (time.monotonic_ns() - beat.moved_ns) / 1e9 if beat.moved_ns else 0.0
-        where = f"epoch {beat.epoch}, after step {beat.step}" if beat.epochs else "before its first step"
+        where = f"{beat.in_fit}epoch {beat.epoch}, after step {beat.step}" if beat.epochs else "before its first step"
         since = f"has not moved for {standing:.0f} s" if beat.epochs else "has not begun, while others have"
         suspended = "; the process is suspended (SIGSTOP)" if is_suspended(pid) else ""
         return {
@@ -74,4 +74,4 @@ class Watchdog:
 
 def _place(beat: Beat) -> tuple[int, ...]:
     validated = beat.step_in_epoch if beat.validating else 0
-    return (beat.epoch, beat.step, beat.phase, validated)
+    return (beat.fit, beat.epoch, beat.step, beat.phase, validated)

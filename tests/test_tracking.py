@@ -145,6 +145,33 @@ def test_a_resumed_run_continues_without_a_step_twice(run, store):
     assert params.items() <= after.data.params.items()
 
 
+def test_a_scripts_later_fits_are_children_of_its_run(run, store):
+    fit = make_run(run.path / "fit-2", store, name="another", mlflow={})
+    run.add_fit(fit)
+    write_json(fit.status_file, {"state": "stopped", "step": 3})
+    fit.write_rows(rows(1))
+    states = []
+
+    def look():
+        states.append([client_and_run(each)[1].info.status for each in (run, fit)])
+
+    def go_on():
+        write_json(fit.status_file, RUNNING)
+        fit.write_rows(rows(1, 2))
+
+    with fit.lock():
+        status = scripted(
+            RUNNING, RUNNING, look, go_on, RUNNING, look, lambda: write_json(fit.status_file, FINISHED), FINISHED
+        )
+        assert follow(run, status) == 0
+    look()
+    assert states == [["RUNNING", "KILLED"], ["RUNNING", "RUNNING"], ["FINISHED", "FINISHED"]]
+    (_, parent), (_, child) = client_and_run(run), client_and_run(fit)
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (child.info.run_name, child.info.experiment_id) == ("fit-2", parent.info.experiment_id)
+    assert history(fit, "epoch") == [(3, 1.0), (6, 2.0)]
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [({"state": "failed"}, "FAILED"), ({"state": "killed", "step": 4}, "KILLED"), ({}, "KILLED")],

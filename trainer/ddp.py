@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import MicroBatch
-from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within
+from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within, trainable
 from .step import Outcome, Step
 from .world import World
 
@@ -32,13 +32,25 @@ class DataParallel(Parallel):
         self._finds_unused = find_unused_parameters
         self.bare.to(world.device)
         self._stepping = Stepping(self.bare)
-        if world.world_size > 1 and any(parameter.requires_grad for parameter in self.bare.parameters()):
+        self._wrap()
+
+    def begin_fit(self) -> None:
+        before, now = self._trainable.values(), trainable(self.bare).values()
+        if list(map(id, before)) != list(map(id, now)):
+            self._wrap()
+
+    def _wrap(self) -> None:
+        """Have DDP average the gradients of what is trained now, and of nothing else."""
+        self.module = self.bare  # the one before lets go of the parameters
+        self._trainable = trainable(self.bare)
+        device = self.world.device
+        if self.world.world_size > 1 and self._trainable:
             wrapped = Averaging(
                 self.bare,
-                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                device_ids=[device.index] if device.type == "cuda" else None,
                 forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
                 gradient_as_bucket_view=True,
-                find_unused_parameters=find_unused_parameters,
+                find_unused_parameters=self._finds_unused,
             )
             if not has_sparse_gradients(self.bare):  # those travel by themselves, in no bucket with others
                 settle_buckets(wrapped)

@@ -59,6 +59,7 @@ class FullySharded(Parallel):
         require_divisible(self.bare)
         blocks = of_classes(self.bare, settings.wrap, "fsdp.wrap") if settings.wrap else repeated(self.bare)
         _require_apart(self.bare, blocks)
+        self.cut()
         # By the original parameters, as long as an optimizer has them.
         self._names = WeakIdKeyDictionary({parameter: name for name, parameter in self.bare.named_parameters()})
         ensure_group(world)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from .step import Outcome, Step
 from .weights import bare_state_dict
 from .world import World
 
+_cut: WeakSet[nn.Module] = WeakSet()  # modules whose parameters a strategy has exchanged, and which no other can take
+
 
 class Parallel:
     """A model on each rank, with rank 0's weights and buffers; here is what a strategy may leave as it is.
@@ -40,6 +43,11 @@ class Parallel:
     forwards_together = False
 
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
+        if any(module in _cut for module in net.modules()):
+            raise UserError(
+                "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
+                "with its weights (weights/last.pt)"
+            )
         self.world = world
         require_same_model(world, net)
         if sync_batchnorm and world.world_size > 1:
@@ -47,6 +55,7 @@ class Parallel:
         self.bare = net
         self.module: nn.Module = net
         self.loss = LearnedLoss(None, net, world)
+        self._trainable = trainable(net)
 
     def adopt(self, optimizer: Optimizer | None) -> None:
         """Have an optimizer that was made of the model's parameters train what this rank has of them now.
@@ -61,6 +70,22 @@ class Parallel:
         for the backward pass. All ranks take part where `forwards_together`.
         """
         return step(self.bare, micro_batch)
+
+    def cut(self) -> None:
+        """Have no other strategy take this model: its parameters become something else."""
+        _cut.update(self.bare.modules())
+
+    def begin_fit(self) -> None:
+        """A fit begins; since the model was taken over, parameters may have been frozen or freed. All ranks take part.
+
+        Raises:
+            UserError: they have, and the strategy can't follow.
+        """
+        if changed := sorted(self._trainable.keys() ^ trainable(self.bare).keys()):
+            raise UserError(
+                f"requires_grad of {shortened(changed)} was changed after Trainer had cut the model; do so before, "
+                "with a new model that has these weights, or use ddp"
+            )
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
@@ -222,11 +247,20 @@ def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "
         return
     unused = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in reached]
     if unused:
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise UserError(
-            f"the loss{when} does not depend on the parameters {shown}, and their gradients are to be averaged over "
+            f"the loss{when} does not depend on the parameters {shortened(unused)}, and their gradients are to be averaged over "
             f"the ranks; remove them from the model, or freeze them: requires_grad_(False){mend}"
         )
+
+
+def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are to be trained, by name."""
+    return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first five in a row."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def reached_leaves(loss: torch.Tensor) -> set[int] | None:

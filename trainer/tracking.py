@@ -133,10 +133,14 @@ def _report(uri: str, error: Exception, outcome: str) -> None:
 class Mirror:
     """The copy of a run in MLflow. Constructing it continues mlflow.json's MLflow run, or creates one.
 
-    The runs of a sweep share a parent, which is open as long as one of them runs.
+    The runs of a sweep share a parent, which is open as long as one of them runs. A script's run is the parent of its
+    later fits, which are copied along.
+
+    Args:
+        script: that of the script's run, for one of its fits.
     """
 
-    def __init__(self, run: RunDir, uri: str) -> None:
+    def __init__(self, run: RunDir, uri: str, script: Mirror | None = None) -> None:
         gc.disable()  # modules make no garbage, and looking for it takes a quarter of the time
         from mlflow import MlflowClient
 
@@ -148,14 +152,18 @@ class Mirror:
         self._seen: tuple[int, ...] | None = None
         self._uri = uri
         self._sweep = Sweep.of(run)
-        self._parent_id: str | None = None
+        self._script = script
+        self._parent_id: str | None = None if script is None else script._run_id
+        self._fits: dict[Path, Mirror] = {}
+        self._closed: str | None = None  # with what status
         with _creating(uri):
             self._client = MlflowClient(uri)
             if self._sweep is not None:
                 with _locked(self._sweep.folder / "mlflow.lock"):
                     self._parent_id = self._open(RunDir(self._sweep.folder)).info.run_id
             found = self._open(run)
-        self._run_id = found.info.run_id
+        self._run_id: str = found.info.run_id
+        self._experiment_id: str = found.info.experiment_id
         self._describe(found.data.params)
         history = self._client.get_metric_history(self._run_id, "epoch")
         self._last_step = max((metric.step for metric in history), default=-1)
@@ -165,10 +173,20 @@ class Mirror:
         self._send_new_rows()
         try:
             self._send_files(ended=final is not None)
+            for fit in self._folder.fits():
+                self._update_fit(fit)
         finally:  # a broken artifact store is no reason to leave the run open
             if final:
                 self._client.set_terminated(self._run_id, final)
                 self._end_parent()
+        self._closed = final
+
+    def _update_fit(self, fit: RunDir) -> None:
+        final, mirror = _final(fit.status()), self._fits.get(fit.path)
+        if mirror is None or (mirror._closed and mirror._closed != final):  # it is new, or goes on after a failure
+            mirror = self._fits[fit.path] = Mirror(fit, self._uri, self)
+        if mirror._closed is None:
+            mirror.update(final)
 
     def _end_parent(self) -> None:
         if self._sweep is None or self._parent_id is None:
@@ -209,14 +227,17 @@ class Mirror:
 
     def _create(self, folder: RunDir) -> Any:
         settings = self._job.get("mlflow") or {}
-        experiment = settings.get("experiment") or self._job["name"]
-        found = self._client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, tags=TRAINING)
+        experiment_id = self._find_experiment() if self._script is None else self._script._experiment_id
         name = settings.get("run_name") or folder.path.absolute().name
         if self._sweep is not None and folder is self._folder:
             name = self._sweep.point(folder)
         began = int(self._folder.job.stat().st_mtime * 1000)  # the launch, not this process's start
         return self._client.create_run(experiment_id, start_time=began, run_name=name)
+
+    def _find_experiment(self) -> str:
+        name = (self._job.get("mlflow") or {}).get("experiment") or self._job["name"]
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self._client.create_experiment(name, tags=TRAINING))
 
     def _describe(self, known: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag

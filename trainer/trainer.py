@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import shutil
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,12 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import Problem, UserError, first_line
-from dtrain.files import write_text
-from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
-from dtrain.keeper import Keeper
 from dtrain.monitor import monitor_problem
-from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from . import precision as precisions
 from .agreement import require_same_settings
@@ -34,6 +26,7 @@ from .best import Best
 from .data import Batches
 from .ddp import DataParallel
 from .ema import Ema
+from .fits import fit_folder
 from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler, unwrapped
 from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
@@ -43,8 +36,8 @@ from .parallel import Parallel
 from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
 from .scheduler import Interval, check_length, is_fed, require_mode
+from .seeds import derive_seed, rng_kept
 from .step import Step, UserStep, supervised_step, user_step
-from .stop import Stopped, signals_left_to_agent
 from .summary import summary
 from .tally import Tally
 from .update import OnNonfinite, Update
@@ -57,7 +50,6 @@ if TYPE_CHECKING:
     from .metrics import AnyMetric, Given
 
 Strategy = Literal["ddp"] | Fsdp | Mapping[str, Any]
-_fitted: set[Path] = set()  # the run folders that a Trainer of this process has written
 
 
 class Trainer:
@@ -229,6 +221,7 @@ class Trainer:
         mode: Literal["min", "max"] = "min",
         *,
         step: UserStep | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
     ) -> pandas.DataFrame:
         """Train, and return the history: one row an epoch, as in metrics.jsonl. All ranks take part.
 
@@ -240,10 +233,11 @@ class Trainer:
             patience: epochs in a row without a better `monitor` after which training ends.
             monitor: by default val_loss, else train_loss.
             step: what a batch does, in place of what Trainer was made with; `evaluate` and `predict` keep it.
+            run_dir: the fit's folder, in place of Trainer's.
         """
         if step is not None:
             self._take(step)
-        loop = self.train(train_data, val_data, epochs, patience, monitor, mode)
+        loop = self.train(train_data, val_data, epochs, patience, monitor, mode, run_dir)
         if ckpt_path is not None and self.world.is_main:
             shutil.copyfile(loop.run_dir.best_weights, ckpt_path)
         self.draw(loop)
@@ -259,6 +253,7 @@ class Trainer:
         patience: int | None,
         monitor: str | None,
         mode: Literal["min", "max"],
+        run_dir: str | os.PathLike[str] | None = None,
     ) -> Loop:
         """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part."""
         if self.optimizer is None:
@@ -289,7 +284,10 @@ class Trainer:
             check_length(self.scheduler, self.scheduler_interval, epochs, steps, self._warn)
         require_same_settings(self.world, self._settings(epochs, best))
         update = self._update(self.optimizer)
-        with self._run() as run:
+        self.model.begin_fit()
+        given = self._run_dir if run_dir is None else run_dir
+        folder = fit_folder(self.world, given, resume=self._resume, describe=self._description)
+        with rng_kept(self.world.device), folder as run:
             loop = Loop(
                 run,
                 self.world,
@@ -311,12 +309,13 @@ class Trainer:
                 for name in dict.fromkeys((best.monitor, watched)):
                     require_reported(name, tried, self.metrics, self._warn)
             loop.run()
+        self.seed = derive_seed("fit", self.seed)  # another fit goes on with this model, in another order
         return loop
 
     def draw(self, loop: Loop) -> None:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
-        if not self.world.is_main:
-            return
+        if not self.world.is_main or (loop.run_dir.plots.exists() and not loop.samples_done):
+            return  # what was over before is drawn
         from .plots import draw
 
         confusions = [
@@ -418,39 +417,6 @@ class Trainer:
     def _val_batches(self, data: Data | None) -> Batches | None:
         return None if data is None else self._batches(data, training=False)
 
-    @contextlib.contextmanager
-    def _run(self) -> Iterator[RunDir]:
-        """The run folder to write, with somebody who keeps its status: the agent, or else rank 0 itself."""
-        given = os.environ.get(RUN_DIR_VARIABLE)
-        if self._run_dir is None and given is not None:
-            run = RunDir(given)
-            _refuse_second_fit(run)
-            if self.world.is_main and not run.job.exists():
-                write_text(run.job, self._description(_script_name()))
-            with signals_left_to_agent():
-                yield run
-            return
-        with contextlib.ExitStack() as stack:
-            run = RunDir(self.world.from_main(self._prepare(stack) if self.world.is_main else ""))
-            if not self.world.is_main:
-                Heartbeat(run.heartbeat(self.world.rank), create=True)
-            yield run
-
-    def _prepare(self, stack: contextlib.ExitStack) -> str:
-        """Make the run folder, and keep it until the stack ends. Rank 0 only."""
-        run = RunDir.new(_script_name()) if self._run_dir is None else RunDir(self._run_dir)
-        _refuse_second_fit(run)
-        if run.exists() and not self._resume:
-            raise UserError(f"{run} exists already: give another run_dir, or resume=True to continue it")
-        run.create()
-        stack.enter_context(run.lock())
-        Heartbeat(run.heartbeat(0), create=True)
-        if not run.job.exists():
-            write_text(run.job, self._description(_script_name()))
-        keeper = stack.enter_context(Keeper(run))
-        stack.push(lambda *failure: _report_end(keeper, failure[1]))
-        return str(run)
-
     def _description(self, name: str) -> str:
         """What a script's run was made of, so that MLflow can compare it with others."""
         parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": self._class}}
@@ -466,26 +432,6 @@ class Trainer:
         return yaml.safe_dump(parts, sort_keys=False)
 
 
-def _report_end(keeper: Keeper, failure: BaseException | None) -> None:
-    if failure is None:
-        keeper.finish("finished", 0)
-    elif isinstance(failure, Stopped):
-        keeper.finish("stopped", EXIT_STOPPED)
-    elif isinstance(failure, KeyboardInterrupt):
-        keeper.finish("killed", EXIT_INTERRUPTED)
-    else:
-        frames = "".join(traceback.format_tb(failure.__traceback__))
-        error = {"rank": 0, "type": type(failure).__name__, "message": str(failure), "traceback": frames}
-        keeper.finish("failed", 1, error)
-
-
-def _refuse_second_fit(run: RunDir) -> None:
-    path = run.path.absolute()
-    if path in _fitted:
-        raise UserError(f"{run} already holds a fit of this script; give the second Trainer a run_dir of its own")
-    _fitted.add(path)
-
-
 def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
     known = {name: values for tally in tallies for name, values in tally.known(monitor).items()}
     if problem := monitor_problem(monitor, known):
@@ -496,11 +442,6 @@ def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _script_name() -> str:
-    name = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
-    return name if name and not name.startswith("-") else "run"
 
 
 def _full_name(value: object) -> str:

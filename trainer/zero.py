@@ -104,6 +104,7 @@ class Engine(Parallel):
         if unknown := [name for group in self._groups for name in group if name not in known]:
             raise UserError(f"the optimizer has parameters that are not the model's ({len(unknown)}): use ddp, or fsdp")
         deepspeed = _deepspeed(self.world.device)
+        self.cut()
         try:
             self._bring(deepspeed)
             self._engine, *_ = deepspeed.initialize(model=Stepping(self.bare), optimizer=optimizer, config=self._config)

@@ -1,0 +1,182 @@
+"""Several fits in one script, as of a cross-validation: their folders, a stop in one of them, a model fitted again."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+from training import Samples, differences, epoch_order, final_state, prepare
+
+from dtrain.errors import UserError
+from dtrain.job import Fsdp
+from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.trainer.seeds import derive_seed
+from dtrain.trainer.trainer import Trainer
+
+FOLDS = """
+import json, os
+import torch
+from torch.utils.data import DataLoader, Subset
+from dtrain import Trainer
+import data, net
+
+torch.manual_seed(0)
+points = data.points(30)
+report = []
+for fold in range(3):
+    held_out = range(10 * fold, 10 * fold + 10)
+    train = Subset(points, [i for i in range(30) if i not in held_out])
+    # The folds differ in their weights too, and draw in training.
+    model = torch.nn.Sequential(net.Net(gate=7 if fold == 1 else 0), torch.nn.Dropout(0.2))
+    trainer = Trainer(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    history = trainer.fit(
+        DataLoader(train, batch_size=4, shuffle=True),
+        DataLoader(Subset(points, held_out), batch_size=4),
+        epochs=2,
+        run_dir="third" if fold == 2 else None,
+    )
+    predictions = trainer.predict(DataLoader(points, batch_size=7))
+    report.append([history.drop(columns="samples_per_s").to_dict("records"), predictions.tolist()])
+with open(f"report-{os.environ['RANK']}.json", "w") as file:
+    json.dump(report, file)
+"""
+
+
+def uninterrupted(rank, world_size, folder):
+    """The script on a rank, in a run folder that an agent might have made."""
+    os.chdir(folder / "whole")
+    os.environ |= {RUN_DIR_VARIABLE: str(folder / "whole" / "run"), "RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+    sys.path.insert(0, str(folder))
+    runpy.run_path(str(folder / "folds.py"))
+
+
+def test_folds_that_were_stopped_in_the_second_come_to_the_same_bits(project):
+    project.write("folds.py", FOLDS)
+    prepare(project.folder / "whole" / "run", 2)
+    (project.folder / "whole" / "go").touch()
+    run_ranks(2, uninterrupted, project.folder)
+    command = ["launch", "--gpus", "2", "--run-dir", "run", "folds.py"]
+    with project.running(*command) as stopped:
+        stopped.until((project.folder / "waiting").exists)
+        stopped.signal(signal.SIGTERM)
+        stopped.until(lambda: "SIGTERM: stopping at the next step, with a checkpoint" in stopped.err)
+        project.write("go", "")
+        done = stopped.wait()
+    assert done.code == 75, done.err
+    run = project.run_dir()
+    assert (run.status()["state"], run.status()["fit"], run.status()["step"]) == ("stopped", 2, 8)
+    assert [fit.status()["state"] for fit in run.fits()] == ["stopped"]
+    assert not (project.folder / "report-0.json").exists()
+
+    done = project.run(*command, "--resume")
+    assert done.code == 0, done.err
+    assert done.err.count("\nepoch ") == 3, done.err  # the second fit's last, and the third's: no other is done again
+    assert [fit.path for fit in run.fits()] == [run.path / "fit-2", project.folder / "third"]
+    for rank in range(2):
+        name = f"report-{rank}.json"
+        assert (project.folder / name).read_text() == (project.folder / "whole" / name).read_text()
+    for fit in ("run", "run/fit-2", "third"):
+        assert RunDir(project.folder / fit).status()["state"] == "finished"
+        assert differences(final_state(project.folder / fit), final_state(project.folder / "whole" / fit)) == []
+    done = project.run("launch", "--resume", "--run-dir", "run/fit-2", "folds.py")
+    assert (done.code, done.err) == (2, f"run/fit-2 is one fit of the run in {run.path}, which --resume can continue\n")
+
+
+# -- the same model fitted again -------------------------------------------------------------------
+
+FEATURES = torch.randn(22, 4, generator=torch.Generator().manual_seed(0))
+POINTS = Samples(FEATURES, (FEATURES.sum(1) > 0).long())
+
+
+def make_parts():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    net[2].bias.requires_grad_(False)
+    return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+def fit_again(rank, world_size, folder, strategy, by_another):
+    """Two fits of a model of which more is trained in the second; the losses."""
+    os.environ[RUN_DIR_VARIABLE] = str(folder)
+    net, optimizer = make_parts()
+    trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=strategy, device="cpu")
+    loader = DataLoader(POINTS, batch_size=5, shuffle=True)
+    first = trainer.fit(loader, epochs=2)
+    if strategy == "ddp" or by_another:
+        net[2].bias.requires_grad_(True)
+    if by_another:
+        trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=strategy, device="cpu", seed=trainer.seed)
+    drawn = torch.rand(())
+    second = trainer.fit(loader, epochs=2)
+    return [*first["train_loss"], *second["train_loss"]], float(drawn)
+
+
+def plain_losses(frees):
+    net, optimizer = make_parts()
+    losses = []
+    for seed in (0, derive_seed("fit", 0)):
+        for epoch in (1, 2):
+            total = 0.0
+            for indices in epoch_order(22, seed, epoch).split(5):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(net(FEATURES[indices]), POINTS.target[indices])
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(indices) / 22
+            losses.append(total)
+        net[2].bias.requires_grad_(frees)
+    return losses, float(torch.rand(()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(("strategy", "by_another"), [("ddp", False), ("ddp", True), (Fsdp(), False)])
+def test_a_model_fitted_again_goes_on(world_size, strategy, by_another, tmp_path):
+    """With its weights and its optimizer, in another order; what is trained may change. The script draws as without."""
+    prepare(tmp_path, world_size)
+    losses, drawn = plain_losses(frees=strategy == "ddp")
+    for each in run_ranks(world_size, fit_again, tmp_path, strategy, by_another):
+        assert each[0] == pytest.approx(losses, rel=1e-5)
+        assert each[1] == drawn
+
+
+def cut_models(rank, world_size, folder):
+    os.environ[RUN_DIR_VARIABLE] = str(folder)
+    net, optimizer = make_parts()
+    trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=Fsdp(), device="cpu")
+    said = []
+    with pytest.raises(UserError) as caught:
+        Trainer(net, nn.CrossEntropyLoss(), optimizer, device="cpu")
+    said.append(str(caught.value))
+    net[2].bias.requires_grad_(True)
+    with pytest.raises(UserError) as caught:
+        trainer.fit(DataLoader(POINTS, batch_size=5), epochs=1)
+    return [*said, str(caught.value)]
+
+
+def test_what_a_model_in_parts_can_not_do(tmp_path):
+    prepare(tmp_path, 1)
+    [said] = run_ranks(1, cut_models, tmp_path)
+    assert said[0].startswith("the model has been cut into parts by another Trainer")
+    assert said[1].startswith("requires_grad of 2.bias was changed after Trainer had cut the model")
+
+
+def test_each_fit_has_a_folder_of_its_own(tmp_path):
+    net, optimizer = make_parts()
+    trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, device="cpu", run_dir=tmp_path / "a")
+    loader = DataLoader(POINTS, batch_size=5)
+    trainer.fit(loader, epochs=1, run_dir=tmp_path / "b")
+    trainer.fit(loader, epochs=1)
+    assert [len(RunDir(tmp_path / name).rows()) for name in "ab"] == [1, 1]
+    with pytest.raises(UserError, match="a already holds a fit of this script; give each fit a run_dir of its own"):
+        trainer.fit(loader, epochs=1)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "kept").touch()
+    with pytest.raises(UserError, match="c exists already: give another run_dir, or resume=True to continue it"):
+        trainer.fit(loader, epochs=1, run_dir=tmp_path / "c")
