@@ -248,8 +248,8 @@ def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "
     unused = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in reached]
     if unused:
         raise UserError(
-            f"the loss{when} does not depend on the parameters {shortened(unused)}, and their gradients are to be averaged "
-            f"over the ranks; remove them from the model, or freeze them: requires_grad_(False){mend}"
+            f"the loss{when} does not depend on the parameters {shortened(unused)}, and their gradients are to be "
+            f"averaged over the ranks; remove them from the model, or freeze them: requires_grad_(False){mend}"
         )
 
 
