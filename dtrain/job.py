@@ -52,6 +52,7 @@ MetricName = Annotated[Name, AfterValidator(_check_metric_name)]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Lines = Annotated[list[str], BeforeValidator(lambda value: value.splitlines() if isinstance(value, str) else value)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Every = Annotated[Literal["epoch"] | PositiveInt, BeforeValidator(_check_every)]
 _WORDS = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "minItems": 1}
 Script = Annotated[
@@ -257,7 +258,7 @@ class Job(Section):
     """One training job, as job.yaml describes it."""
 
     name: Name = Field(description="Names the run folder and the Slurm job.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="All randomness of the run follows from it.")
+    seed: Seed = Field(default=0, description="All randomness of the run follows from it.")
     model: Target = Field(description="The torch.nn.Module.")
     data: Data = Field(description="Datasets and batches.")
     loss: Target | None = Field(default=None, description="Called as loss(predictions, target).")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -284,6 +284,15 @@ def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     return Problem(f"{error['msg']}, {found}", path)
 
 
+def problems_in(section: type[Section], values: Mapping[str, Any]) -> list[Problem]:
+    """What a section of job.yaml would refuse of these values; for whoever gets them from elsewhere."""
+    try:
+        section.model_validate(values)
+    except ValidationError as error:
+        return [_translate(each, section) for each in error.errors()]
+    return []
+
+
 def _hint_at_target(error: ErrorDetails) -> str | None:
     """How a target is written, where it is written as something else: `model: net.Net`, or `{target: net.Net}`."""
     value = error["input"]
@@ -320,4 +329,4 @@ def _show(value: object) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
-    return json.dumps(value)
+    return json.dumps(value, default=repr)

@@ -32,13 +32,12 @@ def batches_of(
         UserError: what can't be read so.
     """
     source = Source.of(data) if isinstance(data, DataLoader) else data
-    is_list = isinstance(source, list | tuple) and world.world_size > 1
-    if is_list:
-        source = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
-    require_same_data(world, source)
-    if is_list:
-        shares = StreamShares(source, world, seed, micro_batch_size, fill_empty=fill_empty)
+    if isinstance(source, list | tuple) and world.world_size > 1:
+        listed = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
+        require_same_data(world, listed)
+        shares = StreamShares(listed, world, seed, micro_batch_size, fill_empty=fill_empty)
         return StreamBatches(shares, world, fill_empty=fill_empty)
+    require_same_data(world, source)
     if not isinstance(source, Source):
         own = LoaderShares(source, world, seed)
         if micro_batch_size is not None:

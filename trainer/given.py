@@ -5,21 +5,62 @@ The problems' paths are job.yaml's keys, which a script's arguments are close to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dtrain.errors import Problem, UserError
+from dtrain.errors import Problem, UserError, among
+from dtrain.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
+from dtrain.loading import problems_in
 
 # By name: to import all of them takes time.
 _WRAPPERS = (
     *("torch.DataParallel", "torch.DistributedDataParallel", "torch.FullyShardedDataParallel", "torch.FSDPModule"),
     "deepspeed.DeepSpeedEngine",
 )
+
+
+class _Settings(Section):
+    """Those of job.yaml's settings that a Trainer has."""
+
+    fit: Fit
+    checkpoint: Checkpoint
+    launch: Launch
+    seed: Seed
+
+
+def require_settings(
+    fit: Mapping[str, Any], checkpoint: Mapping[str, Any], device: Any, seed: Any, interval: Any, strategy: Any
+) -> None:
+    """Raise UserError for settings that job.yaml would refuse, by its own rules."""
+    values = {"fit": {"epochs": 1, **fit}, "checkpoint": checkpoint, "launch": {"device": device}, "seed": seed}
+    problems = problems_in(_Settings, {key: _plain(value) for key, value in values.items()})
+    problems += problems_in(SchedulerTarget, {"_target_": "scheduler", "interval": interval})
+    if strategy != "ddp" and not isinstance(strategy, Fsdp | Mapping):
+        hint = "Fsdp(...) from dtrain is FSDP2, a dict is DeepSpeed's configuration"
+        problems.append(Problem(f"expected 'ddp', Fsdp or a dict, found {strategy!r}", "strategy", hint=hint))
+    if problems:
+        raise UserError(problems)
+
+
+def _plain(value: Any) -> Any:
+    """The value with numpy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def require_names(kind: str, asked: Collection[str] | None, metrics: Collection[str]) -> None:
+    """Raise UserError for names under which there is no metric."""
+    for name in asked or ():
+        if name not in metrics:
+            hint = among(name, list(metrics)) if metrics else "there are no metrics"
+            raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
 
 
 def require_model(net: Any) -> None:

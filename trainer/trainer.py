@@ -27,7 +27,16 @@ from .data import Batches
 from .ddp import DataParallel
 from .ema import Ema
 from .fits import fit_folder
-from .given import require_loss, require_metrics, require_model, require_optimizer, require_scheduler, unwrapped
+from .given import (
+    require_loss,
+    require_metrics,
+    require_model,
+    require_names,
+    require_optimizer,
+    require_scheduler,
+    require_settings,
+    unwrapped,
+)
 from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .metric_trial import require_reported, try_metrics
@@ -124,6 +133,27 @@ class Trainer:
     ) -> None:
         if step is not None and loss_fn is not None:
             raise UserError("step makes its own loss: give Trainer either loss_fn or step")
+        require_settings(
+            {
+                "micro_batch_size": micro_batch_size,
+                "deterministic": deterministic,
+                "sync_batchnorm": sync_batchnorm,
+                "find_unused_parameters": find_unused_parameters,
+                "activation_checkpointing": list(activation_checkpointing),
+                "precision": precision,
+                "clip_norm": clip_norm,
+                "clip_value": clip_value,
+                "l1": l1,
+                "l2": l2,
+                "ema": ema,
+                "on_nonfinite": on_nonfinite,
+            },
+            {"every": checkpoint_every, "keep": keep},
+            device,
+            seed,
+            scheduler_interval,
+            strategy,
+        )
         require_model(net)
         net = unwrapped(net)
         require_loss(loss_fn)
@@ -173,6 +203,8 @@ class Trainer:
             self.metrics = as_metrics(metrics_dict)
             if "loss" in self.metrics:
                 raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
+        require_names("activations", activations, self.metrics)
+        require_names("train_metrics", train_metrics, self.metrics)
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
@@ -259,7 +291,7 @@ class Trainer:
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
         for name, value in (("epochs", epochs), ("patience", patience)):
-            if value is not None and value < 1:
+            if value is not None and not (isinstance(value, int) and value >= 1):
                 raise UserError(f"{name} is {value}: it counts epochs, from 1")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
