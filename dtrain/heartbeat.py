@@ -83,18 +83,18 @@ class Heartbeat:
     def beat(self, beat: Beat) -> None:
         """This rank is there now."""
         numbers = (beat.epoch, beat.epochs, beat.step, beat.step_in_epoch, beat.steps_in_epoch)
-        _BEAT.pack_into(self._bytes, 0, *numbers, beat.samples, beat.loss)
-        _MOVED.pack_into(self._bytes, _MOVED_AT, beat.phase, time.monotonic_ns(), beat.stop_s)
+        self._put(0, _BEAT.pack(*numbers, beat.samples, beat.loss))
+        self._put(_MOVED_AT, _MOVED.pack(beat.phase, time.monotonic_ns(), beat.stop_s))
 
     def begin(self, fit: int) -> None:
         """The script's first, second or later fit begins; 0: the rank does."""
-        _FIT.pack_into(self._bytes, _FIT_AT, fit)
+        self._put(_FIT_AT, _FIT.pack(fit))
         # A later fit begins as a training that runs: a request to stop is heard by it.
         self.beat(Beat(epochs=self.read().epochs if fit else 0))
 
     def enter(self, phase: Phase) -> None:
         """This rank begins with something else at the same place."""
-        struct.pack_into("<2q", self._bytes, _MOVED_AT, phase, time.monotonic_ns())
+        self._put(_MOVED_AT, struct.pack("<2q", phase, time.monotonic_ns()))
 
     def read(self) -> Beat:
         """The last beat."""
@@ -111,7 +111,7 @@ class Heartbeat:
 
     @stop.setter
     def stop(self, signal_number: int) -> None:
-        _STOP.pack_into(self._bytes, _STOP_AT, signal_number)
+        self._put(_STOP_AT, _STOP.pack(signal_number))
 
     @property
     def stopped(self) -> bool:
@@ -120,4 +120,11 @@ class Heartbeat:
 
     @stopped.setter
     def stopped(self, value: bool) -> None:
-        _STOP.pack_into(self._bytes, _STOPPED_AT, value)
+        self._put(_STOPPED_AT, _STOP.pack(value))
+
+    def _put(self, place: int, numbers: bytes) -> None:
+        """Write over what stands there. `pack_into` would first make zeros of it, which a reader may see.
+
+        A rank that is interrupted just then would look as if it had stood still since the machine was started.
+        """
+        self._bytes[place : place + len(numbers)] = numbers

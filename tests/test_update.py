@@ -92,11 +92,12 @@ def plain_loop(option: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_a_plain_loop_is_reproduced(option, strategy, world_size, micro_batch_size, tmp_path):
     losses, weights = plain_loop(option)
     results = train(world_size, tmp_path, job, option, micro_batch_size, STRATEGIES[strategy])
-    tolerance = 2e-2 if option == "bf16" else 1e-5  # bf16 has 8 bits, and rounds each part's gradient for itself
+    # bf16 has 8 bits, and rounds each part's gradient for itself: a plain loop over halves of batches differs by 0.009.
+    tolerance, least = (2e-2, 1e-2) if option == "bf16" else (1e-5, 1e-6)
     for rows, found in results:
         assert [row["train_loss"] for row in rows] == pytest.approx(losses, rel=tolerance)
         for name, expected in weights.items():
-            torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance / 10)
+            torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=least)
     assert all(torch.equal(results[0][1][name], found[name]) for _, found in results for name in weights)
 
 
