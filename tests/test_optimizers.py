@@ -17,7 +17,7 @@ from training import prepare
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer import trainer as trainers
+from dtrain.trainer import fits
 from dtrain.trainer.optimizers import judged
 from dtrain.trainer.trainer import Trainer
 
@@ -146,7 +146,7 @@ def trained(rank: int, world_size: int, folder: str, strategy: Any = "ddp") -> d
             run = RunDir(f"{folder}/{kind}-{name}")
             os.environ[RUN_DIR_VARIABLE] = str(run)
             for epochs in lengths:
-                trainers._fitted.clear()  # as in another process
+                fits._fits.clear()  # as in another process
                 net, optimizer, loader = parts(kind)
                 trainer = Trainer(*(net, nn.MSELoss(), optimizer), device="cpu", micro_batch_size=3, strategy=strategy)
                 rows = trainer.train(loader, loader, epochs, None, None, "min").rows

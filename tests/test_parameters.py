@@ -14,6 +14,7 @@ from training import Job, Samples, epoch_order, prepare
 
 from dtrain.errors import UserError
 from dtrain.run import RUN_DIR_VARIABLE
+from dtrain.trainer import fits
 from dtrain.trainer.data import Source
 from dtrain.trainer.ema import Ema
 from dtrain.trainer.given import require_model
@@ -88,9 +89,7 @@ def trained(rank: int, world_size: int, folder: str) -> list[dict[str, Tensor]]:
         for epochs in parts:
             made = job()
             trainer = Trainer(**made["trainer"], device="cpu", find_unused_parameters=True)
-            from dtrain.trainer import trainer as module
-
-            module._fitted.clear()
+            fits._fits.clear()  # as in another process
             trainer.fit(Source(made["train"], BATCH, shuffle=True), Source(made["train"], BATCH, False), epochs=epochs)
         assert not trainer.net.norm.training
         assert trainer.net.first.training

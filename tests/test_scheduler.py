@@ -32,7 +32,7 @@ from training import prepare
 from dtrain.errors import UserError
 from dtrain.loading import load
 from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.trainer import trainer as trainers
+from dtrain.trainer import fits
 from dtrain.trainer.trainer import Trainer
 
 EPOCHS, STEPS = 3, 4
@@ -84,7 +84,7 @@ def restored_environment(monkeypatch):
 
 def fit(folder: Any, make: Callable[..., Any], epochs: int = EPOCHS, **options: Any) -> list[float]:
     """The learning rate of each epoch's last step."""
-    trainers._fitted.clear()  # as in another process
+    fits._fits.clear()  # as in another process
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     if not folder.exists():
         prepare(folder, 1)
@@ -156,7 +156,7 @@ def test_a_value_is_fed_to_those_that_want_one(tmp_path):
 REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "less for more": (ReduceLROnPlateau, {"monitor": "val_acc", "mode": "max"}, "is min, .* val_acc, of which more"),
     "more for less": (lambda optimizer: ReduceLROnPlateau(optimizer, "max"), {}, "is max, .* val_loss, of which less"),
-    "monitor": (ReduceLROnPlateau, {"scheduler_monitor": "val_los"}, "val_los names nothing.*did you mean val_loss"),
+    "monitor": (ReduceLROnPlateau, {"scheduler_monitor": "val_los"}, "nothing is reported as val_los; did you mean val_loss"),
     "each step": (ReduceLROnPlateau, {"scheduler_interval": "step"}, "can't have the interval step"),
     "too short": (
         lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=11),

@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a parameter of the loss": (
         lambda: (net := nn.Linear(4, 1), torch.optim.SGD([*net.parameters(), nn.Parameter(torch.ones(1))])),
         CONFIGS["1"],
-        "the optimizer has parameters that are not the model's (1)",
+        "optimizer: 1 of its parameters belong neither to the model nor to the loss",
     ),
     "a number": (
         lambda: (net := Scaled(), torch.optim.SGD(net.parameters())),

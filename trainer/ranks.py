@@ -99,9 +99,10 @@ class Ranks:
         if units is None:
             if (part := self._part) is None:
                 raise UserError("Ranks.weigh: iterate over the batches of ranks.shard(loader), or give `units`")
-            if part.is_regular or self.world_size == 1:
+            if part.is_regular:
                 return loss * (part.samples * self.world_size / part.batch_samples)
-            require_rows(part, "give Ranks.weigh the `units` of which the loss is the mean")
+            if self.world_size > 1:
+                require_rows(part, "give Ranks.weigh the `units` of which the loss is the mean")
             units = part.samples
         own = torch.as_tensor(units, dtype=torch.float64, device=loss.device).detach() * float(self.has_samples)
         total = self.world.sum(own)
