@@ -9,6 +9,9 @@ import pytest
 from command import Project
 from marks import campaign
 
+from dtrain.heartbeat import Beat, Heartbeat, Phase
+from dtrain.launcher.watchdog import Watchdog
+
 HANGS = """
 import os
 import signal
@@ -98,3 +101,21 @@ def test_ranks_that_do_not_stop_when_asked_are_ended(project: Project):
     assert done.code == 128 + signal.SIGTERM
     assert "Traceback" not in done.err
     assert project.status()["state"] == "killed"
+
+
+class Watched(bytearray):
+    """A heartbeat's bytes, at which a watchdog looks after each write: where the rank may be interrupted."""
+
+    def __setitem__(self, place, numbers) -> None:
+        super().__setitem__(place, numbers)
+        self.seen.append(self.watchdog.sees_hang())
+
+
+def test_a_rank_that_is_interrupted_in_a_beat_does_not_look_hung(tmp_path):
+    heartbeat = Heartbeat(tmp_path / "0", create=True)
+    heartbeat.beat(Beat(epoch=1, epochs=2))
+    heartbeat._bytes = watched = Watched(heartbeat._bytes[:])
+    watched.watchdog, watched.seen = Watchdog({0: heartbeat}, timeout_s=600), []
+    heartbeat.beat(Beat(epoch=1, epochs=2, step=1))
+    heartbeat.enter(Phase.FORWARD)
+    assert watched.seen == [False] * 3

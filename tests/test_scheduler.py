@@ -156,7 +156,11 @@ def test_a_value_is_fed_to_those_that_want_one(tmp_path):
 REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "less for more": (ReduceLROnPlateau, {"monitor": "val_acc", "mode": "max"}, "is min, .* val_acc, of which more"),
     "more for less": (lambda optimizer: ReduceLROnPlateau(optimizer, "max"), {}, "is max, .* val_loss, of which less"),
-    "monitor": (ReduceLROnPlateau, {"scheduler_monitor": "val_los"}, "nothing is reported as val_los; did you mean val_loss"),
+    "monitor": (
+        ReduceLROnPlateau,
+        {"scheduler_monitor": "val_los"},
+        "nothing is reported as val_los; did you mean val_loss",
+    ),
     "each step": (ReduceLROnPlateau, {"scheduler_interval": "step"}, "can't have the interval step"),
     "too short": (
         lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=11),
