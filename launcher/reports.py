@@ -14,8 +14,11 @@ from dtrain.errors import InLoadingProcess, UserError
 
 from . import stacks
 
-# gloo raises mere RuntimeErrors, which begin with their place in it: "[/path/gloo/transport/tcp/pair.cc:9] ...".
-_FROM_GLOO = re.compile(r"\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|ProcessGroupGloo\.cpp):\d+\]")
+# gloo raises mere RuntimeErrors, which begin with their place in it: "[/path/gloo/transport/tcp/pair.cc:9] ...", or
+# "Gloo connectFullMesh failed with [...] ..." where a rank is gone before all have met.
+_FROM_GLOO = re.compile(
+    r"(?:Gloo \w+ failed with )?\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|ProcessGroupGloo\.cpp):\d+\]"
+)
 # torch raises in the training process what was raised in a loading process, with the traceback as its message.
 _FROM_LOADING = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback [^\n]*\n")
 DEAD_LOADER = "DataLoader worker (pid"  # so torch begins to say that a loading process is gone

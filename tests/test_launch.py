@@ -102,6 +102,7 @@ def test_status(run):
     assert status == {
         "state": "finished",
         "exit_code": 0,
+        "fit": 1,
         "epoch": 2,
         "step": 2 * STEPS,
         "slurm_job_id": None,

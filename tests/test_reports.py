@@ -62,6 +62,7 @@ def read(samples, workers):
 
 FAILED = {
     "gloo": RuntimeError(GLOO),
+    "gloo-mesh": RuntimeError(f"Gloo connectFullMesh failed with {GLOO}"),
     "gloo-enforce": RuntimeError("[enforce fail at /gloo/transport/tcp/device.cc:84] rv != -1"),
     "nccl": dist.DistBackendError("NCCL error"),
     "store": dist.DistNetworkError("Failed to recv, got 0 bytes"),
