@@ -32,7 +32,7 @@ def batches_of(
         UserError: what can't be read so.
     """
     source = Source.of(data) if isinstance(data, DataLoader) else data
-    if isinstance(source, list | tuple) and world.world_size > 1:
+    if isinstance(source, list | tuple):
         listed = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
         require_same_data(world, listed)
         shares = StreamShares(listed, world, seed, micro_batch_size, fill_empty=fill_empty)

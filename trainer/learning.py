@@ -70,7 +70,10 @@ class Learning:
         if "train_loss" in odd and self._weights() == self._norm:
             raise UserError(f"{said}, and the weights are what they were before: nothing is learned")
         if untrue := [name for name, value in odd.items() if name != "train_loss" and math.isnan(value)]:
-            cause = "its samples, or statistics that batch norm keeps, hold nan or inf"
+            cause = (
+                "its samples, or statistics that batch norm keeps, hold nan or inf, or a rank had none that counts, "
+            )
+            cause += "as with ignore_index: a step then returns its `weight`"
             raise UserError(f"{said}; the weights are finite, so it is {untrue[0]} itself that is at fault: {cause}")
         self._report(f"{said}; the weights are finite, and training goes on")
 
@@ -78,7 +81,7 @@ class Learning:
         """The norm of all that is trained. All ranks take part where each has a part; waits for the device."""
         with torch.no_grad():
             weights = [p.detach() for group in self._optimizer.param_groups for p in group["params"]]
-            return float(self._model.norm([each for each in weights if each.dtype.is_floating_point]))
+            return float(self._model.norm([each for each in weights if each.is_floating_point() or each.is_complex()]))
 
     def _steps(self, step: int) -> str:
         return f"steps {self._first_step} to {step}" if step > self._first_step else f"step {step}"

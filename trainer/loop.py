@@ -44,14 +44,16 @@ from .step import Step
 from .stop import DOUBT, StopAgreement, Stopped
 from .tally import Tally
 from .tree import require_data
-from .trial import standing_still, try_step
+from .trial import Pairs, standing_still, try_step
 from .update import Update
 from .weights import mismatches
 from .world import World
 
 # In the paths of `shared_state`, the section and the name of the parameter.
 _OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/held/[^/]+)*(?:/state)?/([^/]+)(?:/[^/]+)?")
-TRIED_AT = frozenset(10**k for k in range(10))  # steps at which a user's step is tried, since one may be a lucky one
+TRIED_AT = frozenset(
+    10**k for k in range(10)
+)  # a process's steps at which a user's step is tried: one may be a lucky one
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
@@ -122,7 +124,9 @@ class Loop:
         self.stop = StopAgreement(world, self.heartbeat)
         self.lr: float | Tensor = float("nan")  # of the last step done
         self.samples_per_s: float | None = None  # of this epoch's training in this process
-        self.samples_done = 0  # over all ranks, since this process began
+        self.samples_done = self.steps_done = 0  # over all ranks, since this process began
+        self.pairs = Pairs()
+        self.is_to_try = False  # the user's step, since this is a step to do so or the one before could not
         self.step_s = self.checkpoint_s = 0.0  # how long the last ones took
         self._looked_at = 0.0
         self._shown_loss = float("nan")
@@ -181,6 +185,7 @@ class Loop:
             if not self.samples_done:  # the optimizer has a state from now on
                 self.require_savable()
             self.samples_done += batch.samples
+            self.steps_done += 1
             self.place.step += 1
             self.place.step_in_epoch += 1
             self.step_s = time.perf_counter() - step_began
@@ -241,8 +246,8 @@ class Loop:
                     weight = outcome.weight if weight is None else weight + outcome.weight
             if micro_batch.is_last:
                 self.model.require_averaged(outcome.total, self.place.step + 1)
-            if outcome.is_believed and i == 0 and counted and self.place.step + 1 in TRIED_AT:
-                self.try_step(micro_batch)  # after the backward pass, which needs the buffers as they were
+            if outcome.is_believed and counted:
+                self.try_step(micro_batch, i)  # after the backward pass, which needs the buffers as they were
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples, self.place.step_in_epoch)
@@ -251,23 +256,31 @@ class Loop:
             self.divide_gradients(weight)
         return totals, weight
 
-    def try_step(self, micro_batch: MicroBatch) -> None:
-        """See that the step's loss is the mean over samples, where batches are cut. All ranks take part.
+    def try_step(self, micro_batch: MicroBatch, number: int) -> None:
+        """See that the step's loss is the mean over samples, where batches are cut, in some of a process's steps.
+
+        All ranks take part in these steps' first forward pass where such passes are collective.
 
         Raises:
             UserError: it is not.
         """
+        is_due = number == 0 and self.steps_done + 1 in TRIED_AT
+        self.is_to_try |= is_due
         is_for_all = self.model.forwards_together and self.world.world_size > 1
-        if not is_for_all and (micro_batch.is_whole or not micro_batch.samples):
+        is_empty = micro_batch.is_whole or not micro_batch.samples
+        if not self.is_to_try or (number != 0 if is_for_all else is_empty):
             return
-        samples = micro_batch.samples or 1  # of a filler, which takes part where forward passes are collective
+        data, samples = self.pairs.of(micro_batch.data, micro_batch.samples or 1)
+        if samples == 1 and not is_for_all:
+            return  # until there is a second one
+        self.is_to_try = is_for_all and is_due  # all ranks together: once more with the next step's, which makes a pair
 
         def run(data: Any) -> float:
             part = replace(micro_batch, data=data, samples=1, batch_samples=1, is_regular=True)
             return float(self.model.run(self.step, part).total)
 
         with self.model.trying(), standing_still(self.model.bare):
-            try_step(run, micro_batch.data, samples, self.world.device, self.precision.name != "fp32")
+            try_step(run, data, samples, self.world.device, self.precision.name != "fp32")
 
     def step_by_closure(self, micro_batches: list[MicroBatch]) -> None:
         """A step of an optimizer that evaluates the batch as often as it likes. All ranks take part.

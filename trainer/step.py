@@ -19,7 +19,7 @@ from dtrain.errors import UserError, among, first_line
 from .data import MicroBatch
 from .losses import WeightedMean
 from .transfer import is_by_rows, tensors
-from .trial import try_loss
+from .trial import Pairs, try_loss
 from .units import as_module, class_weight, count_units, is_torchs, is_weighted, mixes_samples
 
 UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
@@ -108,6 +108,8 @@ def user_step(function: UserStep) -> Step:
             raise UserError("the step returned a `weight` for some batches and none for others: return it for all")
         if weight is not None:
             total, units = _weighted(loss, _as_weight(weight, loss.device))
+            if not (isinstance(weight, int | float) and weight):  # which is 0, or unknown before the device has done it
+                _zero_gradients(result.get("predictions"), units)
         else:
             mend = "let the step return its `weight`, of how many units its loss is the mean"
             total, units = _of_samples(loss, micro_batch, mend)
@@ -150,6 +152,13 @@ def _as_weight(weight: Any, device: torch.device) -> Tensor:
 def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """The mean times its weight. The mean of no units is nan in most ways to write it, where their sum is 0."""
     return loss.where(weight != 0, 0.0) * weight.to(loss.dtype), weight
+
+
+def _zero_gradients(predictions: Any, weight: Tensor) -> None:
+    """Let no nan come back from the mean of no units: 0/0 has that for a gradient, whatever it is multiplied by."""
+    for tensor in tensors(predictions):
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: gradient.where((weight != 0).to(gradient.device), 0.0))
 
 
 def _count(units: float, device: torch.device) -> Tensor:
@@ -237,7 +246,7 @@ def _of_torchs(loss_fn: Any, reduction: str) -> TotalLoss:
 
 def _of_users(loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> TotalLoss:
     name, is_sum = describe(loss_fn), reduction == "sum"
-    calls, may_be_tried = 0, True
+    calls, may_be_tried, pairs = 0, True, Pairs()
 
     def total(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
         nonlocal calls, may_be_tried
@@ -248,7 +257,8 @@ def _of_users(loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> TotalLos
         if may_be_tried and part.samples and not part.is_whole:
             calls += 1
             if calls & (calls - 1) == 0:  # the 1st, 2nd, 4th, 8th: it waits for the device
-                may_be_tried = try_loss(loss_fn, name, is_sum, (predictions, target), part.samples)
+                given, samples = pairs.of((predictions, target), part.samples)
+                may_be_tried = try_loss(loss_fn, name, is_sum, given, samples)
         if is_sum:
             return loss * part.batch_samples, None
         return _of_samples(loss, part, "derive the loss from dtrain.WeightedMean, or write a `step` with a `weight`")

@@ -74,6 +74,19 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
     return _with_members(functools.partial(take, rows=rows), batch)
 
 
+def join(batches: Sequence[Any]) -> Any:
+    """One batch of all their samples: the converse of `take`. What has no samples is that of the first.
+
+    Raises:
+        RuntimeError, ValueError: their samples do not go together.
+    """
+    if isinstance(batches[0], Tensor):
+        return torch.cat(list(batches))
+    if isinstance(batches[0], list) and _is_column(batches[0]):
+        return [member for batch in batches for member in batch]
+    return batches[0] if _apart(batches[0]) is None else merge_members(join, batches)
+
+
 def num_collated(batch: Any, asked: int) -> int:
     """How many samples a collate function of the user's own, asked for so many, has put into a batch.
 

@@ -20,11 +20,28 @@ from dtrain.errors import UserError, first_line
 
 from .background import say
 from .seeds import rng_kept
-from .transfer import is_by_rows, map_tensors, take, tensors
+from .transfer import is_by_rows, join, map_tensors, take, tensors
 
 FINE, COARSE = 1e-3, 2e-2  # how far a sum may be off; the latter with 16 bits, and on GPUs, whose TF32 has 10
 _OF_LOSS = "derive it from dtrain.WeightedMean, or write it as a `step` that returns its `weight`"
 _OF_STEP = "return its `weight`, of how many units it is the mean"
+
+
+class Pairs:
+    """Batches of a single sample, which by themselves show nothing, each put together with the one before."""
+
+    def __init__(self) -> None:
+        self._before: Any = None
+
+    def of(self, batch: Any, samples: int) -> tuple[Any, int]:
+        """What is to be tried, and how many samples that are; still one where there was none before."""
+        if samples != 1:
+            return batch, samples
+        before, self._before = self._before, map_tensors(Tensor.detach, batch)
+        if before is not None:
+            with contextlib.suppress(RuntimeError, ValueError):  # samples of different shapes
+                return join((before, batch)), 2
+        return batch, 1
 
 
 def try_loss(loss_fn: Any, name: str, is_sum: bool, given: tuple[Any, Any], samples: int) -> bool:
@@ -124,7 +141,7 @@ def _adds_up(
         )
         return False
     near = functools.partial(math.isclose, whole, rel_tol=tolerance, abs_tol=1e-6)
-    if not math.isfinite(whole + made + distance) or (near(made) and distance <= tolerance):
+    if not math.isfinite(whole) or (near(made) and distance <= tolerance):  # a part's nan is not near
         return True
     sizes = f"its parts of {cut} and {len(rows) - cut}"
     values = f"is {whole:.6g}, but {sizes} make {made:.6g}"
@@ -140,8 +157,10 @@ def _adds_up(
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """How far they are apart, relatively to the largest number."""
-    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12)) if one.numel() else 0.0
+    """How far they are apart, relatively to the largest number; nothing where that is not finite."""
+    if not one.numel() or not one.isfinite().all():
+        return 0.0
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
 
 
 @contextlib.contextmanager
