@@ -326,7 +326,7 @@ class Positive(WeightedMean):
 
 
 def own_mean(predictions: Tensor, target: Tensor) -> Tensor:
-    return (predictions - target).abs().sqrt().mean(1).mean()
+    return (predictions - target).abs().pow(1.5).mean(1).mean()
 
 
 def root(predictions: Tensor, target: Tensor) -> Tensor:

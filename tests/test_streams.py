@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections import Counter
+from collections import Counter, UserList
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -636,16 +636,21 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(net, nn.CrossEntropyLoss(), optimizer, device="cpu", **options)
 
 
+class Own(UserList):
+    """A loader of one's own."""
+
+
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "empty": (lambda: trainer().evaluate(Source(Empty(), 4, True)), "Empty gives no sample in epoch 1$"),
-    "empty loader": (lambda: trainer().evaluate([]), "list gives no sample in epoch 1$"),
+    "empty loader": (lambda: trainer().evaluate(Own([])), "Own gives no sample in epoch 1$"),
+    "empty list": (lambda: trainer().evaluate([]), "list is empty"),
     "generator": (lambda: trainer().evaluate(x for x in [1]), "a generator can be read only once"),
     "dataset": (lambda: trainer().evaluate(Numbers(Kind())), "expected a torch DataLoader, got Numbers"),
     "number": (lambda: trainer().evaluate(3), "expected a torch DataLoader, got int"),  # type: ignore[arg-type]
-    "no tensor": (lambda: trainer().evaluate([("a", 1)]), "a batch of type tuple holds no tensor"),
+    "no tensor": (lambda: trainer().evaluate(Own([("a", 1)])), "a batch of type tuple holds no tensor"),
     "micro-batches": (
-        lambda: trainer(micro_batch_size=2).evaluate([FEATURES]),
-        "micro_batch_size can't be kept with batches that list makes",
+        lambda: trainer(micro_batch_size=2).evaluate(Own([FEATURES])),
+        "micro_batch_size can't be kept with batches that Own makes",
     ),
     "sampler": (lambda: Source(Empty(), 4, True, sampler=range(3)), "Empty is a stream, whose samples no sampler"),  # type: ignore[arg-type]
     "fewer than ranks": (

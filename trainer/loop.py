@@ -11,7 +11,7 @@ import copy
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -121,7 +121,7 @@ class Loop:
         self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, self.part_like)
         self.background = Background()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
-        self.stop = StopAgreement(world, self.heartbeat)
+        self.stop, self.stop_evaluating = (StopAgreement(world, self.heartbeat) for _ in range(2))
         self.lr: float | Tensor = float("nan")  # of the last step done
         self.samples_per_s: float | None = None  # of this epoch's training in this process
         self.samples_done = self.steps_done = 0  # over all ranks, since this process began
@@ -223,6 +223,7 @@ class Loop:
         """
         totals: list[Tensor] = []
         weight: Tensor | None = None
+        whole_weight: Callable[[], Tensor] | None = None  # over all ranks
         for i, micro_batch in enumerate(micro_batches):
             # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
             scale = self.world.world_size / micro_batch.batch_samples
@@ -242,8 +243,10 @@ class Loop:
                     self.model.backward(self.precision.scaled(outcome.total * scale))
                 else:
                     # How many units the batch has is known only after all its parts; see `divide_gradients`.
-                    self.model.backward(self.precision.scaled(outcome.total))
                     weight = outcome.weight if weight is None else weight + outcome.weight
+                    if micro_batch.is_last:
+                        whole_weight = self.world.begin_sum(weight)  # which travels during the backward pass
+                    self.model.backward(self.precision.scaled(outcome.total))
             if micro_batch.is_last:
                 self.model.require_averaged(outcome.total, self.place.step + 1)
             if outcome.is_believed and counted:
@@ -252,8 +255,8 @@ class Loop:
             if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples, self.place.step_in_epoch)
         self.model.loss.average_gradients()
-        if weight is not None:
-            self.divide_gradients(weight)
+        if whole_weight is not None:
+            self.divide_gradients(whole_weight())
         return totals, weight
 
     def try_step(self, micro_batch: MicroBatch, number: int) -> None:
@@ -304,9 +307,8 @@ class Loop:
             closure()  # it begins with the batch's gradient
         self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stub says float, its LBFGS takes a tensor
 
-    def divide_gradients(self, weight: Tensor) -> None:
-        """Turn the gradients of the summed loss into those of its mean over all ranks' units. All ranks take part."""
-        total = self.world.sum(weight)
+    def divide_gradients(self, total: Tensor) -> None:
+        """Turn the gradients of the summed loss into those of its mean over all ranks' units, so many in total."""
         total = total.where(total != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
         gradients = self.model.gradients(self.optimizer)
         scale = (self.world.world_size / total).to(gradients[0].device, gradients[0].dtype)
@@ -350,10 +352,10 @@ class Loop:
         tally.reset()
         with averaged, self.model.evaluating():
             for i, batch in enumerate(batches.epoch(self.place.epoch)):
-                self.stop.ask()
+                self.stop_evaluating.ask()
                 evaluate_batch(self.model, self.step, batch, tally, i)
                 self.beat(Phase.VALIDATING, i + 1)
-                if signal_number := self.stop.agreed():
+                if signal_number := self.stop_evaluating.agreed():
                     return signal_number
         return 0
 

@@ -1,10 +1,11 @@
-"""A stop that all ranks make at the same step: a request to one is agreed on by all, at no waiting time."""
+"""A stop that all ranks make at the same step: a request to one is agreed on by all, at little cost."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -42,26 +43,50 @@ def signals_left_to_agent() -> Iterator[None]:
 
 
 class StopAgreement:
-    """Each step, all ranks learn whether any of them was asked to stop.
+    """All ranks learn, at the same turns, whether any of them was asked to stop.
 
-    The question is sent before the step's work and answered after it, so that the few bytes travel meanwhile.
+    A turn is a step, or a batch evaluated. The question is sent before a turn's work and answered after it, so that the
+    few bytes travel meanwhile. Each answer says alike on all ranks when they ask again: after the turns that the
+    slowest of them does in INTERVAL_S, by the longest of its last ones, but after no more than a sixteenth of all so
+    far, which may have been short by chance.
     """
+
+    INTERVAL_S = 0.25
 
     def __init__(self, world: World, heartbeat: Heartbeat) -> None:
         self._heartbeat = heartbeat
         self._group = world.control
-        self._request = torch.zeros(1, dtype=torch.int64)
+        self._message = torch.zeros(2, dtype=torch.int64)  # the request, and the longest turn since the last, in ns
         self._asked: dist.Work | None = None
+        self._in_doubt = False
+        self._turns = self._asks_at = self._longest = 0
+        self._began: int | None = None
 
     def ask(self, *, in_doubt: bool = False) -> None:
-        """All ranks take part (without waiting). With `in_doubt` of any of them, all agree on DOUBT."""
-        self._request[0] = DOUBT if in_doubt else self._heartbeat.stop
-        if self._group is not None:
-            self._asked = dist.all_reduce(self._request, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        """Before a turn. All ranks take part (without waiting). With `in_doubt` of any of them, all agree on DOUBT."""
+        self._in_doubt |= in_doubt
+        now = time.perf_counter_ns()
+        self._longest = max(self._longest, now - (self._began or now))
+        self._began = now
+        if self._group is None or self._turns < self._asks_at:
+            return
+        self._message[0], self._message[1] = self._take_request(), self._longest
+        self._longest = 0
+        self._asked = dist.all_reduce(self._message, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def agreed(self) -> int:
-        """The signal's number, the same on all ranks, or DOUBT; 0 to go on. After `ask`."""
-        if self._asked is not None:
-            self._asked.wait()
-            self._asked = None
-        return int(self._request[0])
+        """After the turn: the signal's number, the same on all ranks, or DOUBT; 0 to go on."""
+        self._turns += 1
+        if self._group is None:
+            return self._take_request()
+        if self._asked is None:
+            return 0
+        self._asked.wait()
+        self._asked = None
+        request, longest = self._message.tolist()
+        self._asks_at = self._turns + min(self._turns // 16, int(self.INTERVAL_S * 1e9) // max(longest, 1))
+        return int(request)
+
+    def _take_request(self) -> int:
+        in_doubt, self._in_doubt = self._in_doubt, False
+        return DOUBT if in_doubt else self._heartbeat.stop

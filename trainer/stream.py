@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from itertools import chain, count, repeat
 from types import GeneratorType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .reading import Ask, Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
 from .transfer import num_samples, to_device
 from .world import World
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Ahead = tuple[Share, Progress, Callable[[], Numbers]]
 
 
 class Shares(Protocol):
@@ -43,8 +46,9 @@ class Shares(Protocol):
 class StreamBatches:
     """The batches of shares that may end at any step, on one rank earlier than on another.
 
-    Each step the ranks tell each other how many samples they have, so that the loss is divided by the whole batch,
-    and the epoch ends for all when none has any. A rank without samples while others have some computes a filler.
+    For each step the ranks tell each other how many samples they have, so that the loss is divided by the whole batch,
+    and the epoch ends for all when none has any. They do so a step ahead, so that nobody waits for the numbers. A rank
+    without samples while others have some computes a filler.
 
     Args:
         fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out.
@@ -75,15 +79,17 @@ class StreamBatches:
         if self._progress.ended:
             return
         shares = self._own_shares()
+        ahead = self._begin_agreement(*next(shares))
         for step in count(first_step):
-            share = next(shares)
-            samples = self._agree(share, epoch)
+            share, self._progress, found = ahead
+            samples = self._agree(share, found(), epoch)
             if not samples:
                 self._progress.ended = True
                 if step == 0:
                     again = ": it must start anew each time that it is iterated over" if epoch > 1 else ""
                     raise UserError(f"{self._shares.name} gives no sample in epoch {epoch}{again}")
                 return
+            ahead = self._begin_agreement(*next(shares))
             yield Batch(samples, self._micro_batches(share, samples))
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,22 +130,27 @@ class StreamBatches:
         self._saved_size = self._size
         self._mark = None
 
-    def _own_shares(self) -> Iterator[Share]:
-        """This rank's shares, its progress kept. Loading processes without samples are passed over, until all are."""
+    def _own_shares(self) -> Iterator[tuple[Share, Progress]]:
+        """This rank's shares, each with the progress that it makes. Loading processes without samples are passed over,
+        until all are."""
         # The reader gets a copy: with no loading processes it is in this very process.
-        progress = self._progress
+        progress = replace(self._progress, places=list(self._progress.places))
         for share in self._shares.read(replace(progress, places=list(progress.places))):
             if share.splits and not progress.splits:
                 progress.splits, progress.places = True, [Place()] * self._shares.workers
             progress.places[share.worker if share.splits else 0] = share.place
             progress.turn = (share.worker + 1) % self._shares.workers if share.splits else 0
             if share.samples or not share.splits or all(place.ended for place in progress.places):
-                yield share
+                yield share, replace(progress, places=list(progress.places))
 
-    def _agree(self, share: Share, epoch: int) -> int:
-        """The batch's samples over all ranks. All ranks take part; in a broadcast too where one needs a filler."""
+    def _begin_agreement(self, share: Share, progress: Progress) -> Ahead:
+        """Tell the others what this rank has, and go on. All ranks take part."""
         needs_filler = self._fill_empty and share.splits and not share.samples and self._filler.data is None
-        found = self._gather([share.samples, share.batch_samples, share.mark, needs_filler])
+        return share, progress, self._gather([share.samples, share.batch_samples, share.mark, needs_filler])
+
+    def _agree(self, share: Share, found: Numbers, epoch: int) -> int:
+        """The batch's samples over all ranks, of what they have told. All take part in a broadcast if one needs a
+        filler."""
         of_ranks, whole, marks, needs = found.T
         alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, share.mark)
         if not alike:
@@ -154,15 +165,20 @@ class StreamBatches:
             self._share_filler(share, int(np.flatnonzero(of_ranks)[0]))
         return samples
 
-    def _gather(self, numbers: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The numbers of all ranks, one row for each. All ranks take part."""
+    def _gather(self, numbers: list[int]) -> Callable[[], Numbers]:
+        """Begin to send all numbers to all ranks, which take part; the function waits for them, a row of each rank."""
         own = torch.tensor(numbers)
         rows = [torch.empty_like(own) for _ in range(self._world.world_size)]
-        if self._world.control is None:
-            rows = [own]
-        else:
-            dist.all_gather(rows, own, group=self._world.control)
-        return torch.stack(rows).numpy()
+        group = self._world.control
+        if group is None:
+            return lambda: own[None].numpy()
+        work = cast(dist.Work, dist.all_gather(rows, own, group=group, async_op=True))
+
+        def end() -> Numbers:
+            work.wait()
+            return torch.stack(rows).numpy()
+
+        return end
 
     def _share_filler(self, share: Share, source: int) -> None:
         """Give ranks that have had no sample yet the source rank's first micro-batch. All ranks take part."""

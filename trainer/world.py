@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -53,10 +54,20 @@ class World:
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, on all of them. All ranks take part."""
-        if self.world_size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-        return value
+        return self.begin_sum(value)()
+
+    def begin_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin `sum`, and go on; what is returned waits for it and gives it. All ranks take part."""
+        if self.world_size == 1:
+            return lambda: value
+        value = value.clone()
+        work = cast(dist.Work, dist.all_reduce(value, async_op=True))
+
+        def end() -> torch.Tensor:
+            work.wait()
+            return value
+
+        return end
 
     def barrier(self) -> None:
         """Wait for all ranks. All ranks take part."""
