@@ -132,7 +132,7 @@ def _behind(error: BaseException) -> list[str]:
     """What it was raised from, where that says more, and what a group of exceptions holds; a line each."""
     cause, lines = error.__cause__, []
     is_said = isinstance(error, UserError) or isinstance(cause, InLoadingProcess) or str(cause) in str(error)
-    if cause is not None and not is_said:
+    if cause is not None and not (is_said or is_dead_loader(error)):
         lines = [f"raised from {type(cause).__name__}: {first_line(cause)}"]
     members = getattr(error, "exceptions", ()) if type(error).__name__.endswith("Group") else ()
     return lines + [f"{type(each).__name__}: {first_line(each)}" for each in members[:3]]

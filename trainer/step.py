@@ -109,9 +109,10 @@ def user_step(function: UserStep) -> Step:
         if weighs.setdefault(model.training, weight is not None) is not (weight is not None):
             raise UserError("the step returned a `weight` for some batches and none for others: return it for all")
         if weight is not None:
-            total, units = _weighted(loss, _as_weight(weight, loss.device))
+            known = _as_weight(weight, loss.device)
+            total, units = _weighted(loss, known)
             if not (isinstance(weight, int | float) and weight):  # which is 0, or unknown before the device has done it
-                _zero_gradients(result.get("predictions"), units)
+                _zero_gradients(result.get("predictions"), known)
         else:
             mend = "let the step return its `weight`, of how many units its loss is the mean"
             total, units = _of_samples(loss, micro_batch, mend)
