@@ -267,7 +267,8 @@ def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     if kind == "extra_forbidden":
         *parents, key = map(str, error["loc"])
         if job is ScriptJob and path in Job.model_fields:
-            return Problem("has no effect beside script, which sees to that itself; leave it out", path)
+            hint = "its restarts stand beside script" if path == "fit" and "restarts" in str(error["input"]) else None
+            return Problem("has no effect beside script, which sees to that itself; leave it out", path, hint=hint)
         known = _fields(job, parents)
         hint = did_you_mean(key, known) or f"known here: {', '.join(known)}"
         return Problem("unknown key", path, hint=hint)

@@ -98,6 +98,13 @@ def collisions(folder: Path) -> list[Problem]:
     return [found for name in HIDING if (found := collision(folder, name))]
 
 
+def hidden_modules(folder: Path, program: Path) -> list[Path]:
+    """The modules beside a program that an import would not find now, since Python's of that name is loaded."""
+    found = (own_file(folder, name) for name in sys.modules.keys() & sys.stdlib_module_names)
+    own = [file for file in found if file is not None and file.resolve() != program.resolve()]
+    return sorted(file for file in own if _other_file(folder, file.stem))
+
+
 def load_what_ranks_have(folder: Path) -> None:
     """Where the job's folder has modules that are called as Python's: `check` is to find the same ones as a rank.
 

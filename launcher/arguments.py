@@ -11,6 +11,13 @@ from dtrain.errors import UserError
 
 _TORCHRUN = {"--nproc-per-node": "--gpus", "--nnodes": "--nodes", "--rdzv-endpoint": "--rendezvous"}
 _NEEDLESS = "--standalone"  # of torchrun's, where nothing is to be said
+_MEETING = "on several nodes, node 0 is named by --rendezvous HOST:PORT, and that is all"
+_PRINTED = "what ranks print is in the run folder's logs/, and on the screen by --show-ranks"
+_INSTEAD = {  # of torchrun's options that are not known here
+    **dict.fromkeys(("--master-addr", "--master-port", "--rdzv-backend", "--rdzv-id", "--rdzv-conf"), _MEETING),
+    **dict.fromkeys(("--log-dir", "--redirects", "--tee"), _PRINTED),
+    "--no-python": "each rank runs a Python script, from which a program may be started",
+}
 
 
 class LaunchCommand(click.Command):
@@ -23,6 +30,10 @@ class LaunchCommand(click.Command):
             at = args.index("--")
             own, dashes, rest = args[:at], ["--"], args[at + 1 :]
         place = next((at for at, word in self._walk(own) if not word.startswith("-")), None)
+        for word in own[:place]:
+            name = word.partition("=")[0]
+            if instead := _INSTEAD.get(name.replace("_", "-")):
+                raise UserError(f"{name} is torchrun's, and not known here: {instead}")
         if place is not None and not dashes and _is_script(own[: place + 1]):
             after = own[place + 1 :]
             foreign = any(self._option(word) is None for _, word in self._walk(after))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -35,14 +35,15 @@ _NUMBER = struct.Struct("q")  # a process's id, or its exit code
 _server: socket.socket | None = None  # in the agent
 
 
-def start_fork_server(modules: Sequence[str], num_threads: int) -> None:
-    """Import the modules, and start the process that all ranks are forked from.
+def start_fork_server(modules: Sequence[str], num_threads: int, *, unless: Callable[[], bool] = lambda: False) -> bool:
+    """Import the modules, and start the process that all ranks are forked from; whether it was started.
 
     From the main thread, while there is no other one, and before anything of the user's is imported. Only modules that
     leave CUDA alone may be named: once CUDA is initialised, no forked process can use it.
 
     Args:
         num_threads: of each rank. numpy's linear algebra takes it from OMP_NUM_THREADS on import, for good.
+        unless: asked once all is imported: whether the ranks can't do with what there is then.
     """
     global _server
     environment = dict(os.environ)
@@ -52,6 +53,8 @@ def start_fork_server(modules: Sequence[str], num_threads: int) -> None:
             importlib.import_module(module)
     os.environ.clear()  # torch leaves something there, too
     os.environ.update(environment)
+    if unless():
+        return False
     for stream in (sys.stdout, sys.stderr):  # what is left in a buffer would be printed by each process
         stream.flush()
     agent = os.getpid()
@@ -64,6 +67,7 @@ def start_fork_server(modules: Sequence[str], num_threads: int) -> None:
                 traceback.print_exc()
             os._exit(1)
     requests.close()
+    return True
 
 
 def serve(requests: socket.socket, agent: int) -> NoReturn:

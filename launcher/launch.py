@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from dtrain import __version__
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
+from dtrain.names import hidden_modules, short
 from dtrain.provenance import environment
 from dtrain.redact import hide_in_command
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
@@ -181,7 +182,8 @@ def _launch_program(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program goes by what it finds
     preload = request.preload and not _sets_on_import(program)
     if preload and not request.dry_run:
-        start_fork_server(preload_for(program.source), threads_per_rank(expected_ranks(request.gpus)))
+        modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.gpus))
+        preload = start_fork_server(modules, threads, unless=lambda: _is_hidden(program))
     num_ranks, device = choose_processes(request.gpus, device_asked)
     text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
@@ -205,9 +207,19 @@ def _launch_program(
 
 def _sets_on_import(program: Program) -> bool:
     if variable := program.sets_on_import:
-        reason = f"{program.name} sets {variable}, which libraries read when they are imported"
-        say(f"{reason}: each rank gets a fresh interpreter, as with --no-preload")
+        _say_fresh(f"{program.name} sets {variable}, which libraries read when they are imported")
     return variable is not None
+
+
+def _is_hidden(program: Program) -> bool:
+    """Whether a module beside the program has the name of one of Python's that is loaded by now."""
+    if hidden := hidden_modules(Path(program.folder), program.file):
+        _say_fresh(f"{short(str(hidden[0]))} has the name of a module of Python's, which torch has loaded")
+    return bool(hidden)
+
+
+def _say_fresh(reason: str) -> None:
+    say(f"{reason}: each rank gets a fresh interpreter, as with --no-preload")
 
 
 # -- both ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dtrain.errors import InLoadingProcess, UserError
+from dtrain.errors import InLoadingProcess, UserError, first_line
 
 from . import stacks
 
@@ -34,7 +34,8 @@ _SHARED_MEMORY = (
 def of(error: BaseException, exit_status: int) -> dict[str, str]:
     """Type, message and traceback, as status.json's `error` has them."""
     error = _meant(error)
-    kind, message = type(error).__name__, "\n".join([str(error), *getattr(error, "__notes__", ())])
+    said = [str(error), *getattr(error, "__notes__", ()), *_behind(error)]
+    kind, message = type(error).__name__, "\n".join(filter(None, said))
     lines = "" if isinstance(error, UserError) else users_traceback(error)
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         message = f"exit code {exit_status}"
@@ -125,6 +126,16 @@ def _meant(error: BaseException) -> BaseException:
     if behind is not None and isinstance(error, SystemExit) and isinstance(error.code, int):
         return behind
     return behind if isinstance(behind, StopIteration) and isinstance(error, RuntimeError) else error
+
+
+def _behind(error: BaseException) -> list[str]:
+    """What it was raised from, where that says more, and what a group of exceptions holds; a line each."""
+    cause, lines = error.__cause__, []
+    is_said = isinstance(error, UserError) or isinstance(cause, InLoadingProcess) or str(cause) in str(error)
+    if cause is not None and not (is_said or is_dead_loader(error)):
+        lines = [f"raised from {type(cause).__name__}: {first_line(cause)}"]
+    members = getattr(error, "exceptions", ()) if type(error).__name__.endswith("Group") else ()
+    return lines + [f"{type(each).__name__}: {first_line(each)}" for each in members[:3]]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -53,6 +53,10 @@ REQUESTS = {
         ["launch", "train.py", "--gpus", "2", "--lr", "0.1"],
         ["--gpus stands after train.py", "dtrain launch train.py -- --gpus 2 --lr 0.1"],
     ),
+    "torchruns-option": (
+        ["launch", "--master_addr", "here", "train.py"],
+        ["--master_addr is torchrun's, and not known here", "--rendezvous HOST:PORT"],
+    ),
     "a-program": (["launch", "--gpus", "2", "./run.sh"], ["run.sh: is a program", "subprocess.run(['./run.sh']"]),
     "show-ranks-word": (["launch", "--show-ranks", "0,x", "job.yaml"], ["--show-ranks 0,x", "such as 0,2, or all"]),
     "show-ranks-none": (["launch", "--show-ranks", "", "job.yaml"], ["expected ranks, such as 0,2, or all"]),

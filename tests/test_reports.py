@@ -46,6 +46,24 @@ def raised(error, *, handling=None):
         return caught
 
 
+class SomeGroup(Exception):
+    """As ExceptionGroup, which Python 3.10 doesn't have."""
+
+    exceptions = (ValueError("one\nof many lines"), KeyError("two"))
+
+
+def test_what_an_error_was_raised_from_is_said_with_it():
+    error = RuntimeError("training failed")
+    error.__cause__ = ValueError("no such colour\nin line 3")
+    assert reports.of(error, 1)["message"] == "training failed\nraised from ValueError: no such colour"
+    error.__cause__ = ValueError("training")
+    assert reports.of(error, 1)["message"] == "training failed"
+    assert reports.of(SomeGroup("several"), 1)["message"] == "several\nValueError: one\nKeyError: 'two'"
+    nameless = StopIteration()
+    nameless.__notes__ = ["sample 13"]
+    assert reports.of(nameless, 1)["message"] == "sample 13"
+
+
 def read(samples, workers):
     """The error of a DataLoader, in a generator as dtrain has it."""
 

@@ -267,11 +267,13 @@ def test_a_script_job_runs_and_goes_on(jobs, store):
 
 
 def test_a_script_job_may_name_a_module(jobs):
-    """The job's folder is looked in first, as it is for a model."""
-    jobs.write("jobs/sub/module.py", REPORTING)
+    """The job's folder is looked in first, as it is for a model; also where torch has loaded one of that name."""
+    jobs.write("jobs/statistics.py", "of_ones_own = True\n")
+    jobs.write("jobs/sub/module.py", f"import statistics\nassert statistics.of_ones_own\n{REPORTING}")
     jobs.write("go", "")
-    done = jobs.run("launch", "--no-preload", "--run-dir", "run", "jobs/job.yaml", "script=[-m, sub.module, --lr, 0.1]")
+    done = jobs.run("launch", "--run-dir", "run", "jobs/job.yaml", "script=[-m, sub.module, --lr, 0.1]")
     assert done.code == 0, done.err
+    assert "jobs/statistics.py has the name of a module of Python's, which torch has loaded: each rank gets" in done.err
     argv, path, folder, *_ = json.loads((jobs.folder / "report-0.json").read_text())
     assert argv == [str(jobs.folder / "jobs" / "sub" / "module.py"), "--lr", "0.1"]
     assert (path, folder) == (str(jobs.folder / "jobs"), str(jobs.folder))
@@ -307,6 +309,7 @@ MISTAKES = {
     "model": ("model: {_target_: net.Net}", f"job.yaml:3: model: {NO_EFFECT}"),
     "seed": ("seed: 1", f"job.yaml:3: seed: {NO_EFFECT}"),
     "two": ("fit: {epochs: 1}\nstep: x", f"job.yaml:3: fit: {NO_EFFECT}\njob.yaml:4: step: {NO_EFFECT}"),
+    "restarts": ("fit: {restarts: 3}", f"job.yaml:3: fit: {NO_EFFECT}; its restarts stand beside script"),
     "unknown": ("lunch: {device: cpu}", "job.yaml:3: lunch: unknown key; did you mean launch?"),
     "within": ("mlflow: {experimant: a}", "job.yaml:3: mlflow.experimant: unknown key; did you mean experiment?"),
     "device": (

@@ -134,7 +134,7 @@ class Own:
         (lambda x: x, "a function"),
         (Own(), "a Own"),
         (Own, "a type"),
-        (torch.eye(2).to_sparse(), "a tensor that is sparse.*"),
+        (torch.eye(2).to_sparse(), r"a sparse tensor, which sparse gradients leave .*"),
         (torch.nested.nested_tensor([torch.ones(1)]), "a tensor that .* nested.*"),
         (torch.empty(1, device="meta"), "a tensor .* without values"),
         (np.array([Own()]), "a ndarray"),

@@ -19,6 +19,8 @@ from dtrain import Ranks
 from dtrain.errors import UserError
 from dtrain.trainer.data import MicroBatch
 from dtrain.trainer.step import supervised_step, user_step
+from dtrain.trainer.transfer import num_collated
+from dtrain.trainer.trial import Pairs, try_step
 
 CLASSES = 4
 ROWS = (1, 4, 2, 0, 3, 1, 2, 1)  # of each sample, where the batch is ragged; the last rank's first micro-batch has few
@@ -184,6 +186,16 @@ def alike_at_first(predictions: Any, target: Any) -> Tensor:
     return F.cross_entropy(predictions, target, weight=WEIGHT)
 
 
+def of_spread(predictions: Any, target: Any) -> Tensor:
+    """Undefined for a single sample."""
+    return predictions.square().sum() / (len(predictions) - 1)
+
+
+def of_marked(predictions: Any, target: Any) -> Tensor:
+    """The mean over those of target 1: as of a sum, the whole's value is that of its only part with one."""
+    return (predictions * target).sum() / target.sum().clamp(min=1.0)
+
+
 def test_a_loss_of_ones_own_is_tried_where_values_agree_by_accident_or_by_luck():
     generator = torch.Generator().manual_seed(3)
     target = torch.randint(CLASSES, (8,), generator=generator)
@@ -193,6 +205,10 @@ def test_a_loss_of_ones_own_is_tried_where_values_agree_by_accident_or_by_luck()
         take(sum_of_rows, torch.ones(8), torch.zeros(8))
     with pytest.raises(UserError, match="it is their sum"):  # a single sample, twice
         take(sum_of_rows, torch.ones(1), torch.zeros(1), samples=1)
+    with pytest.raises(UserError, match="its parts of 1 and 1 make inf: it is no mean"):
+        take(of_spread, torch.tensor([1.0, 2.0]), torch.zeros(2), samples=2)
+    with pytest.raises(UserError, match=r"its parts of 1 and 1 make 0.5: .*; derive it from dtrain.WeightedMean"):
+        take(of_marked, torch.ones(2), torch.tensor([0.0, 1.0]), samples=2)
     step = supervised_step(alike_at_first)
     for number in range(1, 5):
         target = torch.arange(8) % 4 if number < 4 else torch.arange(8) % 3
@@ -231,6 +247,44 @@ def test_a_batch_that_is_no_row_a_sample_needs_a_weight():
     part = MicroBatch((torch.ones(9, 8), torch.ones(8)), **whole)
     with pytest.raises(UserError, match=r"shapes \[9, 8\], \[8\]: .* derive the loss from dtrain.WeightedMean"):
         loss_fn(lambda features: features[0], part)
+
+
+def test_a_batch_of_lists_with_an_entry_a_sample_is_tried_in_parts(capsys):
+    """As detection has them: images of any size, and dicts of what is in each."""
+    sizes = [2, 5, 3]
+    batch = [torch.ones(3, size) for size in sizes], [{"boxes": torch.ones(size, 4)} for size in sizes]
+    whole = {"samples": 3, "batch_samples": 6, "is_whole": False, "is_regular": False}
+
+    def of_samples(data: Any) -> float:
+        return sum(float(boxes["boxes"].sum()) for boxes in data[1]) / len(data[0])
+
+    def of_boxes(data: Any) -> float:
+        return sum(float(image.sum()) for image in data[0]) / sum(len(boxes["boxes"]) for boxes in data[1]) ** 2
+
+    outcome = user_step(lambda model, data: {"loss": torch.tensor(2.0)})(nn.Identity(), MicroBatch(batch, **whole))
+    assert (outcome.total, outcome.weight) == (6, 3)
+    cpu = torch.device("cpu")
+    try_step(of_samples, batch, 3, cpu, is_coarse=False)
+    as_they_are = list(zip(*batch, strict=True))
+    assert (num_collated(as_they_are, 3), num_collated(as_they_are[:2], 3), num_collated(as_they_are[:1], 1)) == (
+        3,
+        2,
+        1,
+    )
+    try_step(lambda data: of_samples(tuple(zip(*data, strict=True))), as_they_are, 3, cpu, is_coarse=False)
+    try_step(of_samples, (("one", "two", "three"), batch[1], [1, 2, 3]), 3, cpu, is_coarse=False)
+    with pytest.raises(UserError, match="no mean over samples"):
+        try_step(of_boxes, batch, 3, cpu, is_coarse=False)
+    assert not capsys.readouterr().err
+    pairs = Pairs()
+    for number, one in enumerate(([batch[0][:1], batch[1][:1]], [batch[0][1:2], batch[1][1:2]])):
+        joined, samples = pairs.of(one, 1)
+        assert (samples, [len(part) for part in joined]) == (number + 1, [number + 1] * 2)
+    assert pairs.of([(torch.ones(2, 2), torch.ones(()))], 1)[1] == 1  # other ones, which can't be joined with them
+    assert len(pairs.of([(torch.ones(3, 2), torch.ones(()))], 1)[0]) == 2  # samples as they are
+    with_rows = batch[0], torch.ones(3)
+    try_step(lambda data: float(len(data[0])), with_rows, 3, cpu, is_coarse=False)
+    assert "no telling which lists have an entry for each of 3 samples" in capsys.readouterr().err
 
 
 def weighed(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[str]]:

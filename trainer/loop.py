@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 import re
 import time
@@ -280,9 +281,10 @@ class Loop:
 
         def run(data: Any) -> float:
             part = replace(micro_batch, data=data, samples=1, batch_samples=1, is_regular=True)
-            return float(self.model.run(self.step, part).total)
+            with standing_still(self.model.bare, inspect.unwrap(self.step)):
+                return float(self.model.run(self.step, part).total)
 
-        with self.model.trying(), standing_still(self.model.bare):
+        with self.model.trying():
             try_step(run, data, samples, self.world.device, self.precision.name != "fp32")
 
     def step_by_closure(self, micro_batches: list[MicroBatch]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ class Precision:
         if self.dtype is None:
             return step
 
+        @functools.wraps(step)
         def computed(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
             with torch.autocast(self._device, self.dtype):
                 outcome = step(model, micro_batch)

@@ -7,6 +7,7 @@ of the sum over all ranks and micro-batches, divided by the whole batch's weight
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ from dtrain.errors import UserError, among, first_line
 
 from .data import MicroBatch
 from .losses import WeightedMean
-from .transfer import is_by_rows, tensors
+from .transfer import tensors, ways_to_take
 from .trial import Pairs, try_loss
 from .units import as_module, class_weight, count_units, is_torchs, is_weighted, mixes_samples
 
@@ -101,15 +102,17 @@ def user_step(function: UserStep) -> Step:
     """A user's `function(model, batch) -> {loss, predictions, target, weight, metrics}`; only the loss is needed."""
     weighs: dict[bool, bool] = {}  # whether it has returned a weight, by whether it trains
 
+    @functools.wraps(function, updated=())
     def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
         result = _checked(function(model, micro_batch.data))
         loss, weight = _scalar(result["loss"], "the step's loss"), result.get("weight")
         if weighs.setdefault(model.training, weight is not None) is not (weight is not None):
             raise UserError("the step returned a `weight` for some batches and none for others: return it for all")
         if weight is not None:
-            total, units = _weighted(loss, _as_weight(weight, loss.device))
+            known = _as_weight(weight, loss.device)
+            total, units = _weighted(loss, known)
             if not (isinstance(weight, int | float) and weight):  # which is 0, or unknown before the device has done it
-                _zero_gradients(result.get("predictions"), units)
+                _zero_gradients(result.get("predictions"), known)
         else:
             mend = "let the step return its `weight`, of how many units its loss is the mean"
             total, units = _of_samples(loss, micro_batch, mend)
@@ -179,19 +182,20 @@ def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tens
 
 def require_rows(part: MicroBatch, mend: str) -> None:
     """Raise UserError where a batch is cut, and nobody but the user knows how many units this part of it has."""
-    if part.is_regular or part.is_whole or not part.samples or is_by_rows(part.data, part.samples):
+    if part.is_regular or part.is_whole or not part.samples or ways_to_take(part.data, part.samples):
         return
     shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors(part.data))
     raise UserError(
         f"{part.samples} samples, a part of a batch, have become tensors of shapes {shapes or '(none)'}: the collate "
-        f"function, or the loader, does not make a row of each, so that dtrain can't know how much this part's loss "
-        f"counts; {mend}"
+        "function, or the loader, does not make a row or an entry of each, so that dtrain can't know how much this "
+        f"part's loss counts; {mend}"
     )
 
 
 def _without_trace(step: Step) -> Step:
     """A filler's loss and weight become 0: its gradients are zeros, and its sums add nothing."""
 
+    @functools.wraps(step)
     def wrapped(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
         outcome = step(model, micro_batch)
         if micro_batch.samples:

@@ -40,6 +40,7 @@ from .given import (
 from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .metric_trial import require_reported, try_metrics
+from .mixing import look_for_mixing
 from .optimizers import require_rates
 from .parallel import Parallel
 from .predict import predict_features, predict_shares
@@ -340,6 +341,9 @@ class Trainer:
                 tried = try_metrics(self.model, self.step, val_data, tallies[1], self._warn)
                 for name in dict.fromkeys((best.monitor, watched)):
                     require_reported(name, tried, self.metrics, self._warn)
+            if self.world.world_size > 1 or self.micro_batch_size is not None:
+                is_coarse = self.world.device.type != "cpu" or self.precision.name != "fp32"
+                look_for_mixing(self.model, self.step, train_data, self.seed, self._warn, is_coarse=is_coarse)
             loop.run()
         self.seed = derive_seed("fit", self.seed)  # another fit goes on with this model, in another order
         return loop

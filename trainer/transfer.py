@@ -65,26 +65,99 @@ def is_by_rows(batch: Any, samples: int) -> bool:
     return bool(found) and all(tensor.ndim and len(tensor) == samples for tensor in found)
 
 
-def take(batch: Any, rows: Sequence[int]) -> Any:
-    """These samples of a batch whose tensors begin with the samples; texts are lists of them."""
+def take(batch: Any, samples: int, rows: Sequence[int]) -> Any:
+    """These samples of a batch whose tensors begin with the samples; texts and plain numbers are lists of them."""
     if isinstance(batch, Tensor):
-        return batch[rows]
-    if isinstance(batch, list) and all(isinstance(member, str | bytes) for member in batch):
+        return batch[list(rows)]
+    if _is_list(batch) and len(batch) == samples and _is_column(batch):
         return [batch[row] for row in rows]
-    return _with_members(functools.partial(take, rows=rows), batch)
+    return _with_members(functools.partial(take, samples=samples, rows=rows), batch)
+
+
+Take = Callable[[Sequence[int]], Any]
+
+
+def ways_to_take(batch: Any, samples: int) -> list[Take]:
+    """How its samples can be taken from a batch: the rows of its tensors, or the entries of its lists.
+
+    None where it has neither for each sample; two where there is no telling, as of a list of 3 tensors with 3 rows.
+    """
+    ways: list[Take] = [functools.partial(take, batch, samples)] if is_by_rows(batch, samples) else []
+    if not ways and _is_list_of_samples(batch) and len(batch) == samples:
+        return [lambda rows: [batch[row] for row in rows]]
+    if any(_holds_entries(part, samples) for part in _parts(batch)):
+        taken = functools.partial(_take_entries, batch, samples)
+        ways += [taken] * (taken(range(samples)) is not None)
+    return ways
+
+
+def _parts(batch: Any) -> list[Any]:
+    return (_apart(batch) or ([], None))[0]
+
+
+def _has_entries(value: Any, samples: int) -> bool:
+    """Whether a part of a batch is a list with an entry for each sample; a list of lists holds parts of its own."""
+    return _is_list(value) and len(value) == samples and len(set(map(_kind, value))) == 1 and not _is_list(value[0])
+
+
+def _kind(value: Any) -> Hashable:
+    return (value.dtype, value.ndim) if isinstance(value, Tensor) else cast(Hashable, type(value))
+
+
+def _holds_entries(value: Any, samples: int) -> bool:
+    """Whether it is, or holds, a list of tensors with an entry for each sample."""
+    if _has_entries(value, samples):
+        return any(True for _ in tensors(value))
+    return any(_holds_entries(part, samples) for part in _parts(value))
+
+
+def _take_entries(value: Any, samples: int, rows: Sequence[int]) -> Any:
+    """These samples of what has a row or an entry for each in all its parts; None of what has not."""
+    if isinstance(value, Tensor):
+        return value[list(rows)] if value.ndim and len(value) == samples else None
+    if isinstance(value, PackedSequence) or (apart := _apart(value)) is None:
+        return None
+    members, build = apart
+    parts = [
+        [part[row] for row in rows] if _has_entries(part, samples) else _take_entries(part, samples, rows)
+        for part in members
+    ]
+    return None if any(part is None for part in parts) else build(parts)
+
+
+def _is_list(value: Any) -> bool:
+    return type(value) in (list, tuple)
+
+
+def _is_list_of_samples(batch: Any) -> bool:
+    """Whether a collate function has left the samples as they are: nestings of a kind, whose members are of several."""
+    if not _is_list(batch) or not batch:
+        return False
+    kinds = [tuple(map(_kind, _parts(each))) for each in batch]
+    is_dict = all(isinstance(each, Mapping) and each.keys() == batch[0].keys() for each in batch)
+    return len(set(kinds)) == 1 and (is_dict or len(set(kinds[0])) > 1)
 
 
 def join(batches: Sequence[Any]) -> Any:
-    """One batch of all their samples: the converse of `take`. What has no samples is that of the first.
+    """One batch of all samples of batches of one each. What has no sample is that of the first.
 
     Raises:
         RuntimeError, ValueError: their samples do not go together.
     """
-    if isinstance(batches[0], Tensor):
-        return torch.cat(list(batches))
-    if isinstance(batches[0], list) and _is_column(batches[0]):
-        return [member for batch in batches for member in batch]
-    return batches[0] if _apart(batches[0]) is None else merge_members(join, batches)
+    if is_by_rows(batches[0], 1):
+        return _joined(batches, by_rows=True)
+    if _is_list_of_samples(batches[0]):
+        return [sample for batch in batches for sample in batch]
+    return _joined(batches, by_rows=False)
+
+
+def _joined(parts: Sequence[Any], *, by_rows: bool) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if _is_list(parts[0]) and (_is_column(parts[0]) or (not by_rows and _has_entries(parts[0], 1))):
+        return [member for part in parts for member in part]
+    joined = functools.partial(_joined, by_rows=by_rows)
+    return parts[0] if _apart(parts[0]) is None else merge_members(joined, parts)
 
 
 def num_collated(batch: Any, asked: int) -> int:
@@ -100,6 +173,8 @@ def num_collated(batch: Any, asked: int) -> int:
     )
     columns = {_length(part) for part in parts}
     firsts = {len(tensor) for tensor in tensors(batch) if tensor.ndim}
+    if _is_list_of_samples(batch) and (len(batch) == asked or firsts != {asked}):
+        return len(batch)
     return next((counts.pop() for counts in (columns - {None}, firsts) if len(counts) == 1), asked)
 
 

@@ -122,7 +122,9 @@ def _is_dense(tensor: Tensor) -> bool:
 def _refusal(value: Any, path: str) -> UserError:
     described = f"a {type(value).__name__}"
     if isinstance(value, Tensor) and not _is_dense(value):
-        described = "a tensor that is sparse, nested, quantized or without values"
+        described = "a tensor that is nested, quantized or without values"
+        if value.layout is not torch.strided and value.layout is not torch.jagged:
+            described = "a sparse tensor, which sparse gradients leave (those of Embedding(sparse=False) are dense)"
     return UserError(
         f"a checkpoint can't hold {path or 'the state'}: it is {described}, and only plain data is saved: numbers, "
         "strings, lists, dicts, sets, arrays and tensors"

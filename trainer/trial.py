@@ -20,10 +20,11 @@ from dtrain.errors import UserError, first_line
 
 from .background import say
 from .seeds import rng_kept
-from .transfer import is_by_rows, join, map_tensors, take, tensors
+from .transfer import is_by_rows, join, map_tensors, take, tensors, ways_to_take
 
 FINE, COARSE = 1e-3, 2e-2  # how far a sum may be off; the latter with 16 bits, and on GPUs, whose TF32 has 10
 _OF_LOSS = "derive it from dtrain.WeightedMean, or write it as a `step` that returns its `weight`"
+_UNSEEN = "dtrain can't see whether it is the mean over samples"
 _OF_STEP = "return its `weight`, of how many units it is the mean"
 
 
@@ -71,7 +72,7 @@ def try_loss(loss_fn: Any, name: str, is_sum: bool, given: tuple[Any, Any], samp
         return tensor
 
     def gradients(rows: Sequence[int]) -> tuple[float, list[Tensor]]:
-        predictions, target = take(given, rows)
+        predictions, target = take(given, samples, rows)
         leaves.clear()
         loss = loss_fn(map_tensors(leaf, predictions), map_tensors(Tensor.detach, target)).sum()
         found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
@@ -93,12 +94,17 @@ def try_step(run: Callable[[Any], float], data: Any, samples: int, device: torch
     Raises:
         UserError: its loss is no mean over samples, or it can't do with a part of its batch.
     """
+    ways = ways_to_take(data, samples)
+    if len(ways) > 1:
+        say(f"no telling which lists have an entry for each of {samples} samples: {_UNSEEN}; if not, {_OF_STEP}")
+    # Else whole each time: all ranks call it equally often, those with a filler too.
+    taken = ways[0] if len(ways) == 1 else lambda rows: data
 
     def of(rows: Sequence[int]) -> tuple[float, list[Tensor]]:
         if len(rows) == samples:
-            return run(take(data, rows)), []
+            return run(taken(rows)), []
         try:
-            return run(take(data, rows)), []
+            return run(taken(rows)), []
         except Exception as error:  # of the user's code
             raise UserError(
                 f"the step fails on {len(rows)} samples of a batch ({type(error).__name__}: {first_line(error)}), "
@@ -124,8 +130,9 @@ def _adds_up(
     with rng_kept(device):
         (again, _), (whole, gradients) = of(rows), of(rows)
         parts = [of(part) for part in (rows[:cut], rows[cut:])]
+    values = [value for value, _ in parts]
     shares = [1.0 if is_sum else share / len(rows) for share in (cut, len(rows) - cut)]
-    made = sum(share * value for share, (value, _) in zip(shares, parts, strict=True))
+    made = sum(share * value for share, value in zip(shares, values, strict=True))
     distance = max(
         (
             _distance(gradient, torch.cat([share * piece for share, piece in zip(shares, pieces, strict=True)]))
@@ -135,23 +142,20 @@ def _adds_up(
     )
     tolerance = COARSE if is_coarse else FINE
     if math.isfinite(again + whole) and not math.isclose(again, whole, rel_tol=FINE / 10, abs_tol=1e-7):
-        say(
-            f"{what} is another one each time, as if it drew random numbers: dtrain can't see whether it is the mean "
-            f"over samples; if not, {mend}"
-        )
+        say(f"{what} is another one each time, as if it drew random numbers: {_UNSEEN}; if not, {mend}")
         return False
     near = functools.partial(math.isclose, whole, rel_tol=tolerance, abs_tol=1e-6)
     if not math.isfinite(whole) or (near(made) and distance <= tolerance):  # a part's nan is not near
         return True
     sizes = f"its parts of {cut} and {len(rows) - cut}"
-    values = f"is {whole:.6g}, but {sizes} make {made:.6g}"
+    found = f"is {whole:.6g}, but {sizes} make {made:.6g}"
     if near(made):
-        values = f"has other gradients than {sizes} make"
-    if not is_sum and near(sum(value for value, _ in parts)):
+        found = f"has other gradients than {sizes} make"
+    if not is_sum and all(values) and near(sum(values)):
         mend = "it is their sum: return their mean, or set the loss's attribute `reduction` to 'sum'"
         mend = mend.partition(", or")[0] if what == "the step's loss" else mend
     raise UserError(
-        f"{what} of {len(rows)} samples {values}: it is no {'sum' if is_sum else 'mean'} over samples, and can't be "
+        f"{what} of {len(rows)} samples {found}: it is no {'sum' if is_sum else 'mean'} over samples, and can't be "
         f"computed in parts, on several ranks or in micro-batches; {mend}, or train in one process"
     )
 
@@ -164,13 +168,15 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def standing_still(net: nn.Module) -> Iterator[None]:
-    """In the block torch's own layers draw nothing and learn no statistics; then the modules' attributes are as before.
+def standing_still(net: nn.Module, step: Any) -> Iterator[None]:
+    """In the block torch's own layers draw nothing and learn no statistics; then all attributes are as before.
 
-    The user's modules stay in training, so that a step does what it does there.
+    Those of the modules, and of the user's step, which may count its calls. The user's modules stay in training, so
+    that a step does what it does there.
     """
     own = vars(nn.Module()).keys() - {"training"}
-    before = [(each, {key: value for key, value in vars(each).items() if key not in own}) for each in net.modules()]
+    holders = [*net.modules(), getattr(step, "__self__", step)]  # of a method its object
+    before = [(each, {key: value for key, value in _attributes(each).items() if key not in own}) for each in holders]
     for module in [each for each in net.modules() if each is not net]:
         if any(kind.__module__.startswith("torch.nn.") for kind in type(module).__mro__[:-1] if kind is not nn.Module):
             module.training = False
@@ -180,5 +186,9 @@ def standing_still(net: nn.Module) -> Iterator[None]:
         with torch.no_grad(), eager:
             yield
     finally:
-        for module, attributes in before:
-            vars(module).update(attributes)
+        for holder, attributes in before:
+            _attributes(holder).update(attributes)
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    return getattr(holder, "__dict__", {})  # of classes with __slots__ there is none

@@ -1,0 +1,82 @@
+"""Batches whose samples depend on each other: each rank's share makes something else of a sample, which is said."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stderr
+from typing import Any
+
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from training import prepare
+
+from dtrain import Trainer
+from dtrain.run import RUN_DIR_VARIABLE
+from dtrain.trainer.mixing import look_for_mixing
+
+
+class Texts(Dataset):
+    """Samples of several lengths; what it has drawn goes into them."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.ones(1 + index % 5, 3) + torch.rand(()), torch.tensor(index % 2)
+
+
+class Pooled(nn.Module):
+    def __init__(self, masks: bool) -> None:
+        super().__init__()
+        self.masks, self.layer = masks, nn.Linear(3, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores = self.layer(tokens)
+        counts = (tokens != 0).any(-1, keepdim=True) if self.masks else torch.ones_like(scores[..., :1])
+        return (scores * counts).sum(1) / counts.sum(1)
+
+
+def padded(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokens, target = zip(*samples, strict=True)
+    return nn.utils.rnn.pad_sequence(tokens, batch_first=True), torch.stack(target)
+
+
+def mixed(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokens, target = padded(samples)
+    return (tokens + tokens.flip(0)) / 2, target
+
+
+def failing(samples: Any) -> Any:
+    if len(samples) == 2:
+        raise ValueError("not two")
+    return padded(samples)
+
+
+def said(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
+    os.environ[RUN_DIR_VARIABLE] = folder
+    found: dict[str, list[str]] = {}
+    for masks, collate, workers in ((True, padded, 1), (True, mixed, 0), (True, failing, 0), (False, padded, 0)):
+        torch.manual_seed(0)
+        net = Pooled(masks)
+        loader = DataLoader(Texts(), 6, collate_fn=collate, num_workers=workers)
+        trainer = Trainer(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
+        warnings = found.setdefault(f"{collate.__name__}, {masks}", [])
+        look_for_mixing(trainer.model, trainer.step, loader, 0, warnings.append, is_coarse=False)
+    errors = io.StringIO()
+    with redirect_stderr(errors):
+        trainer.fit(loader, epochs=1)
+    return found | {"fit": errors.getvalue().splitlines()}
+
+
+def test_samples_that_depend_on_the_others_in_their_batch_are_found(tmp_path):
+    prepare(tmp_path / "run", 2)
+    found, other = run_ranks(2, said, str(tmp_path / "run"))
+    assert found["padded, True"] == found["failing, True"] == other["fit"] == []
+    for name in ("padded, False", "mixed, True"):
+        assert found[name] == other[name]
+        assert found[name][0].startswith("the loss of 4 training samples is ")
+        assert "as two: what comes of a sample depends on the others in its batch (padding" in found[name][0]
+    assert found["fit"][0] == f"warning: {found['padded, False'][0]}"
