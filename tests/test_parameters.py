@@ -10,16 +10,19 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import Job, Samples, epoch_order, prepare
+from training import Job, Samples, epoch_order, full, prepare
 
 from dtrain.errors import UserError
+from dtrain.job import Fsdp
 from dtrain.run import RUN_DIR_VARIABLE
 from dtrain.trainer import fits
 from dtrain.trainer.data import Source
 from dtrain.trainer.ema import Ema
+from dtrain.trainer.fsdp import FullySharded
 from dtrain.trainer.given import require_model
 from dtrain.trainer.modes import begin_training, evaluation_mode
-from dtrain.trainer.trainer import Trainer
+from dtrain.trainer.trainer import Strategy, Trainer
+from dtrain.trainer.world import join_world
 
 BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
 
@@ -135,12 +138,13 @@ class Sometimes(nn.Module):
         return self.main(features) + (self.aux(features) if self.calls < 3 or self.rank == 0 else 0.0)
 
 
-def refusal(rank: int, world_size: int, folder: str) -> str:
+def refusal(rank: int, world_size: int, folder: str, strategy: Strategy) -> str:
     os.environ[RUN_DIR_VARIABLE] = folder
     torch.manual_seed(0)
     net = Sometimes(rank)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    trainer = Trainer(DistributedDataParallel(net), nn.CrossEntropyLoss(), optimizer, device="cpu")
+    given = DistributedDataParallel(net) if strategy == "ddp" else net
+    trainer = Trainer(given, nn.CrossEntropyLoss(), optimizer, device="cpu", strategy=strategy)
     data = Samples(torch.randn(24, 4), torch.arange(24) % 2)
     try:
         trainer.fit(Source(data, 8, shuffle=True), epochs=2)
@@ -149,12 +153,42 @@ def refusal(rank: int, world_size: int, folder: str) -> str:
     return "trained"
 
 
-def test_a_parameter_that_a_later_step_leaves_out_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("ddp", "the loss of step 3 does not depend on the parameters aux.weight, aux.bias"),
+        (Fsdp(), "step 3 uses other parameters than the first one did on rank 0: aux.bias, aux.weight"),
+    ],
+)
+def test_a_parameter_that_a_later_step_leaves_out_is_named(tmp_path, strategy, said):
     prepare(tmp_path, 2)
     with pytest.raises(RuntimeError, match="rank 1 failed") as raised:
-        run_ranks(2, refusal, str(tmp_path))
-    assert "said: the loss of step 3 does not depend on the parameters aux.weight, aux.bias" in str(raised.value)
+        run_ranks(2, refusal, str(tmp_path), strategy)
+    assert f"said: {said}" in str(raised.value)
     assert "fit.find_unused_parameters: true" in str(raised.value)
+
+
+def never_used(rank: int, world_size: int) -> dict[str, float]:
+    """How far two steps move each parameter."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"main": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+    model = FullySharded(net, join_world("cpu"), Fsdp(), None)
+    model.adopt(optimizer)
+    before = {name: full(p).clone() for name, p in net.named_parameters()}
+    for step in (1, 2):
+        loss = model.module(lambda net: net["main"](torch.ones(3, 2)).sum())
+        loss.backward()
+        model.require_averaged(loss, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: float((full(p) - before[name]).abs().max()) for name, p in net.named_parameters()}
+
+
+def test_fsdp_leaves_alone_what_no_rank_uses():
+    for moved in run_ranks(2, never_used):
+        assert moved["main.weight"] > 0.1
+        assert moved["other.weight"] == moved["other.bias"] == 0
 
 
 def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):

@@ -18,6 +18,8 @@ from dtrain.errors import Problem, UserError, among
 from dtrain.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
 from dtrain.loading import problems_in
 
+from .called import bare_of
+
 # By name: to import all of them takes time.
 _WRAPPERS = (
     *("torch.DataParallel", "torch.DistributedDataParallel", "torch.FullyShardedDataParallel", "torch.FSDPModule"),
@@ -84,10 +86,10 @@ def require_model(net: Any) -> None:
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The model in a DataParallel or a DistributedDataParallel, which are not needed here; others as they are."""
+    """The model in a DataParallel, a DistributedDataParallel or what Ranks has returned; others as they are."""
     while isinstance(net, (DataParallel, DistributedDataParallel)):
         net = net.module
-    return net
+    return bare_of(net)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

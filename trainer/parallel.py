@@ -95,9 +95,9 @@ class Parallel:
         """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
-        """Raise UserError where this loss's backward pass has left out parameters that others wait for. No collective.
+        """Raise UserError where this loss's backward pass has left out parameters that others wait for.
 
-        After a batch's last micro-batch, that of step number `step`.
+        After a batch's last micro-batch, that of step number `step`. All ranks take part in the process's first one.
         """
 
     def backward(self, loss: Tensor) -> None:
