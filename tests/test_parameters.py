@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -22,6 +23,7 @@ from dtrain.trainer.fsdp import FullySharded
 from dtrain.trainer.given import require_model
 from dtrain.trainer.modes import begin_training, evaluation_mode
 from dtrain.trainer.trainer import Strategy, Trainer
+from dtrain.trainer.weights import load_weights
 from dtrain.trainer.world import join_world
 
 BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
@@ -42,7 +44,7 @@ class Centres(nn.Module):
 
 
 class Odd(nn.Module):
-    """Complex, empty, 0-dim, float64 and whole-number parameters, a frozen batch norm, and a cache that grows."""
+    """Complex, empty, 0-dim, float64 and whole-number parameters, a frozen batch norm, a cache that grows, a log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +56,18 @@ class Odd(nn.Module):
         self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
         self.register_buffer("cache", torch.zeros(0, 3))
         self.register_buffer("later", None)
+        self.log: dict[str, Any] = {"batches": [], "sums": {}}
+
+    def get_extra_state(self) -> Any:
+        return self.log
+
+    def set_extra_state(self, state: Any) -> None:
+        self.log = state
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.log["batches"].append(len(self.log["batches"]))
+            self.log["sums"]["last"] = features[:, :1].detach()
         if len(self.cache) < 3:
             self.cache = torch.cat([self.cache, torch.ones(1, 3)])
             self.later = torch.arange(len(self.cache))
@@ -81,6 +93,8 @@ def job() -> Job:
 
 def state_of(net: nn.Module, loss: nn.Module) -> dict[str, Tensor]:
     named = {**net.state_dict(), **{f"loss.{name}": value for name, value in loss.state_dict().items()}}
+    log = named.pop("_extra_state")
+    named |= {"log": torch.tensor(log["batches"]), "log of features": log["sums"]["last"]}
     return {name: value.clone() for name, value in named.items()}
 
 
@@ -120,10 +134,18 @@ def test_any_parameters_and_buffers_as_in_a_plain_loop(tmp_path):
         for whole, parts in run_ranks(world_size, trained, str(tmp_path / f"{world_size}")):
             for name, value in whole.items():
                 torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
-                if name not in ("loss.calls", "later"):
+                if name not in ("loss.calls", "later", "log of features"):
                     torch.testing.assert_close(value, expected[name], msg=lambda said, n=name: f"{n}: {said}")
     beside = torch.load(tmp_path / "3" / "whole" / "weights" / "last.loss.pt", weights_only=True)
     torch.testing.assert_close(beside["centres"], expected["loss.centres"])
+    net = Odd()
+    load_weights(net, tmp_path / "3" / "whole" / "weights" / "last.pt")
+    assert net.log["batches"] == expected["log"].tolist()
+    torch.testing.assert_close(net.log["sums"]["last"], whole["log of features"])
+
+
+class Own:
+    pass
 
 
 class Sometimes(nn.Module):
@@ -201,8 +223,21 @@ def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):
 
 
 class Stateful(nn.Linear):
+    state: Any = None
+
     def get_extra_state(self) -> Any:
-        return {"calls": 1}
+        return {"calls": self.state}
+
+
+class Settable(Stateful):
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state["calls"]
+
+
+def holding(state: Any) -> nn.Module:
+    net = Settable(2, 2)
+    net.state = state
+    return nn.Sequential(net)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +245,9 @@ class Stateful(nn.Linear):
     [
         (nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape before the first batch"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
-        (nn.Sequential(Stateful(2, 2)), "its state has 0._extra_state, which is no tensor"),
+        (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state, and no set_extra_state"),
+        (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may give"),
+        (holding(np.ones(2)), "0._extra_state is no plain data: a file of weights with it"),
     ],
 )
 def test_models_that_are_refused(net, said):

@@ -190,10 +190,13 @@ class FullySharded(Parallel):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
-        whole = {}
-        for name, tensor in bare_state_dict(self.bare, instead).items():
-            value: Any = tensor.to(self.world.device)
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Any]:
+        whole: dict[str, Any] = {}
+        for name, kept in bare_state_dict(self.bare, instead).items():
+            if not isinstance(kept, Tensor):
+                whole[name] = kept
+                continue
+            value: Any = kept.to(self.world.device)
             gathered = value.full_tensor() if isinstance(value, DTensor) else value
             if self.world.is_main:
                 whole[name] = gathered.cpu()

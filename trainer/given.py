@@ -5,11 +5,13 @@ The problems' paths are job.yaml's keys, which a script's arguments are close to
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -18,7 +20,9 @@ from dtrain.errors import Problem, UserError, among
 from dtrain.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
 from dtrain.loading import problems_in
 
+from .buffers import extra_states
 from .called import bare_of
+from .tree import flatten
 
 # By name: to import all of them takes time.
 _WRAPPERS = (
@@ -80,9 +84,27 @@ def require_model(net: Any) -> None:
             "the model once with a batch when it is made, before the optimizer"
         )
         raise UserError(Problem(message, "model"))
-    if others := [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]:
-        message = f"its state has {others[0]}, which is no tensor, and only tensors are saved (get_extra_state)"
-        raise UserError(Problem(message, "model"))
+    for name, value in extra_states(net).items():
+        _require_savable(name, value, net.get_submodule(name.rpartition(".")[0]))
+
+
+def _require_savable(name: str, value: Any, module: nn.Module) -> None:
+    """Raise UserError for an extra state that a checkpoint or a file of weights can't hold."""
+    kind = _name(module)
+    if type(module).set_extra_state is nn.Module.set_extra_state:
+        raise UserError(Problem(f"{kind} has get_extra_state, and no set_extra_state to load what it gives", "model"))
+    hint = f"{kind}.get_extra_state may give numbers, strings, lists, dicts and tensors"
+    try:
+        flatten(value, f"{name}/")
+        with io.BytesIO() as file:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+    except UserError as error:
+        raise UserError(Problem(str(error), "model", hint=hint)) from None
+    except Exception:  # torch.load raises whatever its parser met
+        message = f"{name} is no plain data: a file of weights with it could be loaded by executing what it says alone"
+        raise UserError(Problem(message, "model", hint=hint)) from None
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
