@@ -40,7 +40,7 @@ from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
-from .scheduler import Interval, after_epoch, state_of
+from .scheduler import Interval, after_epoch, after_step, state_of
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
 from .step import Step
 from .stop import DOUBT, StopAgreement, Stopped
@@ -213,7 +213,7 @@ class Loop:
         if self.ema is not None and is_done:
             self.ema.update()
         if self.scheduler is not None and self.schedule.scheduler_interval == "step":
-            self.scheduler.step()
+            after_step(self.scheduler, self.place.step + 1)
 
     def backward(
         self, micro_batches: Iterable[MicroBatch], *, counted: bool = True
