@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import Job, Samples, epoch_order, full, prepare
+from training import Job, Samples, differences, epoch_order, full, prepare
 
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
+from dtrain.loading import load_job
 from dtrain.run import RUN_DIR_VARIABLE
 from dtrain.trainer import fits
 from dtrain.trainer.data import Source
@@ -23,7 +25,8 @@ from dtrain.trainer.fsdp import FullySharded
 from dtrain.trainer.given import require_model
 from dtrain.trainer.modes import begin_training, evaluation_mode
 from dtrain.trainer.trainer import Strategy, Trainer
-from dtrain.trainer.weights import load_weights
+from dtrain.trainer.weights import load_weights, save_weights
+from dtrain.trainer.worker import build_model
 from dtrain.trainer.world import join_world
 
 BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
@@ -222,6 +225,47 @@ def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):
         Trainer(net, loss, torch.optim.SGD([*net.parameters(), stranger], lr=0.1), device="cpu")
 
 
+LAZY = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Dropout(), nn.LazyLinear(2))
+
+def data():
+    return torch.utils.data.TensorDataset(torch.rand(8, 4), torch.zeros(8).long())
+
+def step(model, batch):
+    predictions = model(batch[0])
+    return {"loss": predictions.sum() if model.training else {}["in training alone"]}
+"""
+LAZY_JOB = """
+name: lazy
+seed: 5
+model: {_target_: lazy_parts.Net}
+data: {train: {_target_: lazy_parts.data}, batch_size: 4}
+step: {_target_: lazy_parts.step}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+fit: {epochs: 1}
+"""
+
+
+def test_a_jobs_data_give_shapes(tmp_path, monkeypatch):
+    (tmp_path / "lazy_parts.py").write_text(LAZY)
+    (tmp_path / "job.yaml").write_text(LAZY_JOB)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = load_job(tmp_path / "job.yaml").job
+    net = build_model(job, None)
+    torch.manual_seed(5)
+    expected = importlib.import_module("lazy_parts").Net()
+    expected.eval()(torch.ones(2, 4))
+    assert differences(net.state_dict(), expected.state_dict()) == []
+    assert net.training
+    save_weights(net.state_dict(), tmp_path / "last.pt")
+    assert differences(build_model(job, tmp_path / "last.pt").state_dict(), net.state_dict()) == []
+
+
 class Stateful(nn.Linear):
     state: Any = None
 
@@ -244,6 +288,7 @@ def holding(state: Any) -> nn.Module:
     ("net", "said"),
     [
         (nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape before the first batch"),
+        (nn.Sequential(nn.LazyBatchNorm1d(affine=False)), "0.running_mean has no shape before the first batch"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
         (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state, and no set_extra_state"),
         (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may give"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .transfer import map_tensors
 from .world import World
@@ -89,7 +90,7 @@ def put_back(net: nn.Module, values: Mapping[str, Any]) -> None:
 def make_room(net: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
     """Give buffers the shapes that they have in a state_dict, which is then to be loaded."""
     for name, buffer in buffers_of(net).items():
-        value = None if is_extra(name) else state.get(name)
+        value = None if is_extra(name) or is_lazy(buffer) else state.get(name)
         if isinstance(value, Tensor) and (buffer is None or buffer.shape != value.shape):
             module, own = _place(net, name)
             setattr(module, own, torch.empty_like(value, device=device))

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among
@@ -23,6 +22,7 @@ from dtrain.loading import problems_in
 from .buffers import extra_states
 from .called import bare_of
 from .tree import flatten
+from .weights import without_shape
 
 # By name: to import all of them takes time.
 _WRAPPERS = (
@@ -69,23 +69,24 @@ def require_names(kind: str, asked: Collection[str] | None, metrics: Collection[
             raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
 
 
-def require_model(net: Any) -> None:
-    """Raise UserError for what is no torch.nn.Module."""
+def require_model(net: Any, *, may_be_lazy: bool = False) -> None:
+    """Raise UserError for what is no torch.nn.Module, or none that can be trained and saved."""
     _require_instance(net, "model", "give it an object of that class")
     if not isinstance(net, nn.Module):
         raise UserError(Problem(f"{_name(net)} is no model: it is no torch.nn.Module", "model"))
     if wrapped := next((_name(module) for module in unwrapped(net).modules() if _is_wrapper(module)), None):
         message = f"{wrapped} is around it, or a part of it, already: give the model itself, without it"
         raise UserError(Problem(message, "model"))
-    tensors = [*net.named_parameters(), *net.named_buffers()]
-    if lazy := next((name for name, tensor in tensors if is_lazy(tensor)), None):
-        message = (
-            f"{lazy} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or call "
-            "the model once with a batch when it is made, before the optimizer"
-        )
-        raise UserError(Problem(message, "model"))
+    if not may_be_lazy:
+        _require_shapes(net, "model", "call the model once with a batch when it is made, before the optimizer")
     for name, value in extra_states(net).items():
         _require_savable(name, value, net.get_submodule(name.rpartition(".")[0]))
+
+
+def _require_shapes(module: nn.Module, path: str, mend: str) -> None:
+    if lazy := without_shape(module):
+        message = f"{lazy[0]} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or"
+        raise UserError(Problem(f"{message} {mend}", path))
 
 
 def _require_savable(name: str, value: Any, module: nn.Module) -> None:
@@ -127,6 +128,8 @@ def require_loss(loss_fn: Any) -> None:
     if not callable(loss_fn):
         message = f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)"
         raise UserError(Problem(message, "loss"))
+    if isinstance(loss_fn, nn.Module):
+        _require_shapes(loss_fn, "loss", "call the loss once when it is made, before the optimizer")
 
 
 def require_metrics(metrics: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_atomic
@@ -85,13 +86,19 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     names = {bare(name): name for name in own}
     shapes = shapes_of(stripped)
     buffers = {bare(name): name for name in buffers_of(net) if bare(name) in shapes}  # which may have grown
-    expected = shapes_of({short: own[name] for short, name in names.items()})
-    problems = mismatches(shapes, expected | {short: shapes[short] for short in buffers})
+    lazy = [bare(name) for name in without_shape(net)]
+    expected = shapes_of({short: own[name] for short, name in names.items() if short not in lazy})
+    problems = mismatches(shapes, expected | {short: shapes.get(short) for short in [*buffers, *lazy]})
     if problems:
         raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
     state = {(names | buffers)[short]: value for short, value in stripped.items()}
     make_room(net, state, torch.device("cpu"))
     net.load_state_dict(state)
+
+
+def without_shape(module: nn.Module) -> list[str]:
+    """The names of parameters and buffers that get their shapes from the first batch, or from a state_dict."""
+    return [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if is_lazy(tensor)]
 
 
 def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
