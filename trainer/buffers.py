@@ -40,8 +40,8 @@ def extra_states(net: nn.Module) -> dict[str, Any]:
     }
 
 
-def is_extra(name: str) -> bool:
-    return name.rpartition(".")[2] == EXTRA
+def is_extra(name: object) -> bool:
+    return str(name).rpartition(".")[2] == EXTRA
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, Any]:
