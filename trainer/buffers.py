@@ -106,14 +106,14 @@ def share_buffers(net: nn.Module, world: World) -> None:
     own = buffers_of(net)
     extra = on_device({name: value for name, value in own.items() if is_extra(name)}, torch.device("cpu"))
     own = {name: value for name, value in own.items() if name not in extra}
-    kinds: dict[str, Any]
-    kinds, extra = world.from_main(({n: b if b is None else (b.shape, b.dtype) for n, b in own.items()}, extra))
+    kinds: dict[str, Any] = {n: b if b is None else (b.shape, b.dtype) for n, b in own.items()}
+    kinds, extra = world.from_main((kinds, extra))
     values: Buffers = dict.fromkeys(kinds)
     for dtype in dict.fromkeys(kind[1] for kind in kinds.values() if kind is not None):
         names = [name for name, kind in kinds.items() if kind is not None and kind[1] == dtype]
         sizes = [kinds[name][0].numel() for name in names]
         if world.is_main:
-            flat = torch.cat([_value(own, name).detach().reshape(-1).to(world.device) for name in names])
+            flat = torch.cat([own[name].detach().reshape(-1).to(world.device) for name in names])
         else:
             flat = torch.empty(sum(sizes), dtype=dtype, device=world.device)
         dist.broadcast(flat.view(torch.uint8), src=0)  # bytes: not every backend has every type
@@ -121,12 +121,6 @@ def share_buffers(net: nn.Module, world: World) -> None:
             values[name] = part.view(kinds[name][0]).clone()
     if not world.is_main:
         put_back(net, {**values, **on_device(extra, world.device)})
-
-
-def _value(buffers: Buffers, name: str) -> Tensor:
-    value = buffers[name]
-    assert value is not None
-    return value
 
 
 def _place(net: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -14,7 +14,7 @@ def called_as(net: nn.Module, module: nn.Module) -> nn.Module:
     """A module that is `net`, but for that to call it is to call `module`, which has `net` within."""
     kind: Any = type(net)
 
-    class Called(kind):
+    class Called(kind):  # type: ignore[misc]  # which only is known now
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # Others of this class may be made of it, as a Sequential's slices are.
             return module(*args, **kwargs) if self in _bare else super().__call__(*args, **kwargs)
