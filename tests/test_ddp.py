@@ -8,7 +8,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
-from training import Job, Samples, fit, prepare, train
+from training import Job, Samples, differences, fit, prepare, train
 
 from dtrain.trainer.parallel import reached_leaves
 
@@ -69,18 +69,21 @@ class Words(nn.Module):
         return self.last(self.words(features).mean(1))
 
 
-def words_job() -> Job:
+def words_job(epochs: int) -> Job:
     torch.manual_seed(0)
     net = Words()
     data = TensorDataset(torch.arange(60).view(20, 3) % 10, torch.arange(20) % 2)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)  # whose state is sparse too
     trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": optimizer}
-    return {"trainer": trainer, "train": data, "batch_size": 7, "fit": {"epochs": 2}}
+    return {"trainer": trainer, "train": data, "batch_size": 7, "fit": {"epochs": epochs}}
 
 
 def test_sparse_gradients(tmp_path):
-    alone, *_ = train(1, tmp_path / "1", words_job)
-    for rows, weights in train(3, tmp_path / "3", words_job):
+    alone, *_ = train(1, tmp_path / "1", words_job, 2)
+    whole, *_ = train(3, tmp_path / "whole", words_job, 2)
+    train(3, tmp_path / "3", words_job, 1)
+    for rows, weights in train(3, tmp_path / "3", words_job, 2):
+        assert differences(weights, whole[1]) == []
         assert [row["train_loss"] for row in rows] == pytest.approx([row["train_loss"] for row in alone[0]], rel=1e-5)
         for name, value in weights.items():
             torch.testing.assert_close(value, alone[1][name])

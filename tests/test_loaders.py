@@ -36,6 +36,8 @@ from torch.utils.data import (
 from dtrain import Ranks, Trainer
 from dtrain.errors import UserError
 from dtrain.trainer.batches import batches_of
+from dtrain.trainer.samples import SampleReading
+from dtrain.trainer.sharding import Indices
 from dtrain.trainer.world import World, join_world
 
 SIZE, BATCH, SEED = 23, 5, 7  # a short last batch of 3
@@ -438,6 +440,23 @@ def test_samples_that_a_collate_function_leaves_out_do_not_count():
         assert [sum(of_step) for of_step in zip(*(each for _, each in results), strict=True)] == counts
         for weight, _ in results:
             torch.testing.assert_close(weight, net.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_collate_function_that_fails_where_it_leaves_out_all():
+    def careless(samples: list[Any]) -> Any:
+        return default_collate([sample for sample in samples if sample is not None])
+
+    def broken(samples: list[Any]) -> Any:
+        return samples[0].nothing
+
+    indices = Indices([1, 2])
+    indices.seeds = [0, 0]
+    with pytest.raises(IndexError) as raised:
+        SampleReading(Corrupt(), careless).answer(indices)
+    assert "leaves out all samples of a rank's share, let it return None" in raised.value.__notes__[0]
+    with pytest.raises(AttributeError) as raised:
+        SampleReading(Corrupt(), broken).answer(indices)
+    assert raised.value.__notes__ == ["collate of samples 1, 2 of Corrupt"]
 
 
 # -- what can't be read --------------------------------------------------------------------------

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import Job, Samples, epoch_order, prepare
+from training import Job, Samples, differences, epoch_order, full, prepare
 
 from dtrain.errors import UserError
+from dtrain.job import Fsdp
+from dtrain.loading import load_job
 from dtrain.run import RUN_DIR_VARIABLE
 from dtrain.trainer import fits
 from dtrain.trainer.data import Source
 from dtrain.trainer.ema import Ema
+from dtrain.trainer.fsdp import FullySharded
 from dtrain.trainer.given import require_model
 from dtrain.trainer.modes import begin_training, evaluation_mode
-from dtrain.trainer.trainer import Trainer
+from dtrain.trainer.trainer import Strategy, Trainer
+from dtrain.trainer.weights import load_weights, save_weights
+from dtrain.trainer.worker import build_model
+from dtrain.trainer.world import join_world
 
 BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
 
@@ -39,7 +47,7 @@ class Centres(nn.Module):
 
 
 class Odd(nn.Module):
-    """Complex, empty, 0-dim, float64 and whole-number parameters, a frozen batch norm, and a cache that grows."""
+    """Complex, empty, 0-dim, float64 and whole-number parameters, a frozen batch norm, a cache that grows, a log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +59,18 @@ class Odd(nn.Module):
         self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
         self.register_buffer("cache", torch.zeros(0, 3))
         self.register_buffer("later", None)
+        self.log: dict[str, Any] = {"batches": [], "sums": {}}
+
+    def get_extra_state(self) -> Any:
+        return self.log
+
+    def set_extra_state(self, state: Any) -> None:
+        self.log = state
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.log["batches"].append(len(self.log["batches"]))
+            self.log["sums"]["last"] = features[:, :1].detach()
         if len(self.cache) < 3:
             self.cache = torch.cat([self.cache, torch.ones(1, 3)])
             self.later = torch.arange(len(self.cache))
@@ -78,6 +96,8 @@ def job() -> Job:
 
 def state_of(net: nn.Module, loss: nn.Module) -> dict[str, Tensor]:
     named = {**net.state_dict(), **{f"loss.{name}": value for name, value in loss.state_dict().items()}}
+    log = named.pop("_extra_state")
+    named |= {"log": torch.tensor(log["batches"]), "log of features": log["sums"]["last"]}
     return {name: value.clone() for name, value in named.items()}
 
 
@@ -117,10 +137,18 @@ def test_any_parameters_and_buffers_as_in_a_plain_loop(tmp_path):
         for whole, parts in run_ranks(world_size, trained, str(tmp_path / f"{world_size}")):
             for name, value in whole.items():
                 torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
-                if name not in ("loss.calls", "later"):
+                if name not in ("loss.calls", "later", "log of features"):
                     torch.testing.assert_close(value, expected[name], msg=lambda said, n=name: f"{n}: {said}")
     beside = torch.load(tmp_path / "3" / "whole" / "weights" / "last.loss.pt", weights_only=True)
     torch.testing.assert_close(beside["centres"], expected["loss.centres"])
+    net = Odd()
+    load_weights(net, tmp_path / "3" / "whole" / "weights" / "last.pt")
+    assert net.log["batches"] == expected["log"].tolist()
+    torch.testing.assert_close(net.log["sums"]["last"], whole["log of features"])
+
+
+class Own:
+    pass
 
 
 class Sometimes(nn.Module):
@@ -135,12 +163,13 @@ class Sometimes(nn.Module):
         return self.main(features) + (self.aux(features) if self.calls < 3 or self.rank == 0 else 0.0)
 
 
-def refusal(rank: int, world_size: int, folder: str) -> str:
+def refusal(rank: int, world_size: int, folder: str, strategy: Strategy) -> str:
     os.environ[RUN_DIR_VARIABLE] = folder
     torch.manual_seed(0)
     net = Sometimes(rank)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    trainer = Trainer(DistributedDataParallel(net), nn.CrossEntropyLoss(), optimizer, device="cpu")
+    given = DistributedDataParallel(net) if strategy == "ddp" else net
+    trainer = Trainer(given, nn.CrossEntropyLoss(), optimizer, device="cpu", strategy=strategy)
     data = Samples(torch.randn(24, 4), torch.arange(24) % 2)
     try:
         trainer.fit(Source(data, 8, shuffle=True), epochs=2)
@@ -149,12 +178,42 @@ def refusal(rank: int, world_size: int, folder: str) -> str:
     return "trained"
 
 
-def test_a_parameter_that_a_later_step_leaves_out_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("ddp", "the loss of step 3 does not depend on the parameters aux.weight, aux.bias"),
+        (Fsdp(), "step 3 uses other parameters than the first one did on rank 0: aux.bias, aux.weight"),
+    ],
+)
+def test_a_parameter_that_a_later_step_leaves_out_is_named(tmp_path, strategy, said):
     prepare(tmp_path, 2)
     with pytest.raises(RuntimeError, match="rank 1 failed") as raised:
-        run_ranks(2, refusal, str(tmp_path))
-    assert "said: the loss of step 3 does not depend on the parameters aux.weight, aux.bias" in str(raised.value)
+        run_ranks(2, refusal, str(tmp_path), strategy)
+    assert f"said: {said}" in str(raised.value)
     assert "fit.find_unused_parameters: true" in str(raised.value)
+
+
+def never_used(rank: int, world_size: int) -> dict[str, float]:
+    """How far two steps move each parameter."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"main": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+    model = FullySharded(net, join_world("cpu"), Fsdp(), None)
+    model.adopt(optimizer)
+    before = {name: full(p).clone() for name, p in net.named_parameters()}
+    for step in (1, 2):
+        loss = model.module(lambda net: net["main"](torch.ones(3, 2)).sum())
+        loss.backward()
+        model.require_averaged(loss, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: float((full(p) - before[name]).abs().max()) for name, p in net.named_parameters()}
+
+
+def test_fsdp_leaves_alone_what_no_rank_uses():
+    for moved in run_ranks(2, never_used):
+        assert moved["main.weight"] > 0.1
+        assert moved["other.weight"] == moved["other.bias"] == 0
 
 
 def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):
@@ -166,17 +225,74 @@ def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):
         Trainer(net, loss, torch.optim.SGD([*net.parameters(), stranger], lr=0.1), device="cpu")
 
 
+LAZY = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Dropout(), nn.LazyLinear(2))
+
+def data():
+    return torch.utils.data.TensorDataset(torch.rand(8, 4), torch.zeros(8).long())
+
+def step(model, batch):
+    predictions = model(batch[0])
+    return {"loss": predictions.sum() if model.training else {}["in training alone"]}
+"""
+LAZY_JOB = """
+name: lazy
+seed: 5
+model: {_target_: lazy_parts.Net}
+data: {train: {_target_: lazy_parts.data}, batch_size: 4}
+step: {_target_: lazy_parts.step}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+fit: {epochs: 1}
+"""
+
+
+def test_a_jobs_data_give_shapes(tmp_path, monkeypatch):
+    (tmp_path / "lazy_parts.py").write_text(LAZY)
+    (tmp_path / "job.yaml").write_text(LAZY_JOB)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = load_job(tmp_path / "job.yaml").job
+    net = build_model(job, None)
+    torch.manual_seed(5)
+    expected = importlib.import_module("lazy_parts").Net()
+    expected.eval()(torch.ones(2, 4))
+    assert differences(net.state_dict(), expected.state_dict()) == []
+    assert net.training
+    save_weights(net.state_dict(), tmp_path / "last.pt")
+    assert differences(build_model(job, tmp_path / "last.pt").state_dict(), net.state_dict()) == []
+
+
 class Stateful(nn.Linear):
+    state: Any = None
+
     def get_extra_state(self) -> Any:
-        return {"calls": 1}
+        return {"calls": self.state}
+
+
+class Settable(Stateful):
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state["calls"]
+
+
+def holding(state: Any) -> nn.Module:
+    net = Settable(2, 2)
+    net.state = state
+    return nn.Sequential(net)
 
 
 @pytest.mark.parametrize(
     ("net", "said"),
     [
         (nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape before the first batch"),
+        (nn.Sequential(nn.LazyBatchNorm1d(affine=False)), "0.running_mean has no shape before the first batch"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
-        (nn.Sequential(Stateful(2, 2)), "its state has 0._extra_state, which is no tensor"),
+        (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state, and no set_extra_state"),
+        (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may give"),
+        (holding(np.ones(2)), "0._extra_state is no plain data: a file of weights with it"),
     ],
 )
 def test_models_that_are_refused(net, said):

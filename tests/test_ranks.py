@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -119,21 +120,20 @@ def with_statistics(rank: int, world_size: int) -> Any:
     """Which batches don't count, and the sum: after each of them, and as it is evaluated."""
     ranks = Ranks(device="cpu")
     net = ranks.wrap(Tracking())
-    bare = net.module
     data = ranks.shard(DataLoader(Samples(torch.arange(20.0).view(5, 4), torch.zeros(5)), batch_size=4))
     counts, totals = [], [0.0]
     state = torch.get_rng_state()
     for features, _ in data:
         counts.append(ranks.has_samples)
         ranks.weigh(net(features).sum()).backward()
-        totals.append(bare.total.item())
+        totals.append(net.total.item())
         if ranks.has_samples:
             state = torch.get_rng_state()
-    kept = torch.get_rng_state().equal(state), bare.total.item()
+    kept = torch.get_rng_state().equal(state), net.total.item()
     net.eval()
     for _ in data:
         break
-    return counts, totals, kept, bare.total.item()
+    return counts, totals, kept, net.total.item()
 
 
 def test_a_rank_without_samples_leaves_no_trace_and_rank_0s_buffers_are_evaluated():
@@ -143,6 +143,49 @@ def test_a_rank_without_samples_leaves_no_trace_and_rank_0s_buffers_are_evaluate
     assert (its_counts, its_totals[1], its_kept) == ([True, False], second, (True, second))
     assert its_totals[2] > second  # in that batch, until it was over
     assert shared == its_shared == first + last
+
+
+class Attributes(nn.Module):
+    """With names that DDP has for its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.device, self.calls = 3, "any", 0
+        self.parts = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+        self.register_forward_hook(_count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts(x) * self.scale
+
+
+def _count(net: Any, *_: Any) -> None:
+    net.calls += 1
+
+
+def looked_at(rank: int, world_size: int) -> Any:
+    ranks, net = Ranks(device="cpu"), Attributes()
+    wrapped = ranks.wrap(net)
+    wrapped.scale = 2.0
+    for features, _ in ranks.shard(DataLoader(Samples(torch.arange(16.0).view(4, 4), torch.zeros(4)), batch_size=4)):
+        ranks.weigh(wrapped(features).sum()).backward()
+    twin = copy.deepcopy(wrapped)
+    nn.init.zeros_(twin.parts[0].weight)
+    nn.init.zeros_(twin.parts[0].bias)
+    assert not twin(torch.ones(1, 4)).any()
+    assert type(twin) is Attributes
+    other = ranks.wrap(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    assert other[:1](torch.ones(1, 4)).equal(other[0](torch.ones(1, 4)))
+    with pytest.raises(UserError, match="wrapped already"):
+        ranks.wrap(wrapped)
+    seen = [type(wrapped).__name__, isinstance(wrapped, Attributes), wrapped.dim, wrapped.device, net.scale]
+    return [*seen, list(wrapped.state_dict()), net.calls, net.parts[0].bias.grad.tolist()]
+
+
+def test_what_is_wrapped_is_the_model_on_any_number_of_ranks():
+    torch.manual_seed(0)
+    [alone], [first, second] = run_ranks(1, looked_at), run_ranks(2, looked_at)
+    assert alone[:-1] == first[:-1] == second[:-1]
+    assert first[-1] == second[-1]
 
 
 def test_a_loop_that_continues_has_the_order_of_its_epoch():

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 from torch.optim.swa_utils import SWALR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training import prepare
 
 from dtrain.errors import UserError
@@ -72,6 +72,14 @@ class Odd(StepLR):
         self.curve = iter([1])
 
 
+class Stream(IterableDataset):
+    def __init__(self, samples: TensorDataset) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Any:
+        return iter([self.samples[i] for i in range(len(self.samples))])
+
+
 class ByEpoch(OfItsOwn):
     def step(self, epoch: int) -> None:  # type: ignore[override]
         pass
@@ -92,7 +100,7 @@ def fit(folder: Any, make: Callable[..., Any], epochs: int = EPOCHS, **options: 
     net = nn.Linear(4, 2)
     optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
     samples = TensorDataset(torch.randn(STEPS * 2, 4), torch.zeros(STEPS * 2, dtype=torch.long))
-    loader = DataLoader(samples, batch_size=2)
+    loader = DataLoader(Stream(samples) if options.pop("stream", False) else samples, batch_size=2)
     monitor = {name: options.pop(name) for name in ("monitor", "mode") if name in options}
     options = {"metrics_dict": {"acc": accuracy}, "device": "cpu", **options}
     trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, scheduler=make(optimizer), **options)
@@ -208,6 +216,15 @@ def test_what_is_hardly_meant_is_warned_of(tmp_path, capsys):
     assert "warning: CosineAnnealingLR turns back up after T_max 2 of 3 epochs; T_max: 3 ends with the run" in said
     assert "warning: PolynomialLR: the learning rate is 0 after total_iters 2 of 3 epochs" in said
     assert "warning: OneCycleLR makes 3 of its total_steps 12: is scheduler.interval step meant?" in said
+
+
+def test_a_schedule_that_ends_before_a_stream_of_unknown_length(tmp_path, capsys):
+    def made(optimizer: Any) -> LRScheduler:
+        return SequentialLR(optimizer, [LinearLR(optimizer), OneCycleLR(optimizer, 0.1, total_steps=8)], [3])
+
+    with pytest.raises(UserError, match="scheduler: OneCycleLR has ended before the run has, with step 12: Tried"):
+        fit(tmp_path / "run", made, stream=True, scheduler_interval="step")
+    assert "OneCycleLR ends after total_steps 8, and with it the run, if 3 epochs have more" in capsys.readouterr().err
 
 
 JOB = """

@@ -124,6 +124,16 @@ def test_schedulers(scheduler):
     assert same(unflatten(flatten(state)), state)
 
 
+def test_sparse_tensors_come_back_with_their_parts():
+    twice = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.tensor([[1.0], [2.0], [0.1]]), (4, 1))
+    state = {"buffer": twice, "indices": 1, "buffer/values": 2, "summed": twice.coalesce()}
+    found = unflatten(flatten(state, "rank-0/"), "rank-0/")
+    for name in ("buffer", "summed"):
+        assert (found[name].is_coalesced(), found[name].shape) == (name == "summed", state[name].shape)
+        assert same(found[name]._indices(), state[name]._indices())
+        assert same(found[name]._values(), state[name]._values())
+
+
 class Own:
     pass
 
@@ -134,7 +144,7 @@ class Own:
         (lambda x: x, "a function"),
         (Own(), "a Own"),
         (Own, "a type"),
-        (torch.eye(2).to_sparse(), r"a sparse tensor, which sparse gradients leave .*"),
+        (torch.eye(2).to_sparse_csr(), "a tensor that is compressed.*"),
         (torch.nested.nested_tensor([torch.ones(1)]), "a tensor that .* nested.*"),
         (torch.empty(1, device="meta"), "a tensor .* without values"),
         (np.array([Own()]), "a ndarray"),

@@ -141,6 +141,7 @@ REFUSED = {
     "a whole module": (lambda path: torch.save(plain_net(), path), "not a file of weights"),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds no state_dict"),
     "a training checkpoint": (lambda path: torch.save({"epoch": 3, "model": {}}, path), "holds no state_dict"),
+    "names that are no text": (lambda path: torch.save({1: "x"}, path), "holds no state_dict"),
     "other names": (lambda path: save(Net(), path), "another model: .*not in the file.*not in the model"),
     "less": (lambda path: save(plain_net()[:2], path), "another model: 2.weight, 2.bias not in the file"),
     "more": (lambda path: save(nn.Sequential(*plain_net(), nn.Linear(2, 2)), path), "3.weight, 3.bias not in"),

@@ -35,7 +35,7 @@ from dtrain.run import RunDir
 from .background import Copies, Disk, say
 from .learned_loss import beside
 from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
-from .tree import DTYPES, flatten, unflatten
+from .tree import DTYPES, TEXT, flatten, unflatten
 from .world import World, collective_timeout
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class Checkpoints:
         Args:
             shared: what is the same on all ranks; each of its tensors is copied and written by one of them, a DTensor
                 in its parts by all.
-            of_rank_0: names of tensors in it of which rank 0's count, such as "model/norm.running_mean".
+            of_rank_0: places in it of which rank 0's tensors count, such as "model/norm.running_mean".
 
         Raises:
             UserError: something is no data, and can't be saved.
@@ -128,7 +128,8 @@ class Checkpoints:
         tensors = flatten(shared)
         whole = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
         writers = assign(whole, self._world.world_size)
-        writers |= dict.fromkeys([*of_rank_0, "state.json"], 0)
+        first = {*of_rank_0, TEXT}
+        writers |= {name: 0 for name in tensors if not first.isdisjoint((name, "/".join(name.split("/")[:2])))}
         own_rank = self._world.rank
         mine = {name: tensor for name, tensor in tensors.items() if writers.get(name, own_rank) == own_rank}
         copies = self._copies.of({**mine, **flatten(own, f"rank-{own_rank}/")})

@@ -99,19 +99,13 @@ class DataParallel(Parallel):
 
 
 class Averaging(DistributedDataParallel):
-    """DDP with the attributes and methods of its model beside its own."""
+    """DDP that knows whether its forward pass has made it ready for a backward pass."""
 
     was_called = False  # since it was last looked at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.was_called = True
         return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
 
 def settle_buckets(wrapped: Averaging) -> None:

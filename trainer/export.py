@@ -72,10 +72,17 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def export_safetensors(net: nn.Module, out: Path) -> None:
-    """The bare state_dict. Tensors that the model shares are in the file once under each name."""
+    """The bare state_dict. Tensors that the model shares are in the file once under each name.
+
+    Raises:
+        UserError: the model's state is more than tensors.
+    """
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous().clone() for name, value in bare_state_dict(net).items()}, out)
+    state = bare_state_dict(net)
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"safetensors holds tensors alone, and {others[0]} (get_extra_state) is none: --format pt")
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, out)
 
 
 def export_onnx(trainer: Trainer, job: Job, out: Path) -> str:

@@ -27,7 +27,7 @@ from dtrain.job import Fsdp
 from .blocks import of_classes, repeated
 from .data import MicroBatch
 from .optimizer_state import held
-from .parallel import Parallel, Stepping, require_divisible, run_within
+from .parallel import Parallel, Stepping, require_divisible, run_within, shortened
 from .step import Outcome, Step
 from .transfer import map_tensors
 from .weights import bare_state_dict
@@ -85,6 +85,8 @@ class FullySharded(Parallel):
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 setattr(module, name, _real(buffer, world.device))
         self.share_buffers()
+        self._used: set[str] = set()  # parameters that this batch has given a gradient
+        self._unused: set[str] | None = None  # those that the first one has given none
 
     def _fill(self, block: nn.Module) -> None:
         """Bring the block's parameters to the device, with rank 0's values. All ranks take part."""
@@ -116,6 +118,41 @@ class FullySharded(Parallel):
             names = [self._names.get(parameter) for parameter in group["params"]]
             whole = zip(names, group["params"], strict=True)
             group["params"] = [parameter if name is None else parts[name] for name, parameter in whole]
+        if self.world.world_size > 1:
+            self._watch_use()
+
+    def _watch_use(self) -> None:
+        """See which parameters get a gradient on this rank. All ranks take part, in gathering each block once.
+
+        A rank that has none for a parameter sums zeros instead: ranks that sum different parameters would abort, or
+        take each other's numbers for their own.
+        """
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_reduce_scatter_unused_params(True)
+        for block in self.module.modules():
+            if isinstance(block, FSDPModule):
+                block.unshard()
+                for name, whole in self.bare.named_parameters():
+                    if whole.requires_grad and not isinstance(whole, DTensor):
+                        whole.register_post_accumulate_grad_hook(functools.partial(_add_name, self._used, name))
+                block.reshard()
+
+    def require_averaged(self, loss: Tensor, step: int) -> None:
+        if self.world.world_size == 1:
+            return
+        unused = self._trainable.keys() - self._used
+        self._used.clear()
+        if self._unused is None:  # in this process's first step: all ranks take part
+            self._unused = self.world.from_main(unused)
+        if changed := sorted(unused ^ self._unused):
+            raise UserError(
+                f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. fsdp needs "
+                "the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
+                "chance, or use ddp with fit.find_unused_parameters: true"
+            )
+        parts = dict(self.bare.named_parameters())
+        for name in unused:  # by any rank: as in one process, it has no gradient
+            parts[name].grad = None
 
     def _part_of(self, value: Any, part: nn.Parameter) -> Any:
         """Of a state that has its parameter's shape, what belongs to this rank's part. All ranks take part."""
@@ -153,10 +190,13 @@ class FullySharded(Parallel):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
-        whole = {}
-        for name, tensor in bare_state_dict(self.bare, instead).items():
-            value: Any = tensor.to(self.world.device)
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Any]:
+        whole: dict[str, Any] = {}
+        for name, kept in bare_state_dict(self.bare, instead).items():
+            if not isinstance(kept, Tensor):
+                whole[name] = kept
+                continue
+            value: Any = kept.to(self.world.device)
             gathered = value.full_tensor() if isinstance(value, DTensor) else value
             if self.world.is_main:
                 whole[name] = gathered.cpu()
@@ -165,6 +205,10 @@ class FullySharded(Parallel):
     def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         part = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
         return None if part is None or part.shape != shape else torch.empty_like(part.detach(), dtype=dtype)
+
+
+def _add_name(names: set[str], name: str, parameter: Tensor) -> None:
+    names.add(name)
 
 
 def _cast(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:

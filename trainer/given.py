@@ -5,18 +5,24 @@ The problems' paths are job.yaml's keys, which a script's arguments are close to
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among
 from dtrain.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
 from dtrain.loading import problems_in
+
+from .buffers import extra_states
+from .called import bare_of
+from .tree import flatten
+from .weights import without_shape
 
 # By name: to import all of them takes time.
 _WRAPPERS = (
@@ -63,31 +69,50 @@ def require_names(kind: str, asked: Collection[str] | None, metrics: Collection[
             raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
 
 
-def require_model(net: Any) -> None:
-    """Raise UserError for what is no torch.nn.Module."""
+def require_model(net: Any, *, may_be_lazy: bool = False) -> None:
+    """Raise UserError for what is no torch.nn.Module, or none that can be trained and saved."""
     _require_instance(net, "model", "give it an object of that class")
     if not isinstance(net, nn.Module):
         raise UserError(Problem(f"{_name(net)} is no model: it is no torch.nn.Module", "model"))
     if wrapped := next((_name(module) for module in unwrapped(net).modules() if _is_wrapper(module)), None):
         message = f"{wrapped} is around it, or a part of it, already: give the model itself, without it"
         raise UserError(Problem(message, "model"))
-    tensors = [*net.named_parameters(), *net.named_buffers()]
-    if lazy := next((name for name, tensor in tensors if is_lazy(tensor)), None):
-        message = (
-            f"{lazy} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or call "
-            "the model once with a batch when it is made, before the optimizer"
-        )
-        raise UserError(Problem(message, "model"))
-    if others := [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]:
-        message = f"its state has {others[0]}, which is no tensor, and only tensors are saved (get_extra_state)"
-        raise UserError(Problem(message, "model"))
+    if not may_be_lazy:
+        _require_shapes(net, "model", "call the model once with a batch when it is made, before the optimizer")
+    for name, value in extra_states(net).items():
+        _require_savable(name, value, net.get_submodule(name.rpartition(".")[0]))
+
+
+def _require_shapes(module: nn.Module, path: str, mend: str) -> None:
+    if lazy := without_shape(module):
+        message = f"{lazy[0]} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or"
+        raise UserError(Problem(f"{message} {mend}", path))
+
+
+def _require_savable(name: str, value: Any, module: nn.Module) -> None:
+    """Raise UserError for an extra state that a checkpoint or a file of weights can't hold."""
+    kind = _name(module)
+    if type(module).set_extra_state is nn.Module.set_extra_state:
+        raise UserError(Problem(f"{kind} has get_extra_state, and no set_extra_state to load what it gives", "model"))
+    hint = f"{kind}.get_extra_state may give numbers, strings, lists, dicts and tensors"
+    try:
+        flatten(value, f"{name}/")
+        with io.BytesIO() as file:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+    except UserError as error:
+        raise UserError(Problem(str(error), "model", hint=hint)) from None
+    except Exception:  # torch.load raises whatever its parser met
+        message = f"{name} is no plain data: a file of weights with it could be loaded by executing what it says alone"
+        raise UserError(Problem(message, "model", hint=hint)) from None
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The model in a DataParallel or a DistributedDataParallel, which are not needed here; others as they are."""
+    """The model in a DataParallel, a DistributedDataParallel or what Ranks has returned; others as they are."""
     while isinstance(net, (DataParallel, DistributedDataParallel)):
         net = net.module
-    return net
+    return bare_of(net)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -103,6 +128,8 @@ def require_loss(loss_fn: Any) -> None:
     if not callable(loss_fn):
         message = f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)"
         raise UserError(Problem(message, "loss"))
+    if isinstance(loss_fn, nn.Module):
+        _require_shapes(loss_fn, "loss", "call the loss once when it is made, before the optimizer")
 
 
 def require_metrics(metrics: Any) -> None:

@@ -91,11 +91,10 @@ class LearnedLoss:
         if self.own_buffers():
             buffers.share_buffers(self.module, self._world)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What changes in training; empty for most losses."""
-        state = self.module.state_dict(keep_vars=True)
-        kept = self.own_buffers()
-        return {name: value.detach() for name, value in state.items() if name in self._trained or name in kept}
+        state, kept = self.module.state_dict(), self.own_buffers()
+        return {name: value for name, value in state.items() if name in self._trained or name in kept}
 
     def own_buffers(self) -> buffers.Buffers:
         """What this rank has of the statistics, which the others may have otherwise. No collective."""
@@ -106,15 +105,15 @@ class LearnedLoss:
         if values:
             buffers.put_back(self.module, buffers.on_device(values, self._world.device))
 
-    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
+    def misfit(self, state: Mapping[str, Any]) -> str | None:
         """Why a state is not one of this loss, if it is not."""
-        own = self.module.state_dict()
-        grown = {name: state[name].shape for name in buffers.buffers_of(self.module) if name in state}
-        expected = {name: own[name].shape for name in {*self._trained, *state} if name in own} | grown
-        problems = mismatches({name: value.shape for name, value in state.items()}, expected)
+        own, found = buffers.shapes_of(self.module.state_dict()), buffers.shapes_of(state)
+        grown = {name: found[name] for name in buffers.buffers_of(self.module) if name in found}
+        expected = {name: own[name] for name in {*self._trained, *found} if name in own} | grown
+        problems = mismatches(found, expected)
         return f"the state of another loss: {'; '.join(problems)}" if problems else None
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state_dict` gave."""
         buffers.make_room(self.module, state, self._world.device)
         self.module.load_state_dict(state, strict=False)

@@ -28,6 +28,7 @@ from dtrain.run import Row, RunDir
 
 from .background import Background, Disk, say
 from .best import Best
+from .buffers import shapes_of
 from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
 from .data import Batch, Batches, MicroBatch
 from .ema import Ema
@@ -39,7 +40,7 @@ from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
-from .scheduler import Interval, after_epoch, state_of
+from .scheduler import Interval, after_epoch, after_step, state_of
 from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
 from .step import Step
 from .stop import DOUBT, StopAgreement, Stopped
@@ -212,7 +213,7 @@ class Loop:
         if self.ema is not None and is_done:
             self.ema.update()
         if self.scheduler is not None and self.schedule.scheduler_interval == "step":
-            self.scheduler.step()
+            after_step(self.scheduler, self.place.step + 1)
 
     def backward(
         self, micro_batches: Iterable[MicroBatch], *, counted: bool = True
@@ -412,7 +413,7 @@ class Loop:
                 # After training's they are empty, but for what wrappers remember of earlier epochs.
                 **{tally.phase: tally.state_dict() for tally in self.tallies},
             }
-            buffers = [f"model/{name}" for name, _ in self.model.bare.named_buffers(remove_duplicate=False)]
+            buffers = [f"model/{name}" for name in own["buffers"]] + [f"loss/{name}" for name in own["loss_buffers"]]
             ended = self.place.epoch - 1 if self.place.step_in_epoch == 0 else None
             moment = Moment(self.place.step, ended)
             jobs.append(self.checkpoints.snapshot(moment, self.best.epoch, self.shared_state(), own, buffers))
@@ -420,7 +421,7 @@ class Loop:
         self.background.start(jobs)
         self.heartbeat.enter(Phase.LOADING)
 
-    def weights(self, *, improved: bool) -> dict[Path, dict[str, Tensor]]:
+    def weights(self, *, improved: bool) -> dict[Path, dict[str, Any]]:
         """Whole state_dicts, by the files for them. All ranks take part, rank 0 has what it needs."""
         run = self.run_dir
         weights = {run.last_weights: self.model.weights()}
@@ -489,7 +490,7 @@ class Loop:
 
     def misfit(self, shared: dict[str, Any]) -> str | None:
         """Why a shared state is not one of this run, if it is not."""
-        shapes = {name: value.shape for name, value in shared["model"].items()}
+        shapes = shapes_of(shared["model"])
         grown = {name: shapes[name] for name in self.model.own_buffers() if name in shapes}
         if problems := mismatches(shapes, self.model.shapes() | grown):
             return f"a checkpoint of another model: {'; '.join(problems)}"

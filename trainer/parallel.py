@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from dtrain.errors import UserError
 
 from .agreement import require_same_model
-from .buffers import Buffers, buffers_of, copies_of, make_room, on_device, put_back, share_buffers
+from .buffers import Buffers, buffers_of, copies_of, make_room, on_device, put_back, shapes_of, share_buffers
 from .data import MicroBatch
 from .learned_loss import LearnedLoss
 from .modes import evaluation_mode
@@ -95,9 +95,9 @@ class Parallel:
         """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
-        """Raise UserError where this loss's backward pass has left out parameters that others wait for. No collective.
+        """Raise UserError where this loss's backward pass has left out parameters that others wait for.
 
-        After a batch's last micro-batch, that of step number `step`.
+        After a batch's last micro-batch, that of step number `step`. All ranks take part in the process's first one.
         """
 
     def backward(self, loss: Tensor) -> None:
@@ -131,7 +131,7 @@ class Parallel:
         with evaluation_mode(self.bare):
             yield
 
-    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Any]:
         """The whole model's state_dict, on rank 0; elsewhere nothing that is needed. All ranks take part.
 
         Args:
@@ -139,8 +139,8 @@ class Parallel:
         """
         return bare_state_dict(self.bare, instead)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: whole tensors, or DTensors. All ranks take part."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the model: whole tensors, or DTensors; extra states. All ranks take part."""
         return self.bare.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -159,9 +159,9 @@ class Parallel:
             values = {**self.own_buffers(), **values}
         put_back(self.bare, on_device(values, self.world.device))
 
-    def shapes(self) -> dict[str, torch.Size]:
+    def shapes(self) -> dict[str, Any]:
         """Those of `state_dict`'s tensors. No collective."""
-        return {name: value.shape for name, value in self.bare.state_dict().items()}
+        return shapes_of(self.bare.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """`optimizer.state_dict()` with the names of the parameters instead of their numbers. All ranks take part."""

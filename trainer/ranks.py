@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dtrain.errors import UserError
 
 from .batches import Data, batches_of
+from .called import bare_of, called_as
 from .data import Batches, MicroBatch
 from .ddp import DataParallel
 from .given import require_model, unwrapped
@@ -67,15 +68,20 @@ class Ranks:
         return Sharded(self, batches_of(data, self.world, self._seed, fill_empty=True))
 
     def wrap(self, net: nn.Module) -> nn.Module:
-        """The model on this rank's device with rank 0's weights, its gradients averaged over the ranks: torch's DDP.
+        """The model on this rank's device with rank 0's weights; its gradients are averaged over the ranks.
 
-        On one process it is the model itself. All ranks take part.
+        On one process it is the model itself. On several it has the model's class and shares all that the model has,
+        and to call it is to call torch's DDP. All ranks take part.
         """
         require_model(net)
-        model = DataParallel(unwrapped(net), self.world)
+        net = unwrapped(net)
+        taken = {id(parameter) for model in self._models for parameter in model.bare.parameters()}
+        if any(id(parameter) in taken for parameter in net.parameters()):
+            raise UserError("Ranks.wrap: the model, or a part of it, is wrapped already; wrap the whole, once")
+        model = DataParallel(net, self.world)
         model.share_buffers()
         self._models.append(model)
-        return model.module
+        return model.bare if model.module is model.bare else called_as(model.bare, model.module)
 
     def weigh(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
         """The part of this rank's mean loss in that of the whole batch: what `backward` is to be called on.
@@ -122,7 +128,7 @@ class Ranks:
 
     def save(self, net: nn.Module, path: str | os.PathLike[str]) -> None:
         """Write the bare module's state_dict, on rank 0; when it returns, the file is there. All ranks take part."""
-        model = next((each for each in self._models if net in (each.module, each.bare)), None)
+        model = next((each for each in self._models if bare_of(net) is each.bare), None)
         if model is None:
             raise UserError(f"Ranks.save: this {type(net).__name__} is none that Ranks.wrap has returned")
         model.share_buffers()

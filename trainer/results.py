@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from dtrain.errors import UserError
 from dtrain.run import Row, RunDir
 
 from .background import Copies, Disk
+from .buffers import copied, is_extra
+from .transfer import map_tensors
 from .weights import save_weights
 
 
@@ -22,9 +25,9 @@ class Results:
         self._disk = disk
         self._copies = Copies()
         self._rows: list[Row] | None = None  # those still to be written, as the weights
-        self._weights: dict[Path, dict[str, Tensor]] = {}
+        self._weights: dict[Path, dict[str, Any]] = {}
 
-    def snapshot(self, weights: Mapping[Path, Mapping[str, Tensor]], rows: Sequence[Row]) -> Callable[[], None]:
+    def snapshot(self, weights: Mapping[Path, Mapping[str, Any]], rows: Sequence[Row]) -> Callable[[], None]:
         """Copy the weights; what is returned writes them, and is to be called on another thread.
 
         The ones before must have been written, or refused.
@@ -34,8 +37,10 @@ class Results:
         """
         if self._weights.keys() - weights.keys():
             self._copies = Copies()  # the old ones are still to be written
-        named = {(path, name): tensor for path, each in weights.items() for name, tensor in each.items()}
-        copies = self._copies.of(named)
+        named = {(path, name): value for path, each in weights.items() for name, value in each.items()}
+        extra = {place: value for place, value in named.items() if is_extra(place[1])}
+        copies: dict[Any, Any] = self._copies.of({place: named[place] for place in named if place not in extra})
+        copies |= {place: map_tensors(Tensor.cpu, copied(value)) for place, value in extra.items()}
         self._rows = list(rows)
         self._weights |= {path: {name: copies[path, name] for name in each} for path, each in weights.items()}
         return self.write

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, StackDataset, Subset, default_collate
 
 from dtrain.errors import UserError, first_line
 
-from .failures import reading
+from .failures import noted, reading
 from .loading_processes import Reading
 from .seeds import seed_loading
 from .sharding import Indices
@@ -91,7 +91,7 @@ def collated(
     which = f" {_listed(indices)}" if indices else ""
     if collate is not None and collate is not default_collate:
         with reading(f"collate of samples{which} of {name}"):
-            return collate(samples)
+            return _collated_by(collate, samples)
     try:
         return default_collate(samples)
     except (TypeError, RuntimeError, KeyError, ValueError) as error:
@@ -99,6 +99,27 @@ def collated(
             f"{name}: samples{which} don't go into one batch: {_difference(samples, indices) or first_line(error)}; "
             "make them alike, or give a function that makes a batch of them: `collate` of a job, collate_fn of a loader"
         ) from error
+
+
+def _collated_by(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """What the user's function makes of the samples.
+
+    One that leaves out samples may leave out all of a rank's share, where it would find others in the whole batch.
+    """
+    try:
+        return collate(samples)
+    except Exception as error:
+        if _raises_for_none(collate, error):
+            noted(error, "as for an empty list: where it leaves out all samples of a rank's share, let it return None")
+        raise
+
+
+def _raises_for_none(collate: Callable[[list[Any]], Any], error: Exception) -> bool:
+    try:
+        collate([])
+    except Exception as other:
+        return (type(other), str(other)) == (type(error), str(error))
+    return False
 
 
 def _difference(samples: list[Any], indices: list[Any] | None) -> str:

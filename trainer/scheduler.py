@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from dtrain.errors import Problem, UserError
+from dtrain.errors import Problem, UserError, first_line
 from dtrain.run import Row
 
 Interval = Literal["epoch", "step"]
@@ -41,6 +42,22 @@ def is_fed(scheduler: Any) -> bool:
         message = f"{name}.step needs {', '.join(needed)}: dtrain calls step(), or step(value) with what is monitored"
         raise UserError(Problem(message, "scheduler"))
     return bool(needed)
+
+
+def after_step(scheduler: LRScheduler, step: int) -> None:
+    """The step of a scheduler that steps with the optimizer, after its step of that number.
+
+    Raises:
+        UserError: the schedule has ended, in a run whose length nobody knew before.
+    """
+    try:
+        scheduler.step()
+    except ValueError as error:
+        ending = next((part for part, _ in _parts(scheduler, sys.maxsize) if isinstance(part, OneCycleLR)), None)
+        if ending is None:
+            raise
+        message = f"{type(ending).__name__} has ended before the run has, with step {step}: {first_line(error)}"
+        raise UserError(Problem(message, "scheduler", hint="total_steps: as many as all epochs have")) from error
 
 
 def after_epoch(scheduler: Any, row: Row, monitor: str) -> None:
@@ -96,6 +113,10 @@ def check_length(
     """
     by_interval = {"epoch": epochs, "step": None if num_steps is None else epochs * num_steps}
     if (calls := by_interval[interval]) is None:
+        for part, _ in _parts(scheduler, sys.maxsize):
+            if isinstance(part, OneCycleLR):
+                ends = f"{type(part).__name__} ends after total_steps {part.total_steps}"
+                warn(f"{ends}, and with it the run, if {epochs} epochs have more: how many is not known before")
         return
     unit = f"{interval}s"
     other = "step" if interval == "epoch" else "epoch"

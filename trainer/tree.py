@@ -91,6 +91,10 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
         return {"array": [value.dtype.str, list(value.shape), _add(data, path, tensors)]}
     if isinstance(value, Tensor) and _is_dense(value):
         return {"tensor": _add(value.detach(), path, tensors)}
+    if isinstance(value, Tensor) and value.layout is torch.sparse_coo:
+        # By its parts, since those of a tensor that is not coalesced may be summed in another order later.
+        parts = {"indices": value.detach()._indices(), "values": value.detach()._values()}
+        return {"sparse": [_pairs(parts, path, tensors), list(value.shape), value.is_coalesced()]}
     raise _refusal(value, path)
 
 
@@ -122,9 +126,7 @@ def _is_dense(tensor: Tensor) -> bool:
 def _refusal(value: Any, path: str) -> UserError:
     described = f"a {type(value).__name__}"
     if isinstance(value, Tensor) and not _is_dense(value):
-        described = "a tensor that is nested, quantized or without values"
-        if value.layout is not torch.strided and value.layout is not torch.jagged:
-            described = "a sparse tensor, which sparse gradients leave (those of Embedding(sparse=False) are dense)"
+        described = "a tensor that is compressed, nested, quantized or without values"
     return UserError(
         f"a checkpoint can't hold {path or 'the state'}: it is {described}, and only plain data is saved: numbers, "
         "strings, lists, dicts, sets, arrays and tensors"
@@ -155,6 +157,12 @@ def _decode_items(kind: type) -> Callable[[Any, Mapping[str, Tensor]], Any]:
     return lambda content, tensors: kind(_decode(content, tensors))
 
 
+def _decode_sparse(content: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    pairs, shape, is_coalesced = content
+    parts = _decode_mapping(dict)([pairs], tensors)
+    return torch.sparse_coo_tensor(**parts, size=shape, is_coalesced=is_coalesced, check_invariants=True)
+
+
 def _decode_counter(content: Any, tensors: Mapping[str, Tensor]) -> Any:
     return Counter(_decode_mapping(dict)(content, tensors))  # of pairs it would count each
 
@@ -166,6 +174,7 @@ _DECODERS: dict[str, Callable[[Any, Mapping[str, Tensor]], Any]] = {
     "dtype": lambda content, _: DTYPES[content],
     "scalar": lambda content, _: np.frombuffer(bytes.fromhex(content[1]), np.dtype(content[0]))[0],
     "tensor": lambda content, tensors: tensors[content],
+    "sparse": _decode_sparse,
     "array": lambda content, tensors: (
         np.frombuffer(tensors[content[2]].numpy().tobytes(), np.dtype(content[0])).reshape(content[1]).copy()
     ),

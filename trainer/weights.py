@@ -9,27 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_atomic
 
-from .buffers import buffers_of, make_room
+from .buffers import buffers_of, is_extra, make_room, shapes_of
 
 WRAPPERS = ("module", "_orig_mod")  # DataParallel's and DDP's, and torch.compile's
 
 
-def bare_tensors(net: nn.Module) -> dict[str, Tensor]:
+def bare_tensors(net: nn.Module) -> dict[str, Any]:
     """What a module's state_dict holds, parameters as such, without the names that torch.compile puts into theirs."""
     return {_uncompiled(name): value for name, value in net.state_dict(keep_vars=True).items()}
 
 
-def bare_state_dict(net: nn.Module, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
-    """The module's weights and buffers by their bare names, not copied.
+def bare_state_dict(net: nn.Module, instead: Mapping[int, Tensor] | None = None) -> dict[str, Any]:
+    """The module's weights, buffers and extra states by their bare names, not copied.
 
     Args:
         instead: what stands for a parameter, by its id.
     """
-    return {name: (instead or {}).get(id(value), value).detach() for name, value in bare_tensors(net).items()}
+    named = {name: (instead or {}).get(id(value), value) for name, value in bare_tensors(net).items()}
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in named.items()}
 
 
 def bare_name(name: str) -> str:
@@ -44,7 +46,7 @@ def _uncompiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def save_weights(weights: Mapping[str, Any], path: Path) -> None:
     """Write a state_dict, atomically. A disk that refuses raises an OSError."""
 
     def write(temporary: Path) -> None:
@@ -75,17 +77,18 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
         raise UserError(f"no such file: {path}") from None
     except Exception as error:  # torch.load raises whatever its parser met
         raise UserError(f"{path} is not a file of weights: {first_line(error)}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) or is_extra(name) for name, w in weights.items()):
         raise UserError(f"{path} holds no state_dict: expected tensors by name")
     own = net.state_dict()
     # The names as they are come first: a model may have a layer that is called `module`.
     bare = _uncompiled if {_uncompiled(name) for name in weights} == {_uncompiled(name) for name in own} else bare_name
     stripped = {bare(name): value for name, value in weights.items()}
     names = {bare(name): name for name in own}
-    shapes = {name: value.shape for name, value in stripped.items()}
+    shapes = shapes_of(stripped)
     buffers = {bare(name): name for name in buffers_of(net) if bare(name) in shapes}  # which may have grown
-    expected = {short: own[name].shape for short, name in names.items()}
-    problems = mismatches(shapes, expected | {short: shapes[short] for short in buffers})
+    lazy = [bare(name) for name in without_shape(net)]
+    expected = shapes_of({short: own[name] for short, name in names.items() if short not in lazy})
+    problems = mismatches(shapes, expected | {short: shapes.get(short) for short in [*buffers, *lazy]})
     if problems:
         raise UserError(f"{path} holds weights of another model: {'; '.join(problems)}")
     state = {(names | buffers)[short]: value for short, value in stripped.items()}
@@ -93,7 +96,12 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     net.load_state_dict(state)
 
 
-def mismatches(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
+def without_shape(module: nn.Module) -> list[str]:
+    """The names of parameters and buffers that get their shapes from the first batch, or from a state_dict."""
+    return [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if is_lazy(tensor)]
+
+
+def mismatches(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """How the tensors in a file differ from those of a model, by name and shape; a phrase for each difference."""
     problems = []
     if missing := [name for name in expected if name not in found]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,10 +27,13 @@ from dtrain.target import bind_function, build_metric, instantiate
 from .data import Source
 from .given import require_model
 from .groups import group_parameters
-from .seeds import derive_seed, seed_everything
+from .lazy import give_shapes
+from .predict import predict_features
+from .seeds import derive_seed, rng_kept, seed_everything
+from .step import user_step
 from .stop import Stopped
 from .trainer import Strategy, Trainer
-from .weights import load_weights
+from .weights import load_weights, without_shape
 
 
 def main() -> int:
@@ -71,9 +75,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
     Args:
         trained: weights to load, in a Trainer that is to evaluate and predict: it has no optimizer.
     """
-    net = build_model(job)
-    if trained is not None and not any(parameter.is_meta for parameter in net.parameters()):
-        load_weights(net, trained)
+    net = build_model(job, trained)
     # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
     seed_everything(derive_seed("built", job.seed))
     loss = None if job.loss is None else cast(Any, instantiate(job.loss))
@@ -114,13 +116,17 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
     return trainer
 
 
-def build_model(job: Job) -> nn.Module:
-    """The job's model; where ranks keep parts of it, without values on all but rank 0, from which they get theirs."""
+def build_model(job: Job, trained: Path | None) -> nn.Module:
+    """The job's model; where ranks keep parts of it, without values on all but rank 0, from which they get theirs.
 
-    def build() -> nn.Module:
+    Args:
+        trained: weights to load.
+    """
+
+    def build(*, may_be_lazy: bool = False) -> nn.Module:
         seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
         net: nn.Module = instantiate(job.model)
-        require_model(net)
+        require_model(net, may_be_lazy=may_be_lazy)
         return net
 
     if job.fit.strategy == "fsdp" and int(os.environ["RANK"]) > 0:
@@ -128,7 +134,16 @@ def build_model(job: Job) -> nn.Module:
 
         if (net := build_on_meta(build)) is not None:
             return net
-    return build()
+    net = build(may_be_lazy=True)
+    if trained is not None:
+        load_weights(net, trained)
+    elif without_shape(net):
+        step = predict_features if job.step is None else user_step(bind_function(job.step))
+        with rng_kept(torch.device("cpu")):
+            source = build_source(job, job.data.train, training=True)
+        give_shapes(net, step, source)
+        require_model(net)
+    return net
 
 
 def build_optimizer(job: Job, net: nn.Module, loss: Any) -> Any:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from dtrain import zero_config
 from dtrain.errors import Problem, UserError, first_line
 
+from .buffers import extra_states
 from .data import MicroBatch
 from .optimizer_state import held, parameter_groups
 from .optimizers import has_modes, needs_closure
@@ -82,6 +83,8 @@ class Engine(Parallel):
         if problems := list(zero_config.disagreements(config, **said)):
             raise UserError(problems)
         require_divisible(self.bare)
+        if others := list(extra_states(self.bare)):
+            raise UserError(f"{others[0]} (get_extra_state) can't be kept by DeepSpeed: use ddp, or fsdp")
         self._config = zero_config.filled(config, said["precision"])
         self._stage = zero_config.stage(config)
         self._engine: Any = None

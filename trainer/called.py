@@ -1,0 +1,35 @@
+"""A model that does more when it is called, and is the same in all else: its class, attributes, methods, items."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_bare: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def called_as(net: nn.Module, module: nn.Module) -> nn.Module:
+    """A module that is `net`, but for that to call it is to call `module`, which has `net` within."""
+    kind: Any = type(net)
+
+    class Called(kind):  # type: ignore[misc]  # which only is known now
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            # Others of this class may be made of it, as a Sequential's slices are.
+            return module(*args, **kwargs) if self in _bare else super().__call__(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is a model by itself
+            return net.__reduce_ex__(protocol) if self in _bare else super().__reduce_ex__(protocol)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Called, name, getattr(kind, name))
+    called: nn.Module = Called.__new__(Called)
+    object.__setattr__(called, "__dict__", vars(net))  # the same, not as much
+    _bare[called] = net
+    return called
+
+
+def bare_of(net: nn.Module) -> nn.Module:
+    """The model of which `called_as` has made this one; any other as it is."""
+    return _bare.get(net, net)
