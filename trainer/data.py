@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from .dataloader import source_arguments
 from .drawn import draw_batches, draw_samples, length
 from .loading_processes import DEFAULT, Loader, Processes
 from .samples import SampleReading
-from .seeds import derive_seed
+from .seeds import derive_seed, loading_apart
 from .sharding import ListedShard, Order, Shard, in_order, index_batches, shuffled
 from .transfer import num_collated, to_device
 from .world import World
@@ -140,18 +141,23 @@ class Filler:
     def __init__(self) -> None:
         self.data: Any = None
 
-    def counted(self, data: Any, asked: int, *, needed: bool) -> tuple[Any, int]:
+    def counted(self, data: Any, asked: int, whole: Callable[[], Any] | None = None) -> tuple[Any, int]:
         """What it has made of so many samples (0: of a filler's), and how many are in it.
 
+        Args:
+            whole: gives the whole batch, where the rank needs something to compute and has had nothing so far.
+
         Raises:
-            UserError: nothing, and there was nothing before either, where the rank needs something to compute.
+            UserError: all of the whole batch has been left out.
         """
         found = num_collated(data, asked or 2)
         if found:
             self.data = data if asked else self.data
             return data, found if asked else 0
-        if needed and self.data is None:
-            raise UserError("the collate function has left out all of the first samples that this rank has")
+        if whole is not None and self.data is None:
+            self.data = whole()
+            if not num_collated(self.data, 2):
+                raise UserError("the collate function has left out all samples of a batch: no rank has any to train on")
         return self.data, 0
 
 
@@ -171,8 +177,8 @@ class IndexedBatches:
         self._micro_batch_size = micro_batch_size
         self._fill_empty = fill_empty
         self._filler = Filler()
-        reading = SampleReading(source.dataset, source.collate, source.processes.worker_init_fn)
-        self._loader = Loader(reading, source.workers, source.processes, world, seed)
+        self._reading = SampleReading(source.dataset, source.collate, source.processes.worker_init_fn)
+        self._loader = Loader(self._reading, source.workers, source.processes, world, seed)
         # Of the epoch, and before the first one where that is known already.
         samples = source.num_samples if source.batch_sampler is None else None
         self.shard = None if samples is None else self._shard(samples)
@@ -188,7 +194,8 @@ class IndexedBatches:
         requests = index_batches(shard, order, key, first_step, fill_empty=self._fill_empty)
         loaded = self._loader.read(requests, epoch)
         for step in range(first_step, shard.num_steps):
-            yield Batch(shard.samples(step), self._micro_batches(shard, step, loaded))
+            whole = functools.partial(self._whole, shard, order, key, step) if self._fill_empty else None
+            yield Batch(shard.samples(step), self._micro_batches(shard, step, loaded, whole))
 
     def _shard(self, samples: int, ends: tuple[int, ...] = ()) -> Shard:
         own = self._world.rank, self._world.world_size, self._micro_batch_size
@@ -201,7 +208,15 @@ class IndexedBatches:
             raise UserError(f"drop_last leaves no batch of {name}: {samples} samples, batch_size {size}")
         return Shard(whole, size, *own)
 
-    def _micro_batches(self, shard: Shard, step: int, loaded: Iterator[Any]) -> Iterator[MicroBatch]:
+    def _whole(self, shard: Shard, order: Order, key: int, step: int) -> Any:
+        """The step's whole batch, read by this rank itself."""
+        of_all = replace(shard, rank=0, world_size=1, micro_batch_size=None)
+        with loading_apart():
+            return self._reading.answer(next(index_batches(of_all, order, key, step, fill_empty=False)))
+
+    def _micro_batches(
+        self, shard: Shard, step: int, loaded: Iterator[Any], whole: Callable[[], Any] | None
+    ) -> Iterator[MicroBatch]:
         parts = shard.micro_batches(step)
         samples = shard.samples(step)
         for i, part in enumerate(parts):
@@ -209,7 +224,7 @@ class IndexedBatches:
                 continue
             data, found = next(loaded), len(part)
             if not self._source.is_regular:
-                data, found = self._filler.counted(data, found, needed=self._fill_empty)
+                data, found = self._filler.counted(data, found, whole)
                 if not found and not self._fill_empty:
                     continue
             is_last, is_whole = i == len(parts) - 1, len(part) == samples

@@ -21,7 +21,7 @@ from .drawn import length
 from .loading_processes import Loader
 from .reading import Ask, Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
-from .transfer import num_samples, to_device
+from .transfer import num_collated, num_samples, to_device
 from .world import World
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -145,13 +145,17 @@ class StreamBatches:
 
     def _begin_agreement(self, share: Share, progress: Progress) -> Ahead:
         """Tell the others what this rank has, and go on. All ranks take part."""
-        needs_filler = self._fill_empty and share.splits and not share.samples and self._filler.data is None
-        return share, progress, self._gather([share.samples, share.batch_samples, share.mark, needs_filler])
+        kept = next((data for data, asked in share.micro_batches if asked and num_collated(data, asked)), None)
+        if kept is not None:
+            self._filler.data = kept
+        needs_filler = self._fill_empty and self._filler.data is None
+        told = [share.samples, share.batch_samples, share.mark, needs_filler, kept is not None]
+        return share, progress, self._gather(told)
 
     def _agree(self, share: Share, found: Numbers, epoch: int) -> int:
         """The batch's samples over all ranks, of what they have told. All take part in a broadcast if one needs a
         filler."""
-        of_ranks, whole, marks, needs = found.T
+        of_ranks, whole, marks, needs, haves = found.T
         alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, share.mark)
         if not alike:
             raise UserError(
@@ -162,7 +166,9 @@ class StreamBatches:
         self._mark = share.mark
         samples = int(of_ranks.sum())
         if samples and needs.any():
-            self._share_filler(share, int(np.flatnonzero(of_ranks)[0]))
+            if not haves.any():
+                raise UserError("the collate function has left out all samples of a batch: no rank has any to train on")
+            self._share_filler(int(np.flatnonzero(haves)[0]))
         return samples
 
     def _gather(self, numbers: list[int]) -> Callable[[], Numbers]:
@@ -180,9 +186,9 @@ class StreamBatches:
 
         return end
 
-    def _share_filler(self, share: Share, source: int) -> None:
-        """Give ranks that have had no sample yet the source rank's first micro-batch. All ranks take part."""
-        box = [share.micro_batches[0][0] if self._world.rank == source else None]
+    def _share_filler(self, source: int) -> None:
+        """Give ranks that have had no sample yet what the source rank has. All ranks take part."""
+        box = [self._filler.data if self._world.rank == source else None]
         dist.broadcast_object_list(box, src=source, group=self._world.control)
         if self._filler.data is None:
             self._filler.data = box[0]
@@ -194,11 +200,9 @@ class StreamBatches:
         for i, (data, asked) in enumerate(parts):
             found = asked
             if not share.is_regular:
-                data, found = self._filler.counted(data, asked, needed=self._fill_empty)
+                data, found = self._filler.counted(data, asked)
                 if not found and not self._fill_empty:
                     continue
-            elif share.splits and asked:
-                self._filler.data = data
             is_last, is_whole = i == len(parts) - 1, asked == samples
             data = to_device(data, self._world.device)
             yield MicroBatch(data, found, samples, is_last, is_whole, share.is_regular)
