@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dtrain.errors import UserError
 
 from .data import MicroBatch
 from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within, trainable
@@ -67,7 +70,13 @@ class DataParallel(Parallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
-    def require_all_used(self, loss: torch.Tensor) -> None:
+    def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
+        reached = reached_leaves(loss)
+        if reached is not None and not any(id(parameter) in reached for parameter in self.trained(optimizer)):
+            raise UserError(
+                f"the loss depends on none of the parameters that this {type(optimizer).__name__} trains: on the way "
+                "to it something was detached, or the optimizer was made of others; nothing can be learned from it"
+            )
         if self.module is not self.bare and not self._finds_unused:
             # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
             require_all_used(self.bare, loss, mend=_ALLOW)

@@ -114,7 +114,8 @@ class Loop:
         self.ema = ema
         self.best = best
         self.schedule = schedule
-        self.learning = Learning(model, optimizer, say if world.is_main else lambda line: None)
+        report = say if world.is_main else lambda line: None
+        self.learning = Learning(model, optimizer, report, scales=precision.scaler is not None)
         self.seed = seed
         self.place = Place()
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
@@ -154,7 +155,7 @@ class Loop:
                     # All ranks: what each has added up meets on rank 0, which reports it back to all.
                     row = self.report()
                     # All ranks: whether anything is learned is seen from the same row.
-                    self.learning.judge(row)
+                    self.learning.judge(row, is_last=self.place.epoch == self.schedule.epochs)
                     # All ranks: the decision what is best is the same everywhere, made from the same row.
                     improved = self.finish_epoch(row)
                     # All ranks copy, and go on while the copies are written; rank 0 writes the results.
@@ -239,7 +240,7 @@ class Loop:
                         "item(), numpy, torch.no_grad, argmax), and nothing can be learned from it"
                     )
                 if not self.samples_done:  # in this process's first step
-                    self.model.require_all_used(outcome.total)
+                    self.model.require_all_used(outcome.total, self.optimizer)
                 self.heartbeat.enter(Phase.BACKWARD)
                 if outcome.weight is None:
                     self.model.backward(self.precision.scaled(outcome.total * scale))

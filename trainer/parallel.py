@@ -91,8 +91,8 @@ class Parallel:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
         return contextlib.nullcontext()
 
-    def require_all_used(self, loss: Tensor) -> None:
-        """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
+    def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """Raise UserError where the first loss leaves out parameters that the strategy, or anyone, can't do without."""
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
         """Raise UserError where this loss's backward pass has left out parameters that others wait for.
@@ -111,6 +111,10 @@ class Parallel:
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """What this rank has of the batch's gradient, to be changed in place, between `backward` and `step`."""
         return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def trained(self, optimizer: Optimizer) -> list[Tensor]:
+        """What this rank has of what the optimizer trains."""
+        return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """The Euclidean norm of the whole gradient. All ranks take part where each has a part."""

@@ -41,7 +41,7 @@ from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .metric_trial import require_reported, try_metrics
 from .mixing import look_for_mixing
-from .optimizers import require_rates
+from .optimizers import require_a_rate, require_rates
 from .parallel import Parallel
 from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
@@ -296,7 +296,9 @@ class Trainer:
                 raise UserError(f"{name} is {value}: it counts epochs, from 1")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
-        require_rates(self.optimizer, is_scheduled=self.scheduler is not None)
+        require_rates(self.optimizer)
+        if self.scheduler is None:
+            require_a_rate(self.optimizer)
         best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
         tallies = [self._tally("train")]
         if val_data is not None:
