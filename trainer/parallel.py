@@ -302,4 +302,6 @@ def require_divisible(net: nn.Module) -> None:
 
 
 def has_sparse_gradients(net: nn.Module) -> bool:
-    return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in net.modules())
+    """Whether a part of torch's own will have some; what calls functional.embedding(sparse=True) does not show it."""
+    parts = [part for part in net.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+    return any(part.sparse and part.weight.requires_grad for part in parts)
