@@ -399,7 +399,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another job": (other_job, "a checkpoint of another job, other; this one is test"),
     "newer format": (
         newer_format,
-        f"index.json: format {FORMAT + 1}, written by dtrain 9.0; this one, dtrain {__version__}, reads format {FORMAT}",
+        f"index.json: format {FORMAT + 1}, written by dtrain 9.0; "
+        f"this one, dtrain {__version__}, reads format {FORMAT}",
     ),
     "older format": (older_format, f"state.pt: an older format (1), this version reads format {FORMAT}"),
     "another model": (other_model, "a checkpoint of another model"),
