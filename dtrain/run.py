@@ -104,6 +104,8 @@ class RunDir:
         """
         self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
         for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
+            if folder.is_symlink() and not folder.exists():  # a fit's, of a script's run that is gone
+                folder.unlink()
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
 
     # -- the later fits of a script that was launched --------------------------------------------
@@ -127,15 +129,21 @@ class RunDir:
         write_json(self.fits_file, {"fits": list(names)})
 
     def take_heartbeats(self, script: RunDir | None) -> None:
-        """Have the ranks' heartbeats be those of the script's run, where its agent looks; of its own without one."""
-        own, theirs = self.heartbeat(0).parent, None if script is None else script.heartbeat(0).parent
+        """Have the ranks' heartbeats be those of the script's run, where its agent looks; of its own without one.
+
+        So are their logs.
+        """
+        own = self.heartbeat(0).parent
         if own.is_symlink():
             own.unlink()
-        if theirs is None:
+        if script is None:
             own.mkdir(exist_ok=True)
         else:
             shutil.rmtree(own, ignore_errors=True)
-            own.symlink_to(os.path.relpath(theirs.absolute(), own.parent.absolute()))
+            _link(own, script.heartbeat(0).parent)
+            with contextlib.suppress(OSError):  # it has logs, of a run of its own
+                self.logs.rmdir()
+                _link(self.logs, script.logs)
 
     # -- history ---------------------------------------------------------------------------------
 
@@ -275,6 +283,10 @@ class RunDir:
         if status.get("state") != "running":
             return False
         return time.time() - self.status_file.stat().st_mtime < STALE_AFTER_S
+
+
+def _link(own: Path, other: Path) -> None:
+    own.symlink_to(os.path.relpath(other.absolute(), own.parent.absolute()))
 
 
 def _parse_row(line: bytes) -> Row | None:

@@ -43,11 +43,7 @@ class Parallel:
     forwards_together = False
 
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
-        if any(module in _cut for module in net.modules()):
-            raise UserError(
-                "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
-                "with its weights (weights/last.pt)"
-            )
+        require_uncut(net)
         self.world = world
         require_same_model(world, net)
         if sync_batchnorm and world.world_size > 1:
@@ -254,6 +250,15 @@ def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "
         raise UserError(
             f"the loss{when} does not depend on the parameters {shortened(unused)}, and their gradients are to be "
             f"averaged over the ranks; remove them from the model, or freeze them: requires_grad_(False){mend}"
+        )
+
+
+def require_uncut(net: nn.Module) -> None:
+    """Raise UserError for a model whose parameters a strategy has exchanged already."""
+    if any(module in _cut for module in net.modules()):
+        raise UserError(
+            "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
+            "with its weights (weights/last.pt)"
         )
 
 

@@ -42,7 +42,7 @@ from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .metric_trial import require_reported, try_metrics
 from .mixing import look_for_mixing
 from .optimizers import require_a_rate, require_rates
-from .parallel import Parallel
+from .parallel import Parallel, require_uncut
 from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
 from .scheduler import Interval, check_length, is_fed, require_mode
@@ -159,6 +159,7 @@ class Trainer:
         net = unwrapped(net)
         require_loss(loss_fn)
         require_metrics(metrics_dict)
+        require_uncut(net)  # whose optimizer has other parameters now
         require_optimizer(optimizer, net, loss_fn)
         require_scheduler(scheduler, optimizer)
         if scheduler is not None and is_fed(scheduler) and scheduler_interval == "step":
