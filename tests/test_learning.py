@@ -141,6 +141,15 @@ def test_rates_that_a_scheduler_makes(factors, message):
     assert torch.equal(before, net.linear.weight) == (factors == [0, 0])
 
 
+def test_rates_that_a_scheduler_makes_within_an_epoch():
+    net = Net()
+    optimizer = SGD([{"params": net.linear.weight}, {"params": net.linear.bias, "lr": 0.5}], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step)
+    trainer = Trainer(net, nn.MSELoss(), optimizer, scheduler=scheduler, scheduler_interval="step", device="cpu")
+    with pytest.raises(UserError, match=r"a learning rate is -0\.1 after step 2, by the scheduler"):
+        trainer.train(loader(), loader(), 1, None, None, "min")
+
+
 def of_all_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     messages = []
     for i, (loss, lr) in enumerate([(nn.MSELoss(), 1e30), (detached, 0.1), (masked, 0.1), (sign, 0.1)]):

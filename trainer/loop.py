@@ -35,7 +35,7 @@ from .ema import Ema
 from .learned_loss import beside
 from .learning import Learning
 from .modes import begin_training
-from .optimizers import is_two_step, judged, needs_closure, start_training, stop_training
+from .optimizers import is_two_step, judged, needs_closure, require_rates, start_training, stop_training
 from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
@@ -115,7 +115,7 @@ class Loop:
         self.best = best
         self.schedule = schedule
         report = say if world.is_main else lambda line: None
-        self.learning = Learning(model, optimizer, report, scales=precision.scaler is not None)
+        self.learning = Learning(model, optimizer, report, scales=precision.name == "fp16")
         self.seed = seed
         self.place = Place()
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
@@ -202,6 +202,8 @@ class Loop:
         is_done = True
         lr = self.optimizer.param_groups[0].get("lr", float("nan"))
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
+        if not (isinstance(lr, Tensor) or lr >= 0):  # a tensor is looked at when an epoch begins
+            require_rates(self.optimizer, self.place.step)
         if self.by_closure:
             self.step_by_closure(list(micro_batches))
         else:
