@@ -42,7 +42,8 @@ def loader(target: float = 1.0) -> DataLoader[Any]:
 
 
 def train(net: nn.Module, loss: Any, lr: float = 0.1, epochs: int = 2, **options: Any) -> list[dict[str, Any]]:
-    trainer = Trainer(net, loss, SGD(net.parameters(), lr=lr), device="cpu", **options)
+    own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+    trainer = Trainer(net, loss, SGD([*net.parameters(), *own], lr=lr), device="cpu", **options)
     return trainer.train(loader(), loader(), epochs, None, None, "min").rows
 
 
@@ -100,11 +101,21 @@ def of_nothing_trained(predictions: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(predictions.detach(), target).requires_grad_()
 
 
+class OfItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.ones(()))
+
+    def forward(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(predictions.detach(), target) + self.offset.square()
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
         (sign, "epoch 1, steps 1 to 4: the weights are what they were before: nothing is learned; the loss has no"),
-        (of_nothing_trained, "the loss depends on none of the parameters that this SGD trains"),
+        (of_nothing_trained, "the loss depends on none of the model's parameters that this SGD trains"),
+        (OfItself(), "the loss depends on none of the model's parameters that this SGD trains"),
     ],
 )
 def test_weights_that_no_step_changes_end_the_run(loss, message):

@@ -71,11 +71,13 @@ class DataParallel(Parallel):
         return self.module.no_sync()
 
     def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
-        reached = reached_leaves(loss)
-        if reached is not None and not any(id(parameter) in reached for parameter in self.trained(optimizer)):
+        reached, own = reached_leaves(loss), set(map(id, self.bare.parameters()))
+        trained = {id(parameter) for parameter in self.trained(optimizer)}
+        trained = trained & own or trained  # it may be the loss alone that is trained
+        if reached is not None and reached.isdisjoint(trained):
             raise UserError(
-                f"the loss depends on none of the parameters that this {type(optimizer).__name__} trains: on the way "
-                "to it something was detached, or the optimizer was made of others; nothing can be learned from it"
+                f"the loss depends on none of the model's parameters that this {type(optimizer).__name__} trains: "
+                "something was detached on the way to it, or the optimizer was made of others; nothing is learned"
             )
         if self.module is not self.bare and not self._finds_unused:
             # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
