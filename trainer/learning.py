@@ -103,8 +103,9 @@ class Learning:
         self._report(f"{said}; the weights are finite, and training goes on")
 
     def _judge_weights(self, row: Row, untouched: int, *, is_last: bool) -> None:
-        """Look whether any step since the run began has changed a weight."""
-        if self._checksum() != untouched:
+        """Look whether any step since the run began has changed a weight. All ranks take part."""
+        world = self._model.world
+        if world.sum(torch.tensor(float(self._checksum() != untouched), device=world.device)):
             self._untouched = None
             return
         said = f"epoch {row['epoch']}, {self._steps(int(row['step']))}: the weights are what they were before"
@@ -127,10 +128,9 @@ class Learning:
             return float(self._model.norm([each for each in weights if each.is_floating_point() or each.is_complex()]))
 
     def _checksum(self) -> int:
-        """Another number where any bit of what is trained is another. All ranks take part; waits for the device."""
+        """Another number where any bit of what this rank has of what is trained is another. Waits for the device."""
         sums = [_sum_of_bits(weight) for weight in self._model.trained(self._optimizer)]
-        own = torch.stack([each.to(sums[0].device) for each in sums]).sum() if sums else torch.zeros(())
-        return int(self._model.world.sum(own.to(self._model.world.device, torch.int64)))
+        return int(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0
 
     def _steps(self, step: int) -> str:
         return f"steps {self._first_step} to {step}" if step > self._first_step else f"step {step}"
