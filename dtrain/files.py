@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in the file; None where there is no file or no valid one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

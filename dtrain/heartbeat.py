@@ -31,13 +31,14 @@ class Phase(IntEnum):
     """What a rank does, in the order in which it does so while its epoch and step are the same."""
 
     STARTING = 0
-    SAVING = 1
-    LOADING = 2
-    FORWARD = 3
-    BACKWARD = 4  # with the exchange of gradients, and the optimizer's step
-    VALIDATING = 5
-    REPORTING = 6
-    DONE = 7  # with the training; what follows is the script's own affair
+    JOINING = 1  # the other ranks, for whom it waits
+    SAVING = 2
+    LOADING = 3
+    FORWARD = 4
+    BACKWARD = 5  # with the exchange of gradients, and the optimizer's step
+    VALIDATING = 6
+    REPORTING = 7
+    DONE = 8  # with the training; what follows is the script's own affair
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Beat:
     @property
     def validating(self) -> bool:
         return self.phase == Phase.VALIDATING
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether it has met the other ranks, or tries to."""
+        return self.phase != Phase.STARTING or self.fit > 0
 
     @property
     def in_fit(self) -> str:

@@ -50,6 +50,7 @@ class Keeper:
         self.screen = Screen(quiet)
         self._quiet = quiet
         self._heartbeat = Heartbeat(run.heartbeat(0))
+        self._began = time.time()
         previous = run.status()
         self._status: dict[str, Any] = {
             "state": "running",
@@ -97,7 +98,9 @@ class Keeper:
         self._over.set()
         self._watching.join()
         self._take_beat()
-        self._status |= {"state": state, "exit_code": exit_code, "error": error}
+        end = {"state": state, "exit_code": exit_code, "error": error}
+        self._status |= end
+        self._end_fit(end)
         self._write()
         self._showing.join()
         self._show_trouble()
@@ -107,6 +110,15 @@ class Keeper:
         if self._tracker is not None:
             self._await_tracker(self._tracker)
             self._write()
+
+    def _end_fit(self, end: dict[str, Any]) -> None:
+        """Say of the fit that has ended with the run why: rank 0, its keeper, was killed or another rank's victim."""
+        with contextlib.suppress(OSError):
+            fits = [fit for fit in self.run.fits() if fit.status_file.stat().st_mtime >= self._began]
+            for fit in fits[-1:]:
+                status = fit.status()
+                if {end["state"], status.get("state")} <= {"failed", "killed"}:
+                    write_json(fit.status_file, {**status, **end})
 
     # -- while it runs ---------------------------------------------------------------------------
 

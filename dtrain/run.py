@@ -104,6 +104,8 @@ class RunDir:
         """
         self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
         for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
+            if folder.is_symlink() and not folder.exists():  # a fit's, of a script's run that is gone
+                folder.unlink()
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
 
     # -- the later fits of a script that was launched --------------------------------------------
@@ -115,6 +117,9 @@ class RunDir:
     def fits(self) -> list[RunDir]:
         """The run folders of this script's fits but for that in this one, in their order."""
         names = (read_json(self.fits_file) or {}).get("fits", [])
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            warn_of_damage(self.fits_file)
+            return []
         return [RunDir(os.path.normpath(self.path / name)) for name in names]
 
     def add_fit(self, fit: RunDir) -> None:
@@ -124,15 +129,21 @@ class RunDir:
         write_json(self.fits_file, {"fits": list(names)})
 
     def take_heartbeats(self, script: RunDir | None) -> None:
-        """Have the ranks' heartbeats be those of the script's run, where its agent looks; of its own without one."""
-        own, theirs = self.heartbeat(0).parent, None if script is None else script.heartbeat(0).parent
+        """Have the ranks' heartbeats be those of the script's run, where its agent looks; of its own without one.
+
+        So are their logs.
+        """
+        own = self.heartbeat(0).parent
         if own.is_symlink():
             own.unlink()
-        if theirs is None:
+        if script is None:
             own.mkdir(exist_ok=True)
         else:
             shutil.rmtree(own, ignore_errors=True)
-            own.symlink_to(os.path.relpath(theirs.absolute(), own.parent.absolute()))
+            _link(own, script.heartbeat(0).parent)
+            with contextlib.suppress(OSError):  # it has logs, of a run of its own
+                self.logs.rmdir()
+                _link(self.logs, script.logs)
 
     # -- history ---------------------------------------------------------------------------------
 
@@ -144,7 +155,7 @@ class RunDir:
         for number, line in enumerate(self.metrics.read_bytes().splitlines(), 1):
             row = _parse_row(line)
             if row is None:
-                _warn_of_damage(f"{self.metrics}:{number}")
+                warn_of_damage(f"{self.metrics}:{number}")
             else:
                 rows.append(row)
         return rows
@@ -178,11 +189,15 @@ class RunDir:
 
     def _read_status(self) -> dict[str, Any]:
         status = read_json(self.status_file) or {}
-        if "state" not in status and self.status_file.exists():
-            _warn_of_damage(str(self.status_file))
+        if self.has_damaged_status():
+            warn_of_damage(self.status_file)
             last = self.last_row() or {}
             return {"state": "running", "epoch": last.get("epoch", 0), "step": last.get("step", 0)}
         return status
+
+    def has_damaged_status(self) -> bool:
+        """Whether there is a status.json, and not what is written there."""
+        return self.status_file.exists() and not _is_status(read_json(self.status_file) or {})
 
     @contextlib.contextmanager
     def lock(self, *, is_agent: bool = False) -> Iterator[None]:
@@ -270,22 +285,35 @@ class RunDir:
         return time.time() - self.status_file.stat().st_mtime < STALE_AFTER_S
 
 
+def _link(own: Path, other: Path) -> None:
+    own.symlink_to(os.path.relpath(other.absolute(), own.parent.absolute()))
+
+
 def _parse_row(line: bytes) -> Row | None:
     """A line of metrics.jsonl; None where it is no row."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_row = isinstance(row, dict) and all(isinstance(row.get(key), int) for key in ("epoch", "step"))
     return row if is_row else None
 
 
+def _is_status(value: dict[str, Any]) -> bool:
+    """Whether it has what status.json always has."""
+    numbers = (value.get("epoch"), value.get("step"), value.get("fit", 1), value.get("restarts", 0))
+    error = value.get("error") or dict.fromkeys(("rank", "type", "message", "traceback"))
+    is_error = isinstance(error, dict) and {"rank", "type", "message", "traceback"} <= error.keys()
+    return isinstance(value.get("state"), str) and all(isinstance(each, int) for each in numbers) and is_error
+
+
 _damaged: set[str] = set()  # what this process has said to be so
 
 
-def _warn_of_damage(place: str) -> None:
-    if place not in _damaged:
-        _damaged.add(place)
+def warn_of_damage(place: str | Path) -> None:
+    """Say, once, that what stands there is passed over."""
+    if str(place) not in _damaged:
+        _damaged.add(str(place))
         with contextlib.suppress(OSError):
             print(f"warning: {place}: is damaged, and passed over", file=sys.stderr)
 

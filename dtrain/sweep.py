@@ -10,7 +10,7 @@ from pathlib import Path
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
 from dtrain.redact import hide_in_command
-from dtrain.run import RunDir
+from dtrain.run import RunDir, warn_of_damage
 from dtrain.yamltext import split
 
 _NAME = "sweep.json"
@@ -29,7 +29,13 @@ class Sweep:
     def read(cls, folder: Path) -> Sweep | None:
         """The sweep in that folder; None where there is none."""
         found = read_json(folder / _NAME)
-        return None if found is None else cls(folder, tuple(map(tuple, found["points"])))
+        if found is None:
+            return None
+        points = found.get("points")
+        if not (isinstance(points, list) and all(isinstance(point, list) for point in points)):
+            warn_of_damage(folder / _NAME)
+            return None
+        return cls(folder, tuple(map(tuple, points)))
 
     @classmethod
     def is_at(cls, folder: Path) -> bool:

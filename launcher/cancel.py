@@ -16,7 +16,7 @@ from dtrain.slurm.jobs import QueuedJob, ask_to_stop, end_job, job_of, look_up
 from dtrain.sweep import Sweep
 
 from .causes import headline
-from .status import read_status
+from .status import place, read_status
 
 LOOK_EVERY_S = 0.1
 LOOK_AT_QUEUE_EVERY_S = 1.0
@@ -98,7 +98,7 @@ def _end(run: RunDir, writer: Writer, process: int, now: bool) -> None:
             _send(process, signal.SIGKILL)
         if time.monotonic() - said_at > SAY_EVERY_S:
             said_at = time.monotonic()
-            what = f"epoch {status['epoch']}, step {status['step']}" if is_running else "waiting for MLflow to have it"
+            what = place(status) if is_running else "waiting for MLflow to have it"
             print(f"{run} is {status.get('state')}: {what}", file=sys.stderr)
 
 
@@ -125,17 +125,17 @@ def _send(process: int, number: signal.Signals) -> None:
 
 def _say_outcome(run: RunDir) -> int:
     status = read_status(run)
-    place = f"in epoch {status['epoch']}, step {status['step']}"
+    where = f"in {place(status)}"
     if status["state"] == "finished":
         print(f"{run} finished before it could stop")
         return 0
     if status["state"] == "failed":
-        print(f"{run} failed {place}")
+        print(f"{run} failed {where}")
         if status.get("error"):
             print(headline(status["error"], run))
         return 1
     saved = ", with a checkpoint" if status["state"] == "stopped" else "; nothing was saved after the last checkpoint"
-    print(f"{run} was {status['state']} {place}{saved}")
+    print(f"{run} was {status['state']} {where}{saved}")
     if run.job.exists():
         print(f"to continue: {_continuation(run)}")
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.files import read_json
+from dtrain.heartbeat import Beat, Phase
 from dtrain.run import END_OF_OUTPUT, RunDir
 
 from .processes import oom_kills
@@ -90,13 +91,28 @@ def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, f
     left = [end.rank for end in ends if end.exit_code == 0]
     if not left or found.record is None or not found.record["victim"]:
         return None
-    rank = min(left, key=lambda rank: ended_at[rank])
-    at = time.strftime("%H:%M:%S", time.localtime(ended_at[rank]))
-    message = f"it left with exit code 0 at {at}, while rank {found.rank} was still to exchange data with it"
+    error = _left(left, ended_at, f"rank {found.rank} was still to exchange data with it")
     lines = found.record["traceback"] if has_users_lines(found.record["traceback"]) else ""
+    return {**error, "message": error["message"] + ", here:" * bool(lines), "traceback": lines}
+
+
+def left_unmet(beats: Mapping[int, Beat], exit_codes: Mapping[int, int | None], ended_at: Mapping[int, float]) -> Error:
+    """The rank that has ended as if all were done, and for which others wait in vain; empty where there is none.
+
+    Args:
+        beats: of all ranks of this node.
+    """
+    left = [rank for rank, code in exit_codes.items() if code == 0 and not beats[rank].has_joined]
+    waiting = [rank for rank, code in exit_codes.items() if code is None and beats[rank].phase == Phase.JOINING]
+    return _left(left, ended_at, f"rank {waiting[0]} waits for it to join") if left and waiting else {}
+
+
+def _left(ranks: Sequence[int], ended_at: Mapping[int, float], meanwhile: str) -> Error:
+    rank = min(ranks, key=lambda rank: ended_at[rank])
+    at = time.strftime("%H:%M:%S", time.localtime(ended_at[rank]))
     # Less suspect than what another node's rank has raised by itself, more than the victims there.
-    error = _error(rank, "LeftEarly", message, suspicion=3)
-    return {**error, "message": message + ", here:" * bool(lines), "traceback": lines, "time": ended_at[rank]}
+    error = _error(rank, "LeftEarly", f"it left with exit code 0 at {at}, while {meanwhile}", suspicion=3)
+    return {**error, "time": ended_at[rank]}
 
 
 def _order(end: RankEnd) -> tuple[int, float, int]:

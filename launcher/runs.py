@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.errors import UserError
-from dtrain.files import read_json
 from dtrain.run import RunDir
 from dtrain.sweep import Sweep
 
@@ -69,7 +68,7 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
             seen = _changed(run.slurm if run.slurm.exists() else run.job)
             state = "submitted" if run.slurm.exists() else "waiting"
             return seen, [path, state, "epoch 0", "step 0", "-", f"since {_ago(seen)}", point]
-        if "state" not in (read_json(run.status_file) or {}):
+        if run.has_damaged_status():
             return 0.0, _damaged(path)
         seen = _changed(run.status_file)
         began = _changed(run.lock_file) if run.lock_file.exists() else seen

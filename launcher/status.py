@@ -29,12 +29,11 @@ def status(path: str) -> int:
     print(f"state     {found['state']}" + _exit_code(found.get("exit_code")))
     if job_id := job_of(run):
         print(f"slurm     job {job_id}, {_in_queue(job_id)}")
-    number = found.get("fit", 1)
-    print("epoch     " + (f"fit {number}, " if number > 1 else "") + f"{found['epoch']}, step {found['step']}")
+    print(f"epoch     {_in_fit(found)}{found['epoch']}, step {found['step']}")
     if found.get("mlflow_run_id"):
         print(f"mlflow    {found['mlflow_run_id']}")
     if row := run.last_row():
-        print(f"last      {row_line(row)}")
+        print("last      " + ("fit 1, " if run.fits() else "") + row_line(row))
     if found.get("error"):
         print(headline(found["error"], run))
     print_runs(run.fits())
@@ -53,6 +52,16 @@ def read_status(run: RunDir) -> dict[str, Any]:
             raise UserError(f"{run} holds no run (there is no status.json)")
         return {"state": "submitted", "epoch": 0, "step": 0}
     return status
+
+
+def place(status: dict[str, Any]) -> str:
+    """How far a run is, in words."""
+    return f"{_in_fit(status)}epoch {status['epoch']}, step {status['step']}"
+
+
+def _in_fit(status: dict[str, Any]) -> str:
+    number = status.get("fit", 1)
+    return f"fit {number}, " if number > 1 else ""
 
 
 def _in_queue(job_id: str) -> str:

@@ -23,7 +23,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from dtrain.files import read_json
-from dtrain.heartbeat import Heartbeat
+from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.run import RunDir
 from dtrain.signals import held_back
 
@@ -60,6 +60,12 @@ class Presence:
             return False
         self._missed_since = None
         return False
+
+    def stays_away(self) -> bool:
+        """Whether it is not there, and does not come back either for a while."""
+        while not (gone := self.is_gone()) and self._missed_since is not None:
+            time.sleep(_MONITOR_S)
+        return gone
 
 
 class Supervisor(LocalElasticAgent):
@@ -181,8 +187,14 @@ class Supervisor(LocalElasticAgent):
             for end in [*failed, *after]:
                 logger.info("%s", end)
             found = causes.first_cause(failed, after)
-            left = causes.left_early(found, ends, self._ended_at)
-            self._conclude(left or causes.describe(found, self._oom_kills, self._printed))
+            if found.record is None and self._folder.stays_away():  # so that nobody could leave word
+                self._conclude(causes.lost_folder(self._run))
+            else:
+                left = causes.left_early(found, ends, self._ended_at)
+                self._conclude(left or causes.describe(found, self._oom_kills, self._printed))
+        elif unmet := causes.left_unmet(self._beats(), self._exit_codes(), self._ended_at):
+            self._take_down()
+            self._conclude(unmet)
         elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
             logs = {rank: self._run.rank_log(rank) for rank in self._heartbeats}
             error = {**self._watchdog.explain(self.pids, logs), "host": socket.gethostname()}
@@ -264,6 +276,9 @@ class Supervisor(LocalElasticAgent):
 
     def _ends(self) -> list[causes.RankEnd]:
         return causes.read_ends(self._run, self._exit_codes())
+
+    def _beats(self) -> dict[int, Beat]:
+        return {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}
 
     def _exit_codes(self) -> dict[int, int | None]:
         """By rank; None for those that run."""

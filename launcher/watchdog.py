@@ -14,6 +14,7 @@ from .processes import children, is_suspended
 
 _DOING = {
     Phase.STARTING: "starting",
+    Phase.JOINING: "joining the other ranks",
     Phase.SAVING: "saving",
     Phase.LOADING: "loading data",
     Phase.FORWARD: "in its forward pass",

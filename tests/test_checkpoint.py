@@ -20,6 +20,7 @@ from ranks import run_ranks
 from torch import nn
 from training import content, differences
 
+from dtrain import __version__
 from dtrain.errors import ResumeError, UserError
 from dtrain.run import RunDir
 from dtrain.trainer.background import Background, Disk
@@ -375,7 +376,7 @@ def other_job(folder: Path) -> None:
 
 
 def newer_format(folder: Path) -> None:
-    edit_index(folder, lambda index: index.update(format=FORMAT + 1))
+    edit_index(folder, lambda index: index.update(format=FORMAT + 1, versions={"dtrain": "9.0"}))
 
 
 def older_format(folder: Path) -> None:
@@ -396,7 +397,11 @@ def only_first(shared: dict[str, Any]) -> str | None:
 
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another job": (other_job, "a checkpoint of another job, other; this one is test"),
-    "newer format": (newer_format, f"index.json: format {FORMAT + 1}, this version reads format {FORMAT}"),
+    "newer format": (
+        newer_format,
+        f"index.json: format {FORMAT + 1}, written by dtrain 9.0; "
+        f"this one, dtrain {__version__}, reads format {FORMAT}",
+    ),
     "older format": (older_format, f"state.pt: an older format (1), this version reads format {FORMAT}"),
     "another model": (other_model, "a checkpoint of another model"),
 }

@@ -6,7 +6,11 @@ import fcntl
 import os
 import time
 
+import pytest
+
+from dtrain.files import write_json
 from dtrain.launcher.scratch import held_folder, remove_left_behind
+from dtrain.launcher.status import status
 from dtrain.run import RunDir
 
 
@@ -57,6 +61,29 @@ def test_rows_that_are_none_are_passed_over(tmp_path, capsys):
     assert said == [f"warning: {run.metrics}:{line}: is damaged, and passed over" for line in (2, 3, 4, 6)]
     run.metrics.unlink()
     assert (run.rows(), run.last_row(), run.status()) == ([], None, {})
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("status.json", '{"state": "failed"}'),
+        ("status.json", '{"state": "failed", "epoch": 2, "step": "x"}'),
+        ("status.json", '{"state": "failed", "epoch": 2, "step": 10, "error": {"rank": 0}}'),
+        ("status.json", "[" * 10_000),
+        ("fits.json", '{"fits": 3}'),
+        ("sweep.json", "{}"),
+    ],
+)
+def test_files_that_are_objects_of_another_kind_are_passed_over(file, text, tmp_path, capsys):
+    run = RunDir(tmp_path)
+    run.create()
+    write_json(run.status_file, {"state": "finished", "epoch": 2, "step": 10})
+    run.write_rows([{"epoch": 2, "step": 10, "samples_per_s": "fast"}])
+    (tmp_path / file).write_text(text)
+    assert status(str(tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert "epoch     2, step 10\n" in printed.out
+    assert printed.err == f"warning: {tmp_path / file}: is damaged, and passed over\n"
 
 
 def test_folders_of_killed_commands_are_removed(tmp_path):

@@ -183,7 +183,8 @@ def test_an_error_in_a_loading_process_is_shown_as_it_was(outcomes):
     assert all("faults.py" in line for line in frames)
 
 
-# Rank 2 sees the failure of its collective and leaves, as programs do; rank 0 wraps it. Then rank 1 leaves early.
+# Rank 2 sees the failure of its collective and leaves, as programs do; rank 0 wraps it. Then rank 1 leaves early, and
+# then before it has met the others.
 BLAME = """
 import os
 import sys
@@ -191,8 +192,12 @@ import sys
 import torch
 import torch.distributed as dist
 
+from dtrain.trainer.world import join_world
+
 rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "2" and rank == 1:
+    sys.exit()
+join_world("cpu")
 try:
     if rank == 1:
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
@@ -210,12 +215,14 @@ except RuntimeError as error:
 
 def test_victims_are_not_blamed(project):
     project.write("blame.py", BLAME)
-    done = project.run("launch", "--gpus", "3", "--max-restarts", "1", "--run-dir", "run", "blame.py")
+    done = project.run("launch", "--gpus", "3", "--max-restarts", "2", "--run-dir", "run", "blame.py")
     assert done.code == 1
-    first, second = [line for line in done.err.splitlines() if " failed: " in line]
+    first, second, third = [line for line in done.err.splitlines() if " failed: " in line]
     assert first == "rank 1 failed: RuntimeError: Connection reset by peer: Broken pipe in gloo"
     assert second.startswith("rank 1 failed: it left with exit code 0 at ")
-    assert 'blame.py", line' in done.last_lines  # where one of the others was left alone
+    assert 'blame.py", line' in done.err.partition(second)[2].partition(third)[0]  # where another was left alone
+    assert third.startswith("rank 1 failed: it left with exit code 0 at ")
+    assert third.endswith(" waits for it to join")
     assert project.status()["error"]["type"] == "LeftEarly"
 
 

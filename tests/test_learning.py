@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def loader(target: float = 1.0) -> DataLoader[Any]:
 
 
 def train(net: nn.Module, loss: Any, lr: float = 0.1, epochs: int = 2, **options: Any) -> list[dict[str, Any]]:
-    trainer = Trainer(net, loss, SGD(net.parameters(), lr=lr), device="cpu", **options)
+    own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+    trainer = Trainer(net, loss, SGD([*net.parameters(), *own], lr=lr), device="cpu", **options)
     return trainer.train(loader(), loader(), epochs, None, None, "min").rows
 
 
@@ -91,9 +93,77 @@ def test_a_loss_that_is_infinite_once_is_told_and_passed_over(capsys):
     )
 
 
+def sign(predictions: Tensor, target: Tensor) -> Tensor:
+    return (predictions.sign() - target).square().mean()
+
+
+def of_nothing_trained(predictions: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(predictions.detach(), target).requires_grad_()
+
+
+class OfItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.ones(()))
+
+    def forward(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(predictions.detach(), target) + self.offset.square()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (sign, "epoch 1, steps 1 to 4: the weights are what they were before: nothing is learned; the loss has no"),
+        (of_nothing_trained, "the loss depends on none of the model's parameters that this SGD trains"),
+        (OfItself(), "the loss depends on none of the model's parameters that this SGD trains"),
+    ],
+)
+def test_weights_that_no_step_changes_end_the_run(loss, message):
+    with pytest.raises(UserError, match=message):
+        train(Net(), loss)
+
+
+def test_where_nothing_is_left_to_learn_is_said(capsys):
+    rows = train(Net(), lambda predictions, target: (predictions * 0).mean())
+    assert [row["train_loss"] for row in rows] == [0, 0]
+    assert "the weights are what they were before, and train_loss is 0: there is nothing to learn" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ([0, 0], "epoch 2, steps 5 to 8: the weights are what they were before: nothing is learned; .*rate .0. is"),
+        ([1, -1], "a learning rate is -0.1 after step 4, by the scheduler: it must be a positive number"),
+        ([1, math.nan], "a learning rate is nan after step 4, by the scheduler: it must be a positive number"),
+        ([0, 1], None),  # a warm-up
+        ([1, -1e-9], None),  # rounded
+    ],
+)
+def test_rates_that_a_scheduler_makes(factors, message):
+    net = Net()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: factors[min(epoch, 1)])
+    trainer = Trainer(net, nn.MSELoss(), optimizer, scheduler=scheduler, device="cpu")
+    before = net.linear.weight.detach().clone()
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        trainer.train(loader(), loader(), 2, None, None, "min")
+    assert torch.equal(before, net.linear.weight) == (factors == [0, 0])
+
+
+def test_rates_that_a_scheduler_makes_within_an_epoch():
+    net = Net()
+    optimizer = SGD([{"params": net.linear.weight}, {"params": net.linear.bias, "lr": 0.5}], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step)
+    trainer = Trainer(net, nn.MSELoss(), optimizer, scheduler=scheduler, scheduler_interval="step", device="cpu")
+    with pytest.raises(UserError, match=r"a learning rate is -0\.1 after step 2, by the scheduler"):
+        trainer.train(loader(), loader(), 1, None, None, "min")
+
+
 def of_all_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     messages = []
-    for i, (loss, lr) in enumerate([(nn.MSELoss(), 1e30), (detached, 0.1), (masked, 0.1)]):
+    for i, (loss, lr) in enumerate([(nn.MSELoss(), 1e30), (detached, 0.1), (masked, 0.1), (sign, 0.1)]):
         os.environ[RUN_DIR_VARIABLE] = f"{folder}/{i}"
         torch.manual_seed(0)
         try:
@@ -108,11 +178,12 @@ def detached(predictions: Tensor, target: Tensor) -> Tensor:
 
 
 def test_all_ranks_say_the_same(tmp_path):
-    for i in range(3):
+    for i in range(4):
         prepare(tmp_path / str(i), 2)
     first, second = run_ranks(2, of_all_ranks, str(tmp_path))
     assert first == second
     begin = ["the weights are not finite", "the loss does not depend", "epoch 1, steps 1 to 4: train_loss is nan"]
+    begin.append("epoch 1, steps 1 to 4: the weights are what they were before")
     assert all(message.startswith(expected) for message, expected in zip(first, begin, strict=True))
 
 

@@ -23,11 +23,12 @@ from dtrain.trainer.data import Source
 from dtrain.trainer.ema import Ema
 from dtrain.trainer.fsdp import FullySharded
 from dtrain.trainer.given import require_model
+from dtrain.trainer.learned_loss import LearnedLoss
 from dtrain.trainer.modes import begin_training, evaluation_mode
 from dtrain.trainer.trainer import Strategy, Trainer
 from dtrain.trainer.weights import load_weights, save_weights
 from dtrain.trainer.worker import build_model
-from dtrain.trainer.world import join_world
+from dtrain.trainer.world import World, join_world
 
 BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
 
@@ -149,6 +150,20 @@ def test_any_parameters_and_buffers_as_in_a_plain_loop(tmp_path):
 
 class Own:
     pass
+
+
+def test_weights_whose_loss_is_not_beside_them_are_not_evaluated(tmp_path):
+    world = World(0, 1, torch.device("cpu"))
+    loss, constant = LearnedLoss(Centres(), nn.Linear(4, 3), world), LearnedLoss(nn.MSELoss(), nn.Linear(4, 3), world)
+    constant.load(tmp_path / "best.pt")  # there is nothing to be beside them
+    with pytest.raises(UserError, match=r"best\.loss\.pt is missing, and with it calls, centres of the loss, learned"):
+        loss.load(tmp_path / "best.pt")
+    torch.save({"calls": torch.tensor(7)}, tmp_path / "best.loss.pt")
+    with pytest.raises(UserError, match=r"best\.loss\.pt lacks centres of the loss"):
+        loss.load(tmp_path / "best.pt")
+    torch.save({"calls": torch.tensor(7), "centres": torch.ones(2, 3)}, tmp_path / "best.loss.pt")
+    loss.load(tmp_path / "best.pt")
+    assert (int(loss.module.calls), float(loss.module.centres.detach().sum())) == (7, 6.0)
 
 
 class Sometimes(nn.Module):

@@ -91,8 +91,10 @@ def test_which_parameters_are_weights():
 
 
 def test_what_cannot_have_it():
-    sparse = nn.Embedding(4, 2, sparse=True)
-    sparse(torch.tensor([1])).sum().backward()
+    with pytest.raises(UserError, match="sparse=False"):
+        Penalty(nn.Embedding(4, 2, sparse=True), l2=0.1)
+    sparse = nn.Embedding(4, 2)
+    nn.functional.embedding(torch.tensor([1]), sparse.weight, sparse=True).sum().backward()
     with pytest.raises(UserError, match="sparse=False"):
         Penalty(sparse, l2=0.1).add()
     net = nn.Linear(4, 1)

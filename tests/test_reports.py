@@ -6,8 +6,9 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from dtrain.heartbeat import Beat, Phase
 from dtrain.launcher import reports
-from dtrain.launcher.causes import RankEnd, describe, first_cause, headline, last_words, left_early
+from dtrain.launcher.causes import RankEnd, describe, first_cause, headline, last_words, left_early, left_unmet
 from dtrain.run import RunDir
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:6576."
@@ -158,6 +159,17 @@ def test_who_left_early_is_to_blame_where_the_others_are_its_victims():
     assert left_early(end(0, 1, victim=False), ends, {1: 8.0, 2: 7.0}) is None
     assert left_early(end(0, 1), ends, {1: 8.0, 2: 7.0}) is None
     assert left_early(found, [ends[0], ends[3]], {0: 9.0}) is None
+
+
+def test_who_left_before_all_had_met_is_to_blame():
+    waiting, met, before = Beat(phase=Phase.JOINING), Beat(fit=1), Beat()
+    codes = {0: None, 1: 0, 2: 0, 3: None}
+    blamed = left_unmet({0: waiting, 1: before, 2: before, 3: before}, codes, {1: 8.0, 2: 7.0})
+    assert (blamed["rank"], blamed["type"]) == (2, "LeftEarly")
+    assert blamed["message"].endswith("while rank 0 waits for it to join")
+    # A script may have ranks that have nothing to do, as long as nobody waits for them.
+    assert not left_unmet({0: before, 1: before, 2: before, 3: before}, codes, {1: 8.0, 2: 7.0})
+    assert not left_unmet({0: waiting, 1: met, 2: waiting, 3: before}, codes, {1: 8.0, 2: 7.0})
 
 
 def test_the_end_of_a_log_is_shown_for_an_exit_code(tmp_path):

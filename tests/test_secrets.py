@@ -21,6 +21,7 @@ from dtrain.snapshot import MAX_FILE, Snapshot
 from dtrain.tracking_uri import hand_on, resolve_tracking_uri
 
 URI = "https://bob:hunter2@mlflow.example/x"
+HF = "hf_" + "hunter2" * 5
 
 
 @pytest.mark.parametrize(
@@ -46,11 +47,12 @@ def test_passwords_on_a_command_line():
         "slurm.env.A=b",
         f"mlflow.tracking_uri={URI}",
     ]
-    words += ["model.pad_token=<pad>", "optimizer.lr=0.1", "--tokens", "512"]
+    words += ["model.pad_token=<pad>", "optimizer.lr=0.1", "--tokens", "512", "--wandb-key=0123456789abcdef0123", HF]
+    words += ["data.sort_key=a_name_of_a_column"]
     assert hide_in_command(words) == [
         *["dtrain", "x.py", "--password", "***", "--hf-token=***", "slurm.env.A=***"],
         *["mlflow.tracking_uri=https://***@mlflow.example/x", "model.pad_token=<pad>", "optimizer.lr=0.1"],
-        *["--tokens", "512"],
+        *["--tokens", "512", "--wandb-key=***", "***", "data.sort_key=a_name_of_a_column"],
     ]
 
 
@@ -58,10 +60,16 @@ def test_a_job_for_others_to_see():
     job = {
         "slurm": {"env": {"A": "b"}, "partition": "gpu"},
         "data": [{"url": URI, "api_key": "abcdefgh", "pad_token": "[PAD]"}],
+        "headers": {"Authorization": "Bearer hunter2", "X": f"Bearer {HF}"},
+        "key": "-----BEGIN RSA PRIVATE KEY-----\nhunter2\n-----END RSA PRIVATE KEY-----\n",
+        "credentials": "hunter2",
     }
     assert hide_in_job(job) == {
         "slurm": {"env": {"A": "***"}, "partition": "gpu"},
         "data": [{"url": "https://***@mlflow.example/x", "api_key": "***", "pad_token": "[PAD]"}],
+        "headers": {"Authorization": "***", "X": "Bearer ***"},
+        "key": "***\n",
+        "credentials": "***",
     }
 
 
@@ -90,8 +98,9 @@ def folder(tmp_path: Path) -> Path:
     (folder / "data").symlink_to(shared)
     (folder / "again.py").symlink_to(folder / "net.py")
     files = {"net.py": "import torch\n", "job.yaml": f'uri: "{URI}"\n', "tokenizer.json": "{}"}
-    for name in ("id_rsa", "server.PEM", "aws_credentials.json", "token.txt", ".env"):
+    for name in ("id_rsa", "server.PEM", "aws_credentials.json", "token.txt", ".env", ".envrc", "openai_api_key.txt"):
         files[name] = "hunter2\n"
+    (folder / "innocent.txt").symlink_to("id_rsa")
     files["account.json"] = '{"key": "-----BEGIN PRIVATE KEY-----hunter2"}'
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -105,7 +114,15 @@ def test_the_copy_of_the_code_has_no_secrets(folder: Path, tmp_path: Path):
     assert (copy.folder / "job.yaml").read_text() == 'uri: "https://***@mlflow.example/x"\n'
     links = dict.fromkeys(["labels.txt", "data"], "a link out of the folder")
     secrets = dict.fromkeys(
-        ["id_rsa", "server.PEM", "aws_credentials.json", "token.txt", "account.json"],
+        [
+            "id_rsa",
+            "innocent.txt",
+            "server.PEM",
+            "aws_credentials.json",
+            "token.txt",
+            "account.json",
+            "openai_api_key.txt",
+        ],
         "secret, by its name or what is in it",
     )
     assert copy.left_out == {**links, **secrets, "job.yaml's passwords": "in addresses"}

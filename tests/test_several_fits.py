@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader
 from training import Samples, differences, epoch_order, final_state, prepare
 
 from dtrain.errors import UserError
+from dtrain.files import write_json
+from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
+from dtrain.keeper import Keeper
+from dtrain.launcher.status import status
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 from dtrain.trainer.seeds import derive_seed
 from dtrain.trainer.trainer import Trainer
@@ -89,6 +93,30 @@ def test_folds_that_were_stopped_in_the_second_come_to_the_same_bits(project):
     assert (done.code, done.err) == (2, f"run/fit-2 is one fit of the run in {run.path}, which --resume can continue\n")
 
 
+def test_a_fit_that_ends_with_the_run_says_what_the_run_does(tmp_path, monkeypatch, capsys):
+    """Its own keeper, rank 0, may have been another rank's victim, or killed. Fits that are over are left alone."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    script = RunDir(tmp_path / "run")
+    script.create()
+    Heartbeat(script.heartbeat(0), create=True)
+    (script.logs / "rank-1.log").write_text("boom")
+    error = {"rank": 1, "host": "here", "type": "ValueError", "message": "boom", "traceback": ""}
+    with script.lock(), Keeper(script, quiet=True) as keeper:
+        for number, state in ((2, "finished"), (3, "failed")):
+            fit = script.fit(number)
+            fit.create()
+            fit.take_heartbeats(script)
+            script.add_fit(fit)
+            victim = {**error, "rank": 0, "message": "another rank is gone"}
+            write_json(fit.status_file, {"state": state, "fit": number, "epoch": 1, "step": 4, "error": victim})
+        keeper.finish("failed", 1, error)
+    assert [fit.status()["error"]["rank"] for fit in script.fits()] == [0, 1]
+    assert status(str(fit)) == 0
+    out = capsys.readouterr().out
+    assert "epoch     fit 3, 1, step 4\nrank 1 failed: ValueError: boom\n" in out
+    assert script.fit(3).rank_log(1).read_text() == "boom"
+
+
 # -- the same model fitted again -------------------------------------------------------------------
 
 FEATURES = torch.randn(22, 4, generator=torch.Generator().manual_seed(0))
@@ -136,35 +164,53 @@ def plain_losses(frees):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.campaign)])
-@pytest.mark.parametrize(("strategy", "by_another"), [("ddp", False), ("ddp", True), (Fsdp(), False)])
-def test_a_model_fitted_again_goes_on(world_size, strategy, by_another, tmp_path):
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_model_fitted_again_goes_on(world_size, by_another, tmp_path):
     """With its weights and its optimizer, in another order; what is trained may change. The script draws as without."""
     prepare(tmp_path, world_size)
-    losses, drawn = plain_losses(frees=strategy == "ddp")
-    for each in run_ranks(world_size, fit_again, tmp_path, strategy, by_another):
+    losses, drawn = plain_losses(frees=True)
+    for each in run_ranks(world_size, fit_again, tmp_path, "ddp", by_another):
         assert each[0] == pytest.approx(losses, rel=1e-5)
         assert each[1] == drawn
 
 
-def cut_models(rank, world_size, folder):
-    os.environ[RUN_DIR_VARIABLE] = str(folder)
+def cut_models(rank, world_size, folder, strategy):
+    """Two fits of a model in parts, and what else is asked of it then."""
+    found = fit_again(rank, world_size, folder / "again", strategy, by_another=False)
+    os.environ[RUN_DIR_VARIABLE] = str(folder / "cut")
     net, optimizer = make_parts()
-    trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=Fsdp(), device="cpu")
+    trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=strategy, device="cpu")
     said = []
-    with pytest.raises(UserError) as caught:
-        Trainer(net, nn.CrossEntropyLoss(), optimizer, device="cpu")
-    said.append(str(caught.value))
-    net[2].bias.requires_grad_(True)
-    with pytest.raises(UserError) as caught:
-        trainer.fit(DataLoader(POINTS, batch_size=5), epochs=1)
-    return [*said, str(caught.value)]
+    for other in ("ddp", strategy):
+        with pytest.raises(UserError) as caught:
+            Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=other, device="cpu")
+        said.append(str(caught.value))
+    for parameter in (net[2].bias, net[0].bias):
+        parameter.requires_grad_(not parameter.requires_grad)
+        with pytest.raises(UserError) as caught:
+            trainer.fit(DataLoader(POINTS, batch_size=5), epochs=1)
+        said.append(str(caught.value))
+        parameter.requires_grad_(not parameter.requires_grad)
+    return found, said
 
 
-def test_what_a_model_in_parts_can_not_do(tmp_path):
-    prepare(tmp_path, 1)
-    [said] = run_ranks(1, cut_models, tmp_path)
-    assert said[0].startswith("the model has been cut into parts by another Trainer")
-    assert said[1].startswith("requires_grad of 2.bias was changed after Trainer had cut the model")
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Fsdp(),
+        {"zero_optimization": {"stage": 1}},
+        pytest.param({"zero_optimization": {"stage": 3}}, marks=pytest.mark.campaign),
+    ],
+)
+def test_a_model_in_parts_is_fitted_again_by_the_same_trainer_and_with_the_same_parameters(strategy, tmp_path):
+    for name in ("again", "cut"):
+        prepare(tmp_path / name, 2)
+    losses, drawn = plain_losses(frees=False)
+    for found, said in run_ranks(2, cut_models, tmp_path, strategy):
+        assert found == (pytest.approx(losses, rel=1e-5), drawn)
+        assert all(each.startswith("the model has been cut into parts by another Trainer") for each in said[:2])
+        assert said[2].startswith("requires_grad of 2.bias was changed after Trainer had cut the model")
+        assert said[3].startswith("requires_grad of 0.bias was changed after Trainer had cut the model")
 
 
 def test_each_fit_has_a_folder_of_its_own(tmp_path):

@@ -184,6 +184,25 @@ def names(net: nn.Module, groups: list[dict]) -> list[tuple[list[str], dict]]:
     ]
 
 
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    "net", [nn.Embedding(4, 2, sparse=True), nn.Sequential(nn.EmbeddingBag(4, 2, sparse=True)), Turned()]
+)
+def test_a_limit_of_each_number_where_there_is_none(net):
+    """Before the first step, but for a part that is frozen and has no gradient."""
+    world, precision = World(0, 1, CPU), Precision("fp32", CPU)
+    optimizer = torch.optim.SGD(net.parameters())
+    with pytest.raises(UserError, match="clip_value limits each number of a gradient, and one is sparse, or complex"):
+        Update(Parallel(net, world), optimizer, precision, clip_value=1.0)
+    net.requires_grad_(False)
+    Update(Parallel(net, world), optimizer, precision, clip_value=1.0)
+
+
 def test_parameters_in_groups():
     net = Block()
     found = group_parameters(

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dtrain.errors import UserError
 
 from .data import MicroBatch
 from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within, trainable
@@ -67,7 +70,15 @@ class DataParallel(Parallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
-    def require_all_used(self, loss: torch.Tensor) -> None:
+    def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
+        reached, own = reached_leaves(loss), set(map(id, self.bare.parameters()))
+        trained = {id(parameter) for parameter in self.trained(optimizer)}
+        trained = trained & own or trained  # it may be the loss alone that is trained
+        if reached is not None and reached.isdisjoint(trained):
+            raise UserError(
+                f"the loss depends on none of the model's parameters that this {type(optimizer).__name__} trains: "
+                "something was detached on the way to it, or the optimizer was made of others; nothing is learned"
+            )
         if self.module is not self.bare and not self._finds_unused:
             # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
             require_all_used(self.bare, loss, mend=_ALLOW)

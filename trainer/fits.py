@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from dtrain.errors import UserError
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import Keeper
+from dtrain.names import is_users
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 
 from .stop import Stopped, signals_left_to_agent
@@ -105,9 +107,18 @@ def _report_end(keeper: Keeper, failure: BaseException | None) -> None:
     elif isinstance(failure, KeyboardInterrupt):
         keeper.finish("killed", EXIT_INTERRUPTED)
     else:
-        frames = "".join(traceback.format_tb(failure.__traceback__))
-        error = {"rank": 0, "type": type(failure).__name__, "message": str(failure), "traceback": frames}
+        lines = "" if isinstance(failure, UserError) else _users_lines(failure)
+        error = {"rank": 0, "host": socket.gethostname(), "type": type(failure).__name__, "message": str(failure)}
+        error |= {"traceback": lines}
         keeper.finish("failed", 1, error)
+
+
+def _users_lines(failure: BaseException) -> str:
+    """The frames of the user's own code; all where there are none."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    here = os.path.dirname(__file__)
+    users = [frame for frame in frames if is_users(frame.filename) and os.path.dirname(frame.filename) != here]
+    return "".join(traceback.format_list(users or frames))
 
 
 def _script_name() -> str:

@@ -122,14 +122,17 @@ class LearnedLoss:
         """Become what was saved beside these weights of the model.
 
         Raises:
-            UserError: nothing was, or that of another loss.
+            UserError: not all that it learns, or the state of another loss.
         """
-        path = beside(weights)
-        if path.exists():
-            state = torch.load(path, map_location=self._world.device, weights_only=True)
-            if problem := self.misfit(state):
-                raise UserError(f"{path}: {problem}")
-            self.load_state_dict(state)
+        path, own = beside(weights), self.module.state_dict()
+        state = torch.load(path, map_location=self._world.device, weights_only=True) if path.exists() else {}
+        learned = {name for name, parameter in self._own.items() if parameter.requires_grad} | self.own_buffers().keys()
+        if lacking := sorted(learned & own.keys() - state.keys()):
+            what = "lacks" if path.exists() else "is missing, and with it"
+            raise UserError(f"{path} {what} {_some(lacking)} of the loss, learned together with {weights.name}")
+        if problem := self.misfit(state):
+            raise UserError(f"{path}: {problem}")
+        self.load_state_dict(state)
 
 
 def beside(weights: Path) -> Path:

@@ -35,7 +35,7 @@ from .ema import Ema
 from .learned_loss import beside
 from .learning import Learning
 from .modes import begin_training
-from .optimizers import is_two_step, judged, needs_closure, start_training, stop_training
+from .optimizers import is_two_step, judged, needs_closure, require_rates, start_training, stop_training
 from .parallel import Parallel
 from .precision import Precision
 from .reduce import reduce_states
@@ -114,7 +114,8 @@ class Loop:
         self.ema = ema
         self.best = best
         self.schedule = schedule
-        self.learning = Learning(model, optimizer, say if world.is_main else lambda line: None)
+        report = say if world.is_main else lambda line: None
+        self.learning = Learning(model, optimizer, report, scales=precision.name == "fp16")
         self.seed = seed
         self.place = Place()
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
@@ -154,7 +155,7 @@ class Loop:
                     # All ranks: what each has added up meets on rank 0, which reports it back to all.
                     row = self.report()
                     # All ranks: whether anything is learned is seen from the same row.
-                    self.learning.judge(row)
+                    self.learning.judge(row, is_last=self.place.epoch == self.schedule.epochs)
                     # All ranks: the decision what is best is the same everywhere, made from the same row.
                     improved = self.finish_epoch(row)
                     # All ranks copy, and go on while the copies are written; rank 0 writes the results.
@@ -201,6 +202,8 @@ class Loop:
         is_done = True
         lr = self.optimizer.param_groups[0].get("lr", float("nan"))
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
+        if not (isinstance(lr, Tensor) or lr >= 0):  # a tensor is looked at when an epoch begins
+            require_rates(self.optimizer, self.place.step)
         if self.by_closure:
             self.step_by_closure(list(micro_batches))
         else:
@@ -239,7 +242,7 @@ class Loop:
                         "item(), numpy, torch.no_grad, argmax), and nothing can be learned from it"
                     )
                 if not self.samples_done:  # in this process's first step
-                    self.model.require_all_used(outcome.total)
+                    self.model.require_all_used(outcome.total, self.optimizer)
                 self.heartbeat.enter(Phase.BACKWARD)
                 if outcome.weight is None:
                     self.model.backward(self.precision.scaled(outcome.total * scale))

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dtrain import __version__
+
 FORMAT = 2  # 1 was torch.save's files, state.pt and rank-K.pt
 INDEX = "index.json"
 SUMS = "SHA256SUMS"
@@ -110,7 +112,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         index = json.loads((folder / INDEX).read_text())
         if index["format"] != FORMAT:
-            raise Unusable(f"{INDEX}: format {index['format']}, this version reads format {FORMAT}")
+            writer = index.get("versions", {}).get("dtrain", "of an unknown version")
+            said = f"{INDEX}: format {index['format']}, written by dtrain {writer}"
+            raise Unusable(f"{said}; this one, dtrain {__version__}, reads format {FORMAT}")
         if unlisted := sorted(set(index["files"]) - set(sums)):
             raise Damaged(f"{SUMS} does not list {unlisted[0]}")
     except (ValueError, KeyError, TypeError) as error:

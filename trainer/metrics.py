@@ -254,7 +254,7 @@ class MetricSet:
             part._update_count = saved["num_updates"]
             for name, value in _copied({**saved["states"], **saved["memory"]}).items():
                 _set_state(part, name, value)
-            self._batches[label] = _copied(saved["batches"])
+            self._batches[label] = _batches(saved)
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One rank's `state_dict` that stands for those of several, given in the order of their ranks.
@@ -267,7 +267,7 @@ class MetricSet:
             saved = [state["parts"][label] for state in states]
             updated = [each for each in saved if each["updated"]]
             lists = {
-                name: in_order([Part(each["batches"][name], each["states"][name]) for each in saved])
+                name: in_order([Part(_batches(each)[name], each["states"][name]) for each in saved])
                 for name in self._batches[label]
             }
             parts[label] = {
@@ -325,6 +325,16 @@ def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     names = ("predictions", "target", *map(str, range(2, len(args))))
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     return ", ".join(f"{name} {describe(value)}" for name, value in named.items())
+
+
+def _batches(saved: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Of a part's list states, the batches of their elements.
+
+    Older checkpoints don't know them: what they hold comes in the order of the ranks, as it did then.
+    """
+    lists = {name: value for name, value in saved["states"].items() if isinstance(value, list)}
+    found = saved.get("batches", {})
+    return {name: list(found.get(name, [0] * len(value))) for name, value in lists.items()}
 
 
 def _parts(metric: AnyMetric) -> dict[str, Metric]:

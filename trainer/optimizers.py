@@ -72,13 +72,30 @@ def judged(optimizer: Any) -> Iterator[None]:
                 parameter.copy_(before)
 
 
-def require_rates(optimizer: Optimizer, *, is_scheduled: bool) -> None:
-    """Raise UserError where no learning rate is one that anything can be trained with."""
-    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group.get("lr"), int | float | Tensor)]
-    if wrong := [float(rate) for rate in rates if not (math.isfinite(rate) and rate >= 0)]:
-        raise UserError(Problem(f"a learning rate is {wrong[0]}: it must be a positive number", "optimizer.lr"))
-    if rates and not any(rates) and not is_scheduled:
+def require_rates(optimizer: Optimizer, step: int = 0) -> None:
+    """Raise UserError where a learning rate is none that anything can be trained with.
+
+    Args:
+        step: that was done last, after which a scheduler may have set it.
+    """
+    for rate, first in _rates(optimizer):
+        # A scheduler that ends at 0 may miss it by a rounding.
+        if not (math.isfinite(rate) and rate >= (-1e-6 * first if step else 0)):
+            said = f"a learning rate is {rate:.4g}" + (f" after step {step}, by the scheduler" if step else "")
+            raise UserError(Problem(f"{said}: it must be a positive number", "optimizer.lr"))
+
+
+def require_a_rate(optimizer: Optimizer) -> None:
+    """Raise UserError where all learning rates are 0. For an optimizer that has no scheduler."""
+    rates = _rates(optimizer)
+    if rates and not any(rate for rate, _ in rates):
         raise UserError(Problem("the learning rate is 0, and no scheduler raises it", "optimizer.lr"))
+
+
+def _rates(optimizer: Optimizer) -> list[tuple[float, float]]:
+    """Each group's learning rate, and that with which a scheduler began. Waits for the device, if it is a tensor."""
+    known = [group for group in optimizer.param_groups if isinstance(group.get("lr"), int | float | Tensor)]
+    return [(float(group["lr"]), float(group.get("initial_lr", 0.0))) for group in known]
 
 
 def refused_without_closure(optimizer: Optimizer, error: Exception) -> UserError | None:

@@ -43,11 +43,7 @@ class Parallel:
     forwards_together = False
 
     def __init__(self, net: nn.Module, world: World, *, sync_batchnorm: bool = False) -> None:
-        if any(module in _cut for module in net.modules()):
-            raise UserError(
-                "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
-                "with its weights (weights/last.pt)"
-            )
+        require_uncut(net)
         self.world = world
         require_same_model(world, net)
         if sync_batchnorm and world.world_size > 1:
@@ -91,8 +87,8 @@ class Parallel:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
         return contextlib.nullcontext()
 
-    def require_all_used(self, loss: Tensor) -> None:
-        """Raise UserError where the strategy can't train a model of whose parameters the first loss leaves some out."""
+    def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """Raise UserError where the first loss leaves out parameters that the strategy, or anyone, can't do without."""
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
         """Raise UserError where this loss's backward pass has left out parameters that others wait for.
@@ -111,6 +107,10 @@ class Parallel:
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """What this rank has of the batch's gradient, to be changed in place, between `backward` and `step`."""
         return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def trained(self, optimizer: Optimizer) -> list[Tensor]:
+        """What this rank has of what the optimizer trains."""
+        return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """The Euclidean norm of the whole gradient. All ranks take part where each has a part."""
@@ -253,6 +253,15 @@ def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "
         )
 
 
+def require_uncut(net: nn.Module) -> None:
+    """Raise UserError for a model whose parameters a strategy has exchanged already."""
+    if any(module in _cut for module in net.modules()):
+        raise UserError(
+            "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
+            "with its weights (weights/last.pt)"
+        )
+
+
 def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are to be trained, by name."""
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
@@ -298,4 +307,6 @@ def require_divisible(net: nn.Module) -> None:
 
 
 def has_sparse_gradients(net: nn.Module) -> bool:
-    return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in net.modules())
+    """Whether a part of torch's own will have some; what calls functional.embedding(sparse=True) does not show it."""
+    parts = [part for part in net.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+    return any(part.sparse and part.weight.requires_grad for part in parts)

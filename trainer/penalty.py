@@ -10,6 +10,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dtrain.errors import UserError
 
+from .parallel import has_sparse_gradients
+
+_SPARSE = "fit.l1 and fit.l2 reach all numbers of a weight, a sparse gradient some: sparse=False"
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -26,6 +29,8 @@ class Penalty:
         self._l1 = l1 or 0.0
         self._l2 = l2 or 0.0
         self._weights = list(penalised(net)) if l1 or l2 else []
+        if self._weights and has_sparse_gradients(net):
+            raise UserError(_SPARSE)
 
     def add(self) -> None:
         """Add it to the gradients of this rank's weights, or of its parts of them. No collective.
@@ -39,7 +44,7 @@ class Penalty:
             return
         gradients, weights = map(list, zip(*pairs, strict=True))
         if any(gradient.is_sparse for gradient in gradients):
-            raise UserError("fit.l1 and fit.l2 reach all numbers of a weight, a sparse gradient some: sparse=False")
+            raise UserError(_SPARSE)
         if self._l1:
             torch._foreach_add_(gradients, [weight.sign() for weight in weights], alpha=self._l1)
         if self._l2:

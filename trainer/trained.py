@@ -57,6 +57,7 @@ def main() -> int:
     if asked.out is not None:
         write_predictions(trainer, source_of(job, asked.data), Path(asked.out))
         return 0
+    trainer.model.loss.load(Path(asked.weights))
     values = trainer.evaluate(source_of(job, asked.data))
     if trainer.world.is_main:
         write_text(run.answer, json.dumps(values))

@@ -41,8 +41,8 @@ from .learned_loss import LearnedLoss
 from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .metric_trial import require_reported, try_metrics
 from .mixing import look_for_mixing
-from .optimizers import require_rates
-from .parallel import Parallel
+from .optimizers import require_a_rate, require_rates
+from .parallel import Parallel, require_uncut
 from .predict import predict_features, predict_shares
 from .recompute import recompute_activations
 from .scheduler import Interval, check_length, is_fed, require_mode
@@ -159,6 +159,7 @@ class Trainer:
         net = unwrapped(net)
         require_loss(loss_fn)
         require_metrics(metrics_dict)
+        require_uncut(net)  # whose optimizer has other parameters now
         require_optimizer(optimizer, net, loss_fn)
         require_scheduler(scheduler, optimizer)
         if scheduler is not None and is_fed(scheduler) and scheduler_interval == "step":
@@ -296,7 +297,9 @@ class Trainer:
                 raise UserError(f"{name} is {value}: it counts epochs, from 1")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
-        require_rates(self.optimizer, is_scheduled=self.scheduler is not None)
+        require_rates(self.optimizer)
+        if self.scheduler is None:
+            require_a_rate(self.optimizer)
         best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
         tallies = [self._tally("train")]
         if val_data is not None:

@@ -12,11 +12,15 @@ from torch.optim import Optimizer
 from dtrain.errors import UserError
 
 from .optimizers import needs_closure, refused_without_closure
-from .parallel import Parallel
+from .parallel import Parallel, has_sparse_gradients
 from .penalty import Penalty
 from .precision import Precision
 
 OnNonfinite = Literal["stop", "skip"]
+_NO_LIMIT = (
+    "fit.clip_value limits each number of a gradient, and one is sparse, or complex, for which torch has no such "
+    "limit: clip_norm, Embedding(sparse=False)"
+)
 
 
 class Update:
@@ -30,7 +34,8 @@ class Update:
         report: told of each batch that was left out.
 
     Raises:
-        UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it.
+        UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it; or gradients whose
+            numbers can't be limited or added to one by one.
     """
 
     def __init__(
@@ -52,6 +57,9 @@ class Update:
         if given and needs_closure(optimizer):
             name = type(optimizer).__name__
             raise UserError(f"{name} asks for gradients as often as it likes: {', '.join(given)} can't go with it")
+        is_sparse = any(map(has_sparse_gradients, (model.bare, model.loss.module)))
+        if clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
+            raise UserError(_NO_LIMIT)
         self._model = model
         self._optimizer = optimizer
         self._scaler = precision.scaler
@@ -84,10 +92,7 @@ class Update:
                 torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
         if self._clip_value is not None and gradients:
             if any(gradient.is_sparse or gradient.is_complex() for gradient in gradients):
-                raise UserError(
-                    "fit.clip_value limits each number of a gradient, and one is sparse, or complex, for which torch "
-                    "has no such limit: clip_norm, Embedding(sparse=False)"
-                )
+                raise UserError(_NO_LIMIT)  # one that functional.embedding has made
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
         if self._scaler is not None:

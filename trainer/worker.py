@@ -82,7 +82,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
     optimizer = None if trained is not None else build_optimizer(job, net, loss)
     metrics = {name: build_metric(target) for name, target in job.metrics.items()}
     strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
-    trainer = Trainer(
+    return Trainer(
         net,
         loss,
         optimizer,
@@ -111,9 +111,6 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
     )
-    if trained is not None:
-        trainer.model.loss.load(trained)
-    return trainer
 
 
 def build_model(job: Job, trained: Path | None) -> nn.Module:

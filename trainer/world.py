@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import UserError
-from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE
+from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat, Phase
+from dtrain.run import RUN_DIR_VARIABLE, RunDir
 
 T = TypeVar("T")
 
@@ -101,12 +103,20 @@ def join_world(device: str = "auto") -> World:
             return World(0, 1, chosen)
         # With a device, NCCL connects at once instead of at the first collective.
         device_id = chosen if chosen.type == "cuda" else None
+        _say_joining()
         dist.init_process_group(_backend(chosen), device_id=device_id, timeout=collective_timeout())
         atexit.register(_leave)
     if dist.get_world_size() == 1:
         return World(0, 1, chosen)
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=collective_timeout()))
     return World(dist.get_rank(), dist.get_world_size(), chosen, control)
+
+
+def _say_joining() -> None:
+    """Have the agent of `dtrain launch` know: one that leaves now without having joined will never be met."""
+    if (run := os.environ.get(RUN_DIR_VARIABLE)) is not None:
+        with contextlib.suppress(OSError):
+            Heartbeat(RunDir(run).heartbeat(_number("RANK", 0))).enter(Phase.JOINING)
 
 
 def _device(name: str) -> torch.device:

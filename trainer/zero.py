@@ -133,7 +133,7 @@ class Engine(Parallel):
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
-    def require_all_used(self, loss: Tensor) -> None:
+    def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
         require_all_used(self.bare, loss)  # it would take zeros for gradients, and decay the weights
 
     def backward(self, loss: Tensor) -> None:
@@ -190,10 +190,12 @@ class Zero(Engine):
 
     # -- a step ----------------------------------------------------------------------------------
 
+    def trained(self, optimizer: Optimizer) -> list[Tensor]:
+        return list({id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values())
+
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         if self._zero.offload_optimizer if self._stage == 3 else self._zero.cpu_offload:
-            flats = {id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values()
-            return [flat.grad for flat in flats if flat.grad is not None]
+            return [flat.grad for flat in self.trained(optimizer) if flat.grad is not None]
         return [part for parts in self._zero.averaged_gradients.values() for part in parts]
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
