@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from training import prepare
 
 from dtrain import Trainer
 from dtrain.run import RUN_DIR_VARIABLE
+from dtrain.trainer.fits import _fits
 from dtrain.trainer.mixing import look_for_mixing
 
 
@@ -55,6 +56,17 @@ def failing(samples: Any) -> Any:
     return padded(samples)
 
 
+class Centred(nn.Module):
+    """Looks across its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(3, 2), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.drop(x) - x.mean(0))
+
+
 def said(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
     os.environ[RUN_DIR_VARIABLE] = folder
     found: dict[str, list[str]] = {}
@@ -68,7 +80,15 @@ def said(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
     errors = io.StringIO()
     with redirect_stderr(errors):
         trainer.fit(loader, epochs=1)
-    return found | {"fit": errors.getvalue().splitlines()}
+    found["fit"] = errors.getvalue().splitlines()
+    for net in (Centred(), nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))):
+        _fits.clear()  # as in another process
+        trainer = Trainer(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
+        loader = DataLoader(TensorDataset(torch.randn(12, 3), torch.arange(12) % 2), 12)
+        with redirect_stderr(errors := io.StringIO()):
+            trainer.fit(loader, epochs=1, run_dir=f"{folder}-{type(net).__name__}")
+        found[type(net).__name__] = [line for line in errors.getvalue().splitlines() if "warning" in line]
+    return found
 
 
 def test_samples_that_depend_on_the_others_in_their_batch_are_found(tmp_path):
@@ -79,4 +99,6 @@ def test_samples_that_depend_on_the_others_in_their_batch_are_found(tmp_path):
         assert found[name] == other[name]
         assert found[name][0].startswith("the loss of 4 training samples is ")
         assert "as two: what comes of a sample depends on the others in its batch (padding" in found[name][0]
+    assert found["Sequential"] == other["Centred"] == []
+    assert found["Centred"][0].startswith("warning: the loss of 6 training samples is ")
     assert found["fit"][0] == f"warning: {found['padded, False'][0]}"

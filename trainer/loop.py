@@ -34,6 +34,7 @@ from .data import Batch, Batches, MicroBatch
 from .ema import Ema
 from .learned_loss import beside
 from .learning import Learning
+from .mixing import warn_of_mixing
 from .modes import begin_training
 from .optimizers import is_two_step, judged, needs_closure, require_rates, start_training, stop_training
 from .parallel import Parallel
@@ -41,10 +42,11 @@ from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
 from .scheduler import Interval, after_epoch, after_step, state_of
-from .seeds import derive_seed, rng_state, seed_everything, set_rng_state
-from .step import Step
+from .seeds import derive_seed, rng_kept, rng_state, seed_everything, set_rng_state
+from .step import Outcome, Step
 from .stop import DOUBT, StopAgreement, Stopped
 from .tally import Tally
+from .transfer import ways_to_take
 from .tree import require_data
 from .trial import Pairs, standing_still, try_step
 from .update import Update
@@ -256,6 +258,8 @@ class Loop:
                 self.model.require_averaged(outcome.total, self.place.step + 1)
             if outcome.is_believed and counted:
                 self.try_step(micro_batch, i)  # after the backward pass, which needs the buffers as they were
+            elif not self.samples_done and i == 0 and counted and not outcome.is_users:
+                self.look_for_mixing(micro_batch)
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
                 self.train_tally.add(outcome, micro_batch.samples, self.place.step_in_epoch)
@@ -274,7 +278,7 @@ class Loop:
         """
         is_due = number == 0 and self.steps_done + 1 in TRIED_AT
         self.is_to_try |= is_due
-        is_for_all = self.model.forwards_together and self.world.world_size > 1
+        is_for_all = self.is_forward_collective
         is_empty = micro_batch.is_whole or not micro_batch.samples
         if not self.is_to_try or (number != 0 if is_for_all else is_empty):
             return
@@ -285,11 +289,45 @@ class Loop:
 
         def run(data: Any) -> float:
             part = replace(micro_batch, data=data, samples=1, batch_samples=1, is_regular=True)
-            with standing_still(self.model.bare, inspect.unwrap(self.step)):
-                return float(self.model.run(self.step, part).total)
+            return float(self.run_still(part).total)
 
         with self.model.trying():
-            try_step(run, data, samples, self.world.device, self.precision.name != "fp32")
+            try_step(run, data, samples, self.world.device, self.is_coarse)
+
+    def look_for_mixing(self, micro_batch: MicroBatch) -> None:
+        """Warn where the loss of this rank's samples depends on which of them make a batch. Of rank 0's it is said.
+
+        All ranks take part where forward passes are collective.
+        """
+        samples, data = micro_batch.samples, micro_batch.data
+        ways = [] if micro_batch.is_whole or samples < 2 else ways_to_take(data, samples)
+        if len(ways) != 1 and not self.is_forward_collective:
+            return
+        cut = samples // 2
+        losses: list[tuple[float, float]] = []
+        # What fails here, training will tell.
+        with contextlib.suppress(Exception), rng_kept(self.world.device), self.model.trying():
+            for rows in (range(samples), range(samples), range(cut), range(cut, samples)):
+                taken = ways[0](rows) if len(ways) == 1 else data  # of a rank that only takes part
+                outcome = self.run_still(replace(micro_batch, data=taken, samples=len(rows), is_whole=True))
+                losses.append((float(outcome.total), len(rows) if outcome.weight is None else float(outcome.weight)))
+        if self.world.is_main and len(ways) == 1 and len(losses) == 4:
+            warn_of_mixing(losses, samples, lambda line: say(f"warning: {line}"), is_coarse=self.is_coarse)
+
+    def run_still(self, micro_batch: MicroBatch) -> Outcome:
+        """The outcome of a step that changes nothing. All ranks take part where forward passes are collective."""
+        with standing_still(self.model.bare, inspect.unwrap(self.step)):
+            return self.model.run(self.step, micro_batch)
+
+    @property
+    def is_forward_collective(self) -> bool:
+        """Whether all ranks take part in each forward pass."""
+        return self.model.forwards_together and self.world.world_size > 1
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether numbers that should be equal may differ by the rounding of 16 bits, or of TF32."""
+        return self.world.device.type != "cpu" or self.precision.name != "fp32"
 
     def step_by_closure(self, micro_batches: list[MicroBatch]) -> None:
         """A step of an optimizer that evaluates the batch as often as it likes. All ranks take part.

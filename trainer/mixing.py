@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,8 +38,8 @@ def look_for_mixing(
 ) -> None:
     """Warn where the loss of some training samples, evaluated, is not that of their batch's two halves.
 
-    Only where a collate function of the user's own makes the batches. What fails here, training will tell. It leaves
-    no trace. All ranks take part: each evaluates the same samples.
+    Only where a collate function of the user's own makes the batches: of others the first step shows it. What fails
+    here, training will tell. It leaves no trace. All ranks take part: each evaluates the same samples.
     """
     source = Source.of(data) if isinstance(data, DataLoader) else data
     if not isinstance(source, Source) or source.is_stream or source.is_ready or source.is_regular:
@@ -55,17 +55,29 @@ def look_for_mixing(
         for batch in batches:
             outcome = model.run(step, batch)
             losses.append((float(outcome.total), float(batch.samples if outcome.weight is None else outcome.weight)))
-    if len(losses) < len(batches) or not all(units for _, units in losses):
+    if len(losses) == len(batches):
+        warn_of_mixing(losses, batches[0].samples, warn, is_coarse=is_coarse)
+
+
+def warn_of_mixing(
+    losses: Sequence[tuple[float, float]], samples: int, warn: Callable[[str], None], *, is_coarse: bool
+) -> None:
+    """Warn where a batch's loss is not that of its two parts.
+
+    Args:
+        losses: of the whole, of the whole once more, and of the parts: each as a sum, and its weight.
+    """
+    if not all(units for _, units in losses):
         return
     whole, again = (total / units for total, units in losses[:2])
     parts = sum(total for total, _ in losses[2:]) / sum(units for _, units in losses[2:])
     near = functools.partial(math.isclose, whole, rel_tol=COARSE if is_coarse else FINE, abs_tol=1e-6)
     if math.isfinite(whole + parts) and near(again) and not near(parts):
         warn(
-            f"the loss of {batches[0].samples} training samples is {whole:.6g} as one batch and {parts:.6g} as two: "
+            f"the loss of {samples} training samples is {whole:.6g} as one batch and {parts:.6g} as two: "
             "what comes of a sample depends on the others in its batch (padding that no mask hides, samples mixed by "
             "the collate function or the model). Ranks and micro-batches have parts of a batch, so that results will "
-            "depend on their number: mask the padding, or pad to one length"
+            "depend on their number: mask the padding, or pad to one length; let no layer look across samples"
         )
 
 

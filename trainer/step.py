@@ -35,6 +35,7 @@ class Outcome:
         weight: the number of units of which the loss is the mean; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
         is_believed: whether the loss is taken for the mean over samples since nobody says otherwise.
+        is_users: whether a step of the user's own has made it, which may do more than to compute.
         metrics: by name, arguments of metrics that compare something else.
     """
 
@@ -43,6 +44,7 @@ class Outcome:
     predictions: Any
     target: Any
     is_believed: bool = False
+    is_users: bool = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,7 +124,7 @@ def user_step(function: UserStep) -> Step:
                 f"step's `metrics` must be a dict of arguments by metrics' names, it is {describe(metrics)}"
             )
         predictions, target = result.get("predictions"), result.get("target")
-        return Outcome(total, units, predictions, target, is_believed=weight is None, metrics=metrics)
+        return Outcome(total, units, predictions, target, is_believed=weight is None, is_users=True, metrics=metrics)
 
     return _without_trace(step)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from itertools import chain, count, repeat
 from types import GeneratorType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class StreamBatches:
         group = self._world.control
         if group is None:
             return lambda: own[None].numpy()
-        work = cast(dist.Work, dist.all_gather(rows, own, group=group, async_op=True))
+        work = dist.all_gather(rows, own, group=group, async_op=True)
 
         def end() -> Numbers:
             work.wait()

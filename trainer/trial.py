@@ -111,7 +111,6 @@ def try_step(run: Callable[[Any], float], data: Any, samples: int, device: torch
                 f"and ranks and micro-batches have parts of a batch; for it to be believed, {_OF_STEP}"
             ) from error
 
-    is_coarse = is_coarse or device.type != "cpu"
     _adds_up(of, "the step's loss", samples, device, False, is_coarse, _OF_STEP)
 
 

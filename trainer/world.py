@@ -63,7 +63,7 @@ class World:
         if self.world_size == 1:
             return lambda: value
         value = value.clone()
-        work = cast(dist.Work, dist.all_reduce(value, async_op=True))
+        work = dist.all_reduce(value, async_op=True)
 
         def end() -> torch.Tensor:
             work.wait()
