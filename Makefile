@@ -24,7 +24,7 @@ check: $(VENV)/installed  ## Lint and type-check
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
 	$(BIN)/mypy slurm/devcluster/cluster.py
 
-faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; launch 50 at once; interrupt a run on Slurm
+faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; compare 300 random trainings with a plain loop; launch 50 at once; interrupt a run on Slurm
 	$(BIN)/python -m pytest -m campaign
 	$(BIN)/python tests/faults/campaign.py --trials $(N) --jobs $(JOBS)
 	$(BIN)/python tests/faults/headlines.py --trials $(N) --jobs $(JOBS)
