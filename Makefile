@@ -38,6 +38,7 @@ bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/step.py --ranks 2
+	$(BIN)/python bench/step.py --ranks 2 --width 600
 
 cluster-up:  ## A Slurm cluster of two nodes on this machine (needs root), to try things out: source .devcluster/env.sh
 	$(PYTHON) slurm/devcluster/cluster.py up

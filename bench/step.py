@@ -1,9 +1,10 @@
 """What a training step costs beside a bare loop's, on one process and on several.
 
-    python bench/step.py [--ranks 2] [--rounds 9]
+    python bench/step.py [--ranks 2] [--rounds 9] [--width 128]
 
-A small MLP, Adam, one Accuracy, batches ready in memory: all that is left is what the loop adds. On several ranks the
-bare loop is DDP's. Both sides alternate in the same processes; medians of the time between an epoch's optimizer steps.
+An MLP, Adam, one Accuracy, batches ready in memory: all that is left is what the loop adds. With `--width 600` it has
+400,000 parameters and a hidden layer more, and its own work is what counts. On several ranks the bare loop is DDP's.
+Both sides alternate in the same processes; medians of the time between an epoch's optimizer steps.
 """
 
 from __future__ import annotations
@@ -50,18 +51,19 @@ class Ready:
         return iter(self.batches)
 
 
-def parts() -> tuple[nn.Module, torch.optim.Optimizer, Any, list[float]]:
+def parts(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Any, list[float]]:
     """A model, its optimizer, a metric, and the list to which each optimizer step adds its time."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+    deeper = [nn.Linear(width, width), nn.ReLU()] if width > 128 else []
+    net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), *deeper, nn.Linear(width, CLASSES))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     times: list[float] = []
     optimizer.register_step_post_hook(lambda *_: times.append(time.perf_counter()))
     return net, optimizer, Accuracy(task="multiclass", num_classes=CLASSES), times
 
 
-def bare(data: Ready, folder: Path) -> list[float]:
-    net, optimizer, metric, times = parts()
+def bare(data: Ready, folder: Path, width: int) -> list[float]:
+    net, optimizer, metric, times = parts(width)
     model = DistributedDataParallel(net) if dist.is_initialized() else net
     loss_fn = nn.CrossEntropyLoss()
     total = torch.zeros(())
@@ -76,22 +78,22 @@ def bare(data: Ready, folder: Path) -> list[float]:
     return times
 
 
-def trainer(data: Ready, folder: Path) -> list[float]:
-    net, optimizer, metric, times = parts()
+def trainer(data: Ready, folder: Path, width: int) -> list[float]:
+    net, optimizer, metric, times = parts(width)
     Trainer(net, nn.CrossEntropyLoss(), optimizer, {"acc": metric}, run_dir=folder, device="cpu").fit(data, epochs=1)
     return times
 
 
-def measure(rounds: int, folder: Path) -> None:
+def measure(rounds: int, folder: Path, width: int) -> None:
     """Print the medians. All ranks take part; rank 0 prints."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     data = Ready(rank)
-    ways: list[Callable[[Ready, Path], list[float]]] = [bare, trainer]
+    ways: list[Callable[[Ready, Path, int], list[float]]] = [bare, trainer]
     gaps: dict[str, list[float]] = {way.__name__: [] for way in ways}
     for number in range(rounds + 1):  # the first warms up
         for way in ways:
-            times = way(data, folder / f"{way.__name__}-{number}")
+            times = way(data, folder / f"{way.__name__}-{number}", width)
             if number:
                 gaps[way.__name__].append(statistics.median(b - a for a, b in itertools.pairwise(times)))
     if rank == 0:
@@ -104,20 +106,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--width", type=int, default=128, help="of the hidden layers")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.folder is not None:
         dist.init_process_group("gloo")
-        measure(asked.rounds, asked.folder)
+        measure(asked.rounds, asked.folder, asked.width)
         dist.destroy_process_group()
         return
     with tempfile.TemporaryDirectory() as scratch:
         if asked.ranks == 1:
-            measure(asked.rounds, Path(scratch))
+            measure(asked.rounds, Path(scratch), asked.width)
             return
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(asked.ranks)]
-        rest = [__file__, "--folder", scratch, "--rounds", str(asked.rounds)]
+        rest = [__file__, "--folder", scratch, "--rounds", str(asked.rounds), "--width", str(asked.width)]
         subprocess.run([sys.executable, *torchrun, *rest], check=True)
 
 
