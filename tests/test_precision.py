@@ -138,4 +138,4 @@ def test_a_script_that_asks_torch_for_tf32_hears_that_it_gets_none(as_new, capsy
     Trainer(nn.Linear(4, 2), nn.MSELoss(), device="cpu", precision="bf16")
     assert "TF32" not in capsys.readouterr().err
     Trainer(nn.Linear(4, 2), nn.MSELoss(), device="cpu")
-    assert "this script allows TF32, which precision fp32 takes back" in capsys.readouterr().err
+    assert "this script allows TF32, which precision fp32 overrides" in capsys.readouterr().err

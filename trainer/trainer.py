@@ -174,7 +174,7 @@ class Trainer:
             precision, self.world.device, gradients_on=torch.device("cpu") if is_offloaded else None
         )
         if precision == "fp32" and precisions.is_tf32_asked_for():
-            self._warn("this script allows TF32, which precision fp32 takes back; to keep it: precision='tf32'")
+            self._warn("this script allows TF32, which precision fp32 overrides; to keep it: precision='tf32'")
         self._class = _full_name(net)
         recompute_activations(net, activation_checkpointing)
         self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
