@@ -39,8 +39,8 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise UserError(
-            f"--gpus {asked}: {socket.gethostname()} has {found} visible{shown}; ask for at most {found}. Of a GPU that "
-            "is cut by MIG, a process sees one instance"
+            f"--gpus {asked}: {socket.gethostname()} has {found} visible{shown}; ask for at most {found}. (Of GPUs "
+            "cut by MIG, a process sees one part.)"
         )
     return asked or found, "cuda"
 

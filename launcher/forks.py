@@ -126,7 +126,7 @@ def be_rank(connection: socket.socket, server: int) -> NoReturn:
 
 
 def close_inherited() -> None:
-    """Close all descriptors but the standard ones, as subprocess does. Those that are open: there may be 10^9 others."""
+    """Close all descriptors but the standard ones, as subprocess does. Only open ones: there may be room for 10^9."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:
             with contextlib.suppress(OSError):  # that of the list itself

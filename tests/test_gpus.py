@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
@@ -22,6 +22,7 @@ from dtrain.trainer.world import own_device
 
 HOST = re.escape(socket.gethostname())
 OLD = "The NVIDIA driver on your system is too old (found version 11040)."
+NONE = "No CUDA GPUs are available"
 
 
 def raiser(error: Exception) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def raiser(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path) -> Iterator[Callable[..., None]]:
+def machine(monkeypatch, tmp_path) -> Callable[..., None]:
     """Has torch find so many GPUs, usable or not, with these variables and devices in /dev."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_LOCALID", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -49,7 +50,7 @@ def machine(monkeypatch, tmp_path) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(torch.cuda, "init", refuse)
         monkeypatch.setattr(torch.cuda, "set_device", refuse)
 
-    yield arrange
+    return arrange
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -68,12 +69,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         rf"No CUDA GPUs are available; .*sbatch --exclude={HOST} keeps a run off this node",
     ),
     "none of that name": (
-        {
-            "counted": 0,
-            "error": RuntimeError("No CUDA GPUs are available"),
-            "devices": 1,
-            "CUDA_VISIBLE_DEVICES": "5",
-        },
+        {"counted": 0, "error": RuntimeError(NONE), "devices": 1, "CUDA_VISIBLE_DEVICES": "5"},
         r"No CUDA GPUs are available \(CUDA_VISIBLE_DEVICES=5\)",
     ),
     "torch for CPUs": (
