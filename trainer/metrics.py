@@ -135,7 +135,10 @@ class MetricSet:
         batch: int = 0,
         samples: int | None = None,
     ) -> None:
-        """Take in one batch of this rank, which must not be empty. No collective, no wait for the device.
+        """Take in one batch of this rank, which must not be empty. No collective.
+
+        Some metrics wait for the device: to see whether their arguments are right, which they do until `reset` ends the
+        first epoch, or to count (confusion matrices, means over classes).
 
         Args:
             arguments: by name, of metrics that get something else than predictions and target: a tuple of them, a
@@ -221,6 +224,10 @@ class MetricSet:
 
     def reset(self) -> None:
         """Forget all samples."""
+        if self._num_updates and self._num_guesses.device.type != "cpu":
+            for part in self._parts.values():
+                if getattr(part, "validate_args", False):
+                    part.validate_args = False  # a wait or two in each update, and the samples have all been seen
         self._num_updates = 0
         self._num_guesses.zero_()
         for part in self._parts.values():

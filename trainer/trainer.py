@@ -50,6 +50,7 @@ from .seeds import derive_seed, rng_kept
 from .step import Step, UserStep, supervised_step, user_step
 from .summary import summary
 from .tally import Tally
+from .transfer import bound_on
 from .update import OnNonfinite, Update
 from .world import join_world
 
@@ -175,6 +176,7 @@ class Trainer:
         )
         if precision == "fp32" and precisions.is_tf32_asked_for():
             self._warn("this script allows TF32, which precision fp32 overrides; to keep it: precision='tf32'")
+        loss_fn = bound_on(loss_fn, self.world.device)
         self._class = _full_name(net)
         recompute_activations(net, activation_checkpointing)
         self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
@@ -236,7 +238,7 @@ class Trainer:
 
     def _take(self, step: UserStep) -> None:
         self._made_by = step
-        self._step = self.predict_step = self.precision.of(user_step(step))
+        self._step = self.predict_step = self.precision.of(user_step(bound_on(step, self.world.device)))
 
     @property
     def step(self) -> Step:

@@ -73,6 +73,11 @@ class World:
 
         return end
 
+    def await_device(self) -> None:
+        """Wait until the device has done all that it was given, copies to the CPU's memory too. No collective."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         """Wait for all ranks. All ranks take part."""
         if self.control is not None:
@@ -85,6 +90,15 @@ def ensure_group(world: World) -> None:
         store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
         dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
         atexit.register(_leave)
+
+
+def require_cpu_backend(what: str) -> None:
+    """Raise UserError where a process group that the script has made can't exchange what lies in the CPU's memory."""
+    if "cpu:" not in (made := dist.get_backend_config()):
+        raise UserError(
+            f"{what} exchanges tensors in the CPU's memory too, which this script's process group ({made}) can't: "
+            'init_process_group("cpu:gloo,cuda:nccl"), or leave it to dtrain'
+        )
 
 
 def _backend(device: torch.device) -> str:
