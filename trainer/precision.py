@@ -54,7 +54,7 @@ class Precision:
         """
         before = [each.fp32_precision for each in _FLAGS]
         # The older names first, which set the newer ones. In a script that has set newer ones they can't be read.
-        older = [_read(torch.get_float32_matmul_precision), _read(lambda: torch.backends.cudnn.allow_tf32)]
+        older = _read(torch.get_float32_matmul_precision), _read(lambda: torch.backends.cudnn.allow_tf32)
         _set_float32("tf32" if self.name == "tf32" else "ieee")
         try:
             yield
