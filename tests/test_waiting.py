@@ -31,6 +31,7 @@ from dtrain.trainer.optimizer_state import to_parameters
 from dtrain.trainer.parallel import Parallel
 from dtrain.trainer.precision import Precision
 from dtrain.trainer.ranks import Ranks
+from dtrain.trainer.tally import Tally
 from dtrain.trainer.update import Update
 from dtrain.trainer.world import World, require_cpu_backend
 from dtrain.trainer.zero import Zero
@@ -129,21 +130,16 @@ def test_own_units_are_weighed_without_waiting():
 
 def test_metrics_look_at_their_arguments_in_the_first_epoch_alone():
     """torchmetrics would read numbers back in each update, to see whether they are what they should be."""
-    given = torch.ones(4), torch.ones(4, dtype=torch.long)
-    on_cpu = MetricSet({"acc": BinaryAccuracy()}, {}, "cpu")  # where looking is cheap
-    on_cpu.update(*given)
-    on_cpu.reset()
-    with pytest.raises(UserError, match="does not fit"):
-        on_cpu.update(given[0], given[1] + 7)
-    metrics = MetricSet({"acc": BinaryAccuracy()}, {}, META)
-    given = given[0].to(META), given[1].to(META)
-    metrics.reset()  # nothing has been seen
-    with pytest.raises(UserError, match="Meta"):
-        metrics.update(*given)
-    metrics._num_updates = 1  # as if it could
-    metrics.reset()
-    with without_waiting():
-        metrics.update(*given)
+    for device in (torch.device("cpu"), META):
+        tally = Tally("val", device, MetricSet({"acc": BinaryAccuracy()}, {}, device))
+        assert tally.metrics is not None
+        wrong = torch.ones(4, device=device), torch.full((4,), 7, device=device)
+        for tally.samples in (0, 4):  # of the epoch that ends
+            with pytest.raises(UserError, match="does not fit"):
+                tally.metrics.update(*wrong)
+            tally.reset()
+        with pytest.raises(UserError) if device.type == "cpu" else without_waiting():  # where looking is cheap
+            tally.metrics.update(*wrong)
 
 
 def test_offloaded_gradients_are_clipped_where_they_are():

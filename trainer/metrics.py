@@ -137,8 +137,8 @@ class MetricSet:
     ) -> None:
         """Take in one batch of this rank, which must not be empty. No collective.
 
-        Some metrics wait for the device: to see whether their arguments are right, which they do until `reset` ends the
-        first epoch, or to count (confusion matrices, means over classes).
+        Some metrics wait for the device: to see whether their arguments are right, until they `trust`, or to count
+        (confusion matrices, means over classes).
 
         Args:
             arguments: by name, of metrics that get something else than predictions and target: a tuple of them, a
@@ -224,16 +224,18 @@ class MetricSet:
 
     def reset(self) -> None:
         """Forget all samples."""
-        if self._num_updates and self._num_guesses.device.type != "cpu":
-            for part in self._parts.values():
-                if getattr(part, "validate_args", False):
-                    part.validate_args = False  # a wait or two in each update, and the samples have all been seen
         self._num_updates = 0
         self._num_guesses.zero_()
         for part in self._parts.values():
             part.reset()
         for _, _, batches in self._lists():
             batches.clear()
+
+    def trust(self) -> None:
+        """Take it from now on that arguments are right, where each look at them would wait for a GPU."""
+        for part in self._parts.values():
+            if self._num_guesses.device.type != "cpu" and getattr(part, "validate_args", False):
+                part.validate_args = False
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states, in the middle of an epoch or at its end: copies, in plain containers.
