@@ -35,14 +35,21 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
             raise UserError(f"launch.device is cuda, but there is no GPU on {socket.gethostname()}: {why}")
         say(f"warning: {why}; {num_processes(asked or 1, 'CPU')} instead")
         return _on_cpu(asked or 1)
-    if asked is not None and asked > found:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    host, visible = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (named := _num_named(visible)) > found:
         raise UserError(
-            f"--gpus {asked}: {socket.gethostname()} has {found} visible{shown}; ask for at most {found}. (Of GPUs "
-            "cut by MIG, a process sees one part.)"
+            f"CUDA_VISIBLE_DEVICES={visible} names {named} GPUs, of which a process on {host} sees {found}: "
+            "name those that are there (nvidia-smi -L); of GPUs cut by MIG, CUDA shows a process one part"
         )
+    if asked is not None and asked > found:
+        raise UserError(f"--gpus {asked}: {host} has {found} visible; ask for at most {found}")
     return asked or found, "cuda"
+
+
+def _num_named(visible: str) -> int:
+    """How many devices a list names: CUDA stops at -1."""
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return names.index("-1") if "-1" in names else len(names)
 
 
 def num_processes(count: int, device: str) -> str:

@@ -140,10 +140,18 @@ def test_a_rank_has_its_gpu_before_its_model_is_built(monkeypatch):
     assert chosen == ["cuda"]
 
 
-def test_more_than_mig_shows(machine):
-    machine(1, None, CUDA_VISIBLE_DEVICES="MIG-a,MIG-b")
-    with pytest.raises(UserError, match=r"has 1 visible \(CUDA_VISIBLE_DEVICES=MIG-a,MIG-b\); .*MIG"):
-        choose_processes("2", "auto")
+@pytest.mark.parametrize("visible", ["0,7", "0, 7, 8", "MIG-a,MIG-b"])
+def test_gpus_that_are_named_and_not_there(visible, machine):
+    machine(1, None, CUDA_VISIBLE_DEVICES=visible)
+    for asked in ("auto", "1"):
+        with pytest.raises(UserError, match=rf"{visible} names \d GPUs, of which a process on {HOST} sees 1: .*MIG"):
+            choose_processes(asked, "auto")
+
+
+@pytest.mark.parametrize("visible", ["1", "0,-1,7", "MIG-a", "0,"])
+def test_gpus_that_are_named_and_there(visible, machine):
+    machine(1, None, CUDA_VISIBLE_DEVICES=visible)
+    assert choose_processes("auto", "auto") == (1, "cuda")
 
 
 def test_a_launch_on_such_a_node_leaves_nothing(project):
