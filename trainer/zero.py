@@ -352,7 +352,9 @@ def _problem(error: Any) -> Problem:
 
 def _deepspeed(device: torch.device) -> Any:
     """The library, imported for this device. Not before it is needed: it takes seconds, and looks for GPUs."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    if device.index is not None:  # which may be another number than this rank's
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
