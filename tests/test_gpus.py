@@ -112,6 +112,8 @@ def test_ranks_take_what_the_agent_has_chosen(machine):
         with pytest.raises(UserError, match="dtrain launch has found them"):
             own_device("auto")
         assert own_device("cpu").type == "cpu"
+        with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # by the script itself
+            assert own_device("auto").type == "cpu"
     machine(2, None)
     with patch.dict(os.environ, {gpus.DEVICE_VARIABLE: "cpu"}):
         assert own_device("auto").type == "cpu"

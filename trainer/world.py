@@ -144,9 +144,8 @@ def own_device(name: str) -> torch.device:
     Raises:
         UserError: there is none, where there should be one.
     """
-    if name == "auto":
-        name = os.environ.get(gpus.DEVICE_VARIABLE, name)
-    if name == "cpu":
+    chosen = os.environ.get(gpus.DEVICE_VARIABLE) if name == "auto" else name
+    if chosen == "cpu":
         return torch.device("cpu")
     host = socket.gethostname()
     if not torch.cuda.is_available():
