@@ -56,9 +56,10 @@ def to_parameters(optimizer: Optimizer) -> None:
         for group in each.param_groups:
             counts_there = group.get("fused") or group.get("capturable")  # else torch counts steps on the CPU
             for parameter in group["params"]:
-                move = operator.methodcaller("to", parameter.device)
-                state = each.state.get(parameter, {})
-                state |= {key: map_tensors(move, state[key]) for key in state if key != "step" or counts_there}
+                state = getattr(each, "state", {}).get(parameter)  # one that wraps another may have none
+                if isinstance(state, dict):
+                    move = operator.methodcaller("to", parameter.device)
+                    state |= {key: map_tensors(move, state[key]) for key in state if key != "step" or counts_there}
 
 
 def parameter_groups(optimizer: Optimizer, net: nn.Module) -> list[list[str]]:
