@@ -36,9 +36,10 @@ class Phase(IntEnum):
     LOADING = 3
     FORWARD = 4
     BACKWARD = 5  # with the exchange of gradients, and the optimizer's step
-    VALIDATING = 6
-    REPORTING = 7
-    DONE = 8  # with the training; what follows is the script's own affair
+    WAITING = 6  # for the device to have done it
+    VALIDATING = 7
+    REPORTING = 8
+    DONE = 9  # with the training; what follows is the script's own affair
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,10 @@ def _supervisor(
     # Its own handlers would kill at once, where ours ask for a checkpoint first. It wants at least one signal: one
     # that nobody sends.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGURG"
-    if task.is_job and nodes is None:  # gloo's ranks listen to each other, else to all that reach this host's address
+    if nodes is not None:
+        if nodes.interface is not None:  # else gloo goes by this host's name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
+    elif task.is_job:  # gloo's ranks listen to each other, else to all that reach this host's address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if task.forked:
         forks.fork_ranks()

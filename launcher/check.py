@@ -42,6 +42,10 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     if isinstance(loaded, LoadedScript):
         _check_script(loaded, exact)
         return _check_slurm(loaded, slurm) if slurm else 0
+    if exact:
+        from .exact import prepare
+
+        prepare(loaded)
     require_right(loaded, loaded.folder)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")

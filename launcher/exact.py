@@ -33,8 +33,17 @@ class Difference:
         return f"{self.size:.1e} ({self.where})" if self.size else "none"
 
 
+def prepare(loaded: LoadedJob) -> None:
+    """What comes before the job's modules are imported, which may use CUDA: see `start_fork_server`."""
+    from dtrain.loading import dump_job
+
+    start_fork_server(preload_for(dump_job(loaded.job)), threads_per_rank(max(SIZES)))
+
+
 def check_exact(loaded: LoadedJob) -> int:
     """Rehearse a job that is right, on 1, 2 and 3 processes and through a stop, and print what differs.
+
+    After `prepare`.
 
     0 if all was as promised, 1 if the stop left a trace on the CPU.
 
@@ -44,7 +53,6 @@ def check_exact(loaded: LoadedJob) -> int:
     from dtrain.loading import dump_job
 
     job = _on_enough_devices(loaded.job)
-    start_fork_server(preload_for(dump_job(job)), threads_per_rank(max(SIZES)))
     with scratch_folder() as scratch:
         return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.folder)))
 

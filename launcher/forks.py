@@ -121,8 +121,16 @@ def be_rank(connection: socket.socket, server: int) -> NoReturn:
     """In the new process: be what the agent asks for, to the end."""
     with connection, connection.makefile("rb") as file:
         rank: Rank = pickle.load(file)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what the agent has inherited, as subprocess does
+    close_inherited()
     rank.run(server)
+
+
+def close_inherited() -> None:
+    """Close all descriptors but the standard ones, as subprocess does. Only open ones: there may be room for 10^9."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # that of the list itself
+                os.close(int(name))
 
 
 def fork_ranks() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from dtrain import __version__
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
+from dtrain.gpus import DEVICE_VARIABLE
 from dtrain.names import hidden_modules, short
 from dtrain.provenance import environment
 from dtrain.redact import hide_in_command
@@ -185,6 +186,7 @@ def _launch_program(
         modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.gpus))
         preload = start_fork_server(modules, threads, unless=lambda: _is_hidden(program))
     num_ranks, device = choose_processes(request.gpus, device_asked)
+    os.environ[DEVICE_VARIABLE] = device  # a job's ranks find it in job.yaml
     text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
         print(text or "", end="")

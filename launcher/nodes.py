@@ -22,6 +22,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from dtrain.errors import UserError
 
+from .network import interface_with, is_loopback
+
 CONNECT_S = 30.0  # how long a node looks for node 0
 ANSWER_S = 10.0  # how long a connection to node 0 may take
 GATHER_S = 600.0  # how long node 0 waits for the others
@@ -49,6 +51,9 @@ class Nodes:
     Args:
         hello: what all nodes must have in common.
 
+    Attributes:
+        interface: the network interface by which the others reach this node; None where that can't be known.
+
     Raises:
         UserError: they don't find each other, or don't have it in common.
     """
@@ -57,11 +62,17 @@ class Nodes:
         self.num_nodes, self.node_rank = endpoint.num_nodes, endpoint.node_rank
         self.is_alone = self.num_nodes == 1
         self.host = endpoint.host
-        self.store = _host_store(endpoint) if self.node_rank == 0 else _find_store(endpoint)
+        self.interface: str | None = None
+        if self.node_rank == 0:
+            self.store = _host_store(endpoint)
+        else:
+            self.store, addresses = _find_store(endpoint)
+            self.store.set(f"addresses/{self.node_rank}", json.dumps(addresses))
         self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
         self._spoke = 0.0
         if not self.is_alone:
             self._greet(endpoint, dict(hello))
+            self.interface = interface_with(self._address())
 
     def _greet(self, endpoint: Endpoint, hello: dict[str, Any]) -> None:
         if self.store.add(f"taken/{self.node_rank}", 1) > 1:
@@ -83,6 +94,18 @@ class Nodes:
                 if other.get(key) != value:
                     self.close()
                     raise UserError(f"{key} differs between node 0 and node {node}: {value} and {other.get(key)}")
+
+    def _address(self) -> str:
+        """This node's own, as it has met node 0, or been met.
+
+        By its name it may find none but its loopback: Debian's /etc/hosts has 127.0.1.1 for it.
+        """
+        met = [json.loads(self.store.get(f"addresses/{node}")) for node in range(1, self.num_nodes)]
+        own, _ = met[self.node_rank - 1] if self.node_rank > 0 else met[0][::-1]
+        if not is_loopback(own):
+            return str(own)
+        # It is node 0's host, which those elsewhere, if any, have met by another address.
+        return str(next((first for other, first in met if not is_loopback(other)), own))
 
     def from_first(self, key: str, value: str = "") -> str:
         """What node 0 gives under that key, on all nodes."""
@@ -214,12 +237,14 @@ def _new_store(host: str, port: int, *, is_local: bool) -> TCPStore:
         return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
-def _find_store(endpoint: Endpoint) -> TCPStore:
+def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
+    """Node 0's store, and the addresses of this node and of node 0 between which it was found."""
     print(f"node {endpoint.node_rank} of {endpoint.num_nodes}: looking for node 0 at {endpoint}", file=sys.stderr)
     deadline = time.monotonic() + CONNECT_S
     while True:
         try:
-            socket.create_connection((endpoint.host, endpoint.port), timeout=5.0).close()
+            with socket.create_connection((endpoint.host, endpoint.port), timeout=5.0) as connection:
+                addresses = connection.getsockname()[0], connection.getpeername()[0]
             break
         except socket.gaierror:
             raise UserError(f"--rendezvous {endpoint}: no host of that name is known here") from None
@@ -245,7 +270,7 @@ def _find_store(endpoint: Endpoint) -> TCPStore:
     if not found:
         raise UserError(f"--rendezvous {endpoint}: something else than dtrain's node 0 answers there")
     found[0].set_timeout(timedelta(minutes=5))
-    return found[0]
+    return found[0], addresses
 
 
 @contextmanager

@@ -19,6 +19,13 @@ from . import stacks
 _FROM_GLOO = re.compile(
     r"(?:Gloo \w+ failed with )?\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|ProcessGroupGloo\.cpp):\d+\]"
 )
+# So do NCCL's, with what torch asked of it and NCCL's own reason: "NCCL AllReduce failed: remote process exited ...".
+# Not where the reason lies here: a call that is wrong, or this GPU.
+_FROM_NCCL = re.compile(
+    r"(?:\[[^]]*\]:? ?)?(?:"
+    r"(?:NCCL [\w ]+ failed[\w ]*|Failed to initialize NCCL communicator): (?!invalid |unhandled cuda )"
+    r"|NCCL communicator was aborted|NCCL operation failed|Watchdog caught collective operation timeout)"
+)
 # torch raises in the training process what was raised in a loading process, with the traceback as its message.
 _FROM_LOADING = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback [^\n]*\n")
 DEAD_LOADER = "DataLoader worker (pid"  # so torch begins to say that a loading process is gone
@@ -87,9 +94,12 @@ def is_failed_collective(error: BaseException) -> bool:
         return False
     typed = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return any(
-        isinstance(each, typed) or (type(each) is RuntimeError and _FROM_GLOO.match(str(each)) is not None)
-        for each in _chain(error)
+        isinstance(each, typed) or (type(each) is RuntimeError and _is_of_backend(str(each))) for each in _chain(error)
     )
+
+
+def _is_of_backend(message: str) -> bool:
+    return _FROM_GLOO.match(message) is not None or _FROM_NCCL.match(message) is not None
 
 
 def users_traceback(error: BaseException) -> str:

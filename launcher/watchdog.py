@@ -19,6 +19,8 @@ _DOING = {
     Phase.LOADING: "loading data",
     Phase.FORWARD: "in its forward pass",
     Phase.BACKWARD: "in its backward pass or the exchange of gradients",
+    Phase.WAITING: "waiting for its device. So do all ranks, but this one alone looks at it: which one's has not come "
+    "back from a kernel or an exchange can't be seen from here",
     Phase.VALIDATING: "validating",
     Phase.REPORTING: "exchanging metrics",
     Phase.DONE: "done",

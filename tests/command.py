@@ -44,7 +44,10 @@ NET = """
 import os
 import time
 
+import torch
 from torch import nn
+
+torch.cuda.is_available()  # as many modules do on import: what is forked afterwards could not use CUDA
 
 
 class Net(nn.Module):
@@ -52,6 +55,7 @@ class Net(nn.Module):
 
     def __init__(self, width=4, gate=0):
         super().__init__()
+        assert not torch.cuda._is_in_bad_fork()
         self.layers = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
         self.gate = gate
         self.calls = 0

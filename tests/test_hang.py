@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 
@@ -10,6 +11,7 @@ from command import Project
 from marks import campaign
 
 from dtrain.heartbeat import Beat, Heartbeat, Phase
+from dtrain.launcher import stacks
 from dtrain.launcher.watchdog import Watchdog
 
 HANGS = """
@@ -101,6 +103,18 @@ def test_ranks_that_do_not_stop_when_asked_are_ended(project: Project):
     assert done.code == 128 + signal.SIGTERM
     assert "Traceback" not in done.err
     assert project.status()["state"] == "killed"
+
+
+def test_ranks_that_wait_for_their_devices_are_not_told_apart(tmp_path, monkeypatch):
+    """Rank 0 alone looks at its device, and so stands still while others go on asking theirs for more."""
+    monkeypatch.setattr(stacks, "request", lambda pid, log: [])
+    heartbeats = {rank: Heartbeat(tmp_path / str(rank), create=True) for rank in range(2)}
+    for rank, heartbeat in heartbeats.items():
+        heartbeat.beat(Beat(epoch=1, epochs=2, step=7 + rank))
+    heartbeats[0].enter(Phase.WAITING)
+    error = Watchdog(heartbeats, timeout_s=0).explain({0: os.getpid(), 1: os.getpid()}, {0: tmp_path, 1: tmp_path})
+    assert error["rank"] == 0
+    assert "waiting for its device. So do all ranks, but this one alone looks" in error["message"]
 
 
 class Watched(bytearray):

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_alone_every_value_comes_back_as_it_is():
     values = [torch.tensor([1.0, 2.0]), torch.tensor(3), [torch.ones(2)], []]
     states = [State(v, r) for v, r in zip(values, ("stack", "sum", "stack", "stack"), strict=True)]
     assert all(a is b for a, b in zip(reduce_states(states), values, strict=True))
+
+
+def beside_gpus(rank, world_size, states):
+    """With a group as a GPU's ranks have it, as far as can be without one."""
+    made = patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl")
+    with made, patch.object(dist, "get_backend", return_value="cpu:gloo,cuda:nccl"):
+        return reduce_states(states[rank])
+
+
+def test_all_ranks_samples_meet_in_the_cpus_memory_beside_gpus_too():
+    states = [[State([torch.full((rank + 1,), rank)], "stack"), State(torch.ones(2), "sum")] for rank in range(2)]
+    samples, total = run_ranks(2, beside_gpus, states)[0]
+    assert [piece.tolist() for piece in samples] == [[0], [1, 1]]
+    assert total.tolist() == [2, 2]
 
 
 def test_sums_keep_dtype_and_shape():

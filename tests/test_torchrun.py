@@ -158,6 +158,7 @@ def test_the_environment_is_torchruns(rank, launcher, reports):
     expected, seen = (dict(reports[each][rank]["environment"]) for each in ("torchrun", launcher))
     assert seen.pop("DTRAIN_RUN_DIR") == "FOLDER/run"
     assert float(seen.pop("DTRAIN_HANG_TIMEOUT_S")) == 1800
+    assert seen.pop("DTRAIN_DEVICE") in ("cpu", "cuda")  # as the agent has chosen
     assert (expected.pop("OMP_NUM_THREADS"), int(seen.pop("OMP_NUM_THREADS"))) == (
         "1",
         max(1, len(os.sched_getaffinity(0)) // 2),

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dtrain.errors import UserError
 
 from .data import MicroBatch
+from .optimizer_state import to_parameters
 from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within, trainable
 from .step import Outcome, Step
 from .world import World
@@ -36,6 +37,10 @@ class DataParallel(Parallel):
         self.bare.to(world.device)
         self._stepping = Stepping(self.bare)
         self._wrap()
+
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        if optimizer is not None:
+            to_parameters(optimizer)
 
     def begin_fit(self) -> None:
         before, now = self._trainable.values(), trainable(self.bare).values()

@@ -31,7 +31,7 @@ from .parallel import Parallel, Stepping, require_divisible, run_within, shorten
 from .step import Outcome, Step
 from .transfer import map_tensors
 from .weights import bare_state_dict
-from .world import World, ensure_group
+from .world import World, ensure_group, require_cpu_backend
 
 
 class FullySharded(Parallel):
@@ -63,6 +63,8 @@ class FullySharded(Parallel):
         # By the original parameters, as long as an optimizer has them.
         self._names = WeakIdKeyDictionary({parameter: name for name, parameter in self.bare.named_parameters()})
         ensure_group(world)
+        if settings.offload:
+            require_cpu_backend("fsdp.offload")
         self._mesh = init_device_mesh(world.device.type, (world.world_size,))
         if any(isinstance(module, _BatchNorm) for module in self.bare.modules()):
             dtype = None  # torch's batch norm has its statistics and its parameters in one type

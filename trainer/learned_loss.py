@@ -74,7 +74,9 @@ class LearnedLoss:
             return
         trained = list(self._trained.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in trained]
-        unused = torch.tensor([p.grad is None for p in trained], device=self._world.device)
+        device = self._world.device
+        unused = torch.tensor([p.grad is None for p in trained], pin_memory=device.type == "cuda")
+        unused = unused.to(device, non_blocking=True)  # pinned, so that nobody waits for it
         numbers = [_real(gradient).reshape(-1).double() for gradient in gradients]
         flat = self._world.sum(torch.cat([*numbers, unused.double()]))
         *sums, unused_on = flat.split([*map(len, numbers), len(trained)])

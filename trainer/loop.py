@@ -43,7 +43,7 @@ from .reduce import reduce_states
 from .results import Results
 from .scheduler import Interval, after_epoch, after_step, state_of
 from .seeds import derive_seed, rng_kept, rng_state, seed_everything, set_rng_state
-from .step import Outcome, Step
+from .step import Outcome, Step, as_units
 from .stop import DOUBT, StopAgreement, Stopped
 from .tally import Tally
 from .transfer import ways_to_take
@@ -196,6 +196,8 @@ class Loop:
             self.step_s = time.perf_counter() - step_began
             self.beat()
             self.stop_or_save()
+        self.heartbeat.enter(Phase.WAITING)
+        self.world.await_device()  # what is measured is training, not asking for it
         samples = self.samples_done - samples_before  # none when only the validation was left to do
         self.samples_per_s = samples / (time.perf_counter() - began) if samples else None
 
@@ -341,8 +343,8 @@ class Loop:
             self.optimizer.zero_grad()
             totals, weight = self.backward(micro_batches, counted=next(evaluations) == 0)
             samples = sum(micro_batch.samples for micro_batch in micro_batches)
-            units = torch.as_tensor(samples if weight is None else weight, dtype=torch.float64)
-            sums = torch.stack([torch.stack(totals).sum().double(), units.to(totals[0].device)])
+            units = as_units(samples if weight is None else weight, totals[0].device)
+            sums = torch.stack([torch.stack(totals).sum().double(), units])
             sums = self.world.sum(sums)
             mean: Tensor = sums[0] / sums[1].where(sums[1] != 0, 1.0)
             return mean
@@ -609,8 +611,9 @@ class Loop:
             validated: batches, while it validates.
         """
         now = time.monotonic()
-        if self.world.is_main and self.train_tally.samples and now - self._looked_at > LOOK_EVERY_S:
+        if self.world.is_main and not validated and self.train_tally.samples and now - self._looked_at > LOOK_EVERY_S:
             self._looked_at = now
+            self.heartbeat.enter(Phase.WAITING)
             self._shown_loss = self.train_tally.mean_loss()
             self.learning.see(self._shown_loss)
         batches = self.val_batches if validated and self.val_batches else self.train_batches

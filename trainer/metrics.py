@@ -135,7 +135,10 @@ class MetricSet:
         batch: int = 0,
         samples: int | None = None,
     ) -> None:
-        """Take in one batch of this rank, which must not be empty. No collective, no wait for the device.
+        """Take in one batch of this rank, which must not be empty. No collective.
+
+        Some metrics wait for the device: to see whether their arguments are right, until they `trust`, or to count
+        (confusion matrices, means over classes).
 
         Args:
             arguments: by name, of metrics that get something else than predictions and target: a tuple of them, a
@@ -227,6 +230,12 @@ class MetricSet:
             part.reset()
         for _, _, batches in self._lists():
             batches.clear()
+
+    def trust(self) -> None:
+        """Take it from now on that arguments are right, where each look at them would wait for a GPU."""
+        for part in self._parts.values():
+            if self._num_guesses.device.type != "cpu" and getattr(part, "validate_args", False):
+                part.validate_args = False
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states, in the middle of an epoch or at its end: copies, in plain containers.

@@ -5,12 +5,15 @@ So it says whose state it is: a checkpoint of another model is recognised, and t
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
+
+from .transfer import map_tensors
 
 _HELD = "held"  # in a state, the key of those of the optimizers that it holds
 
@@ -42,6 +45,21 @@ def held(optimizer: Any) -> dict[str, Optimizer]:
     Their states are saved beside its own, which often leaves them out.
     """
     return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+
+
+def to_parameters(optimizer: Optimizer) -> None:
+    """Bring what an optimizer has for its parameters to their device, where these have moved since.
+
+    Some have it before their first step, Adagrad for one; others have trained before.
+    """
+    for each in (optimizer, *held(optimizer).values()):
+        for group in each.param_groups:
+            counts_there = group.get("fused") or group.get("capturable")  # else torch counts steps on the CPU
+            for parameter in group["params"]:
+                state = getattr(each, "state", {}).get(parameter)  # one that wraps another may have none
+                if isinstance(state, dict):
+                    move = operator.methodcaller("to", parameter.device)
+                    state |= {key: map_tensors(move, state[key]) for key in state if key != "step" or counts_there}
 
 
 def parameter_groups(optimizer: Optimizer, net: nn.Module) -> list[list[str]]:

@@ -24,6 +24,7 @@ from .modes import evaluation_mode
 from .optimizer_state import load_named_state, named_state, parameter_groups
 from .seeds import rng_kept
 from .step import Outcome, Step
+from .sync_batchnorm import counting_no_sample
 from .weights import bare_state_dict
 from .world import World
 
@@ -190,12 +191,12 @@ class Parallel:
 
     @contextlib.contextmanager
     def without_trace(self) -> Iterator[None]:
-        """Buffers and random states after the block are what they were before it.
+        """Buffers and random states after the block are what they were before it, and other ranks' statistics too.
 
         For a filler's forward and backward, both: autograd refuses buffers that changed in between.
         """
         before, loss_before = copies_of(self.bare), copies_of(self.loss.module)
-        with rng_kept(self.world.device):
+        with rng_kept(self.world.device), counting_no_sample(self.bare):
             yield
         put_back(self.bare, before)
         put_back(self.loss.module, loss_before)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from dtrain.errors import UserError
@@ -23,7 +22,7 @@ from .ddp import DataParallel
 from .given import require_model, unwrapped
 from .reduce import reduce_states
 from .seeds import derive_seed, seed_everything
-from .step import require_rows
+from .step import as_units, require_rows
 from .weights import bare_state_dict, save_weights
 from .world import join_world
 
@@ -110,7 +109,7 @@ class Ranks:
             if self.world_size > 1:
                 require_rows(part, "give Ranks.weigh the `units` of which the loss is the mean")
             units = part.samples
-        own = torch.as_tensor(units, dtype=torch.float64, device=loss.device).detach() * float(self.has_samples)
+        own = as_units(units, loss.device) * float(self.has_samples)
         total = self.world.sum(own)
         share = own * self.world_size / total.where(total != 0, 1.0)
         return loss.where(own != 0, 0.0) * share.to(loss.dtype)  # the mean of no units is nan

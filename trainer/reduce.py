@@ -59,14 +59,15 @@ def reduce_states(states: Sequence[State], group: dist.ProcessGroup | None = Non
 
     All ranks of the group take part, with the same states in the same order. A world of one, or none, gets
     its own values back without a collective. Sums stay on their device; all else
-    arrives where the group communicates: on the CPU under gloo, on the GPU under NCCL.
+    arrives on the CPU, or on the GPU where the script's own group is NCCL's alone.
 
     Integer sums are exact. Floating sums are added in float64 and rounded once to their own dtype; since each
     rank has rounded its own part before, they equal a single process's to rounding, not to the bit.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return [state.value for state in states]
-    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    # In the CPU's memory where that can be exchanged: all ranks' samples may be more than rank 0's GPU has room for.
+    device = torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
     parts = [_contribution(state) for state in states]
     headers = _exchange(parts, group)
     sums = _reduce_sums(states, headers, device, group)

@@ -145,10 +145,8 @@ def _checked(result: Any) -> Mapping[str, Any]:
 
 
 def _as_weight(weight: Any, device: torch.device) -> Tensor:
-    if isinstance(weight, int | float):
-        return _count(weight, device)
     try:
-        units = torch.as_tensor(weight, dtype=torch.float64, device=device).detach()
+        units = as_units(weight, device)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"the step's weight must be a number, it is {describe(weight)}") from None
     return _scalar(units, "the step's weight")
@@ -166,8 +164,11 @@ def _zero_gradients(predictions: Any, weight: Tensor) -> None:
             tensor.register_hook(lambda gradient: gradient.where((weight != 0).to(gradient.device), 0.0))
 
 
-def _count(units: float, device: torch.device) -> Tensor:
-    return torch.full((), float(units), dtype=torch.float64, device=device)  # which waits for no copy
+def as_units(units: Any, device: torch.device) -> Tensor:
+    """How many units a loss is the mean of, as a float64 tensor on the device; made without waiting for that."""
+    if isinstance(units, int | float):
+        return torch.full((), float(units), dtype=torch.float64, device=device)
+    return torch.as_tensor(units, dtype=torch.float64).detach().to(device, non_blocking=True)
 
 
 def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tensor | None]:
@@ -179,7 +180,7 @@ def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tens
     if part.is_regular:
         return loss * part.samples, None
     require_rows(part, mend)
-    return _weighted(loss, _count(part.samples, loss.device))
+    return _weighted(loss, as_units(part.samples, loss.device))
 
 
 def require_rows(part: MicroBatch, mend: str) -> None:
@@ -245,7 +246,7 @@ def _of_torchs(loss_fn: Any, reduction: str) -> TotalLoss:
         loss = _scalar(loss_fn(predictions, target), "the loss")
         if part.is_regular:  # as many units for each sample
             return loss * part.samples, None
-        return _weighted(loss, _count(count_units(loss_fn, predictions, target), loss.device))
+        return _weighted(loss, as_units(count_units(loss_fn, predictions, target), loss.device))
 
     return total
 

@@ -88,11 +88,13 @@ class Tally:
 
     def reset(self) -> None:
         """Begin an epoch."""
+        if self.metrics is not None:
+            self.metrics.reset()
+            if self.samples:
+                self.metrics.trust()  # with samples that are those of the epoch before
         self.samples = 0
         self._loss.zero_()
         self._weight.zero_()
-        if self.metrics is not None:
-            self.metrics.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's sums in the middle of an epoch."""

@@ -50,6 +50,7 @@ from .seeds import derive_seed, rng_kept
 from .step import Step, UserStep, supervised_step, user_step
 from .summary import summary
 from .tally import Tally
+from .transfer import bound_on
 from .update import OnNonfinite, Update
 from .world import join_world
 
@@ -169,7 +170,13 @@ class Trainer:
         self.world = join_world(device)
         if sync_batchnorm and self.world.device.type == "cpu" and self.world.world_size > 1:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
-        self.precision = precisions.Precision(precision, self.world.device)
+        is_offloaded = isinstance(strategy, Fsdp) and strategy.offload
+        self.precision = precisions.Precision(
+            precision, self.world.device, gradients_on=torch.device("cpu") if is_offloaded else None
+        )
+        if precision == "fp32" and precisions.is_tf32_asked_for():
+            self._warn("this script allows TF32, which precision fp32 overrides; to keep it: precision='tf32'")
+        loss_fn = bound_on(loss_fn, self.world.device)
         self._class = _full_name(net)
         recompute_activations(net, activation_checkpointing)
         self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
@@ -231,7 +238,7 @@ class Trainer:
 
     def _take(self, step: UserStep) -> None:
         self._made_by = step
-        self._step = self.predict_step = self.precision.of(user_step(step))
+        self._step = self.predict_step = self.precision.of(user_step(bound_on(step, self.world.device)))
 
     @property
     def step(self) -> Step:
@@ -323,7 +330,7 @@ class Trainer:
         self.model.begin_fit()
         given = self._run_dir if run_dir is None else run_dir
         folder = fit_folder(self.world, given, resume=self._resume, describe=self._description)
-        with rng_kept(self.world.device), folder as run:
+        with rng_kept(self.world.device), self.precision.in_force(), folder as run:
             loop = Loop(
                 run,
                 self.world,
@@ -370,7 +377,7 @@ class Trainer:
         tally = self._tally("val")
         batches = self._batches(data, training=False)
         self.model.share_buffers()
-        with self.model.evaluating():
+        with self.precision.in_force(), self.model.evaluating():
             for i, batch in enumerate(batches.epoch(1)):
                 evaluate_batch(self.model, self.step, batch, tally, i)
         return self.world.from_main(gather_values(self.world, [tally]))
@@ -390,7 +397,8 @@ class Trainer:
 
     def predict_shares(self, data: Data) -> Iterator[tuple[int, Tensor]]:
         """This rank's part of `predict`: rows of predictions, with the index of the first. All ranks take part."""
-        return predict_shares(self.model, self.predict_step, data, self.world, self.micro_batch_size)
+        with self.precision.in_force():
+            yield from predict_shares(self.model, self.predict_step, data, self.world, self.micro_batch_size)
 
     def summary(self, input_shape: Sequence[int] | None = None, *, features: Any = None) -> torchinfo.ModelStatistics:
         """The model's layers with their output shapes and parameters, and the memory that they take; to be printed.
@@ -479,6 +487,7 @@ def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
 
 def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches, which add in the order in which numbers arrive
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 

@@ -237,6 +237,19 @@ def _moved(value: Any, device: torch.device) -> Any:
     return _with_members(lambda member: _moved(member, device), value)
 
 
+def bound_on(function: Any, device: torch.device) -> Any:
+    """The function; of one that functools.partial has bound arguments to, tensors among these are on the device."""
+    if not isinstance(function, functools.partial):
+        return function
+    move = functools.partial(_unless_trained, device=device)
+    args, kwargs = map_tensors(move, (function.args, function.keywords))
+    return functools.partial(function.func, *args, **kwargs)
+
+
+def _unless_trained(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.requires_grad else tensor.to(device)
+
+
 @functools.lru_cache
 def _takes_non_blocking(kind: Any) -> bool:
     try:

@@ -89,7 +89,8 @@ class Update:
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
                 return False
             if self._clip_norm is not None and gradients:
-                torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
+                scale = torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0)
+                torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # which may be offloaded
         if self._clip_value is not None and gradients:
             if any(gradient.is_sparse or gradient.is_complex() for gradient in gradients):
                 raise UserError(_NO_LIMIT)  # one that functional.embedding has made

@@ -34,6 +34,7 @@ from .step import user_step
 from .stop import Stopped
 from .trainer import Strategy, Trainer
 from .weights import load_weights, without_shape
+from .world import own_device
 
 
 def main() -> int:
@@ -75,6 +76,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
     Args:
         trained: weights to load, in a Trainer that is to evaluate and predict: it has no optimizer.
     """
+    own_device(job.launch.device)  # before what is built puts something on a GPU
     net = build_model(job, trained)
     # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
     seed_everything(derive_seed("built", job.seed))

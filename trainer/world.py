@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from dtrain.errors import UserError
+from dtrain import gpus
+from dtrain.errors import UserError, first_line
 from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat, Phase
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 
@@ -71,6 +73,11 @@ class World:
 
         return end
 
+    def await_device(self) -> None:
+        """Wait until the device has done all that it was given, copies to the CPU's memory too. No collective."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         """Wait for all ranks. All ranks take part."""
         if self.control is not None:
@@ -85,6 +92,15 @@ def ensure_group(world: World) -> None:
         atexit.register(_leave)
 
 
+def require_cpu_backend(what: str) -> None:
+    """Raise UserError where a process group that the script has made can't exchange what lies in the CPU's memory."""
+    if "cpu:" not in (made := dist.get_backend_config()):
+        raise UserError(
+            f"{what} exchanges tensors in the CPU's memory too, which this script's process group ({made}) can't: "
+            'init_process_group("cpu:gloo,cuda:nccl"), or leave it to dtrain'
+        )
+
+
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
@@ -97,7 +113,7 @@ def join_world(device: str = "auto") -> World:
     Args:
         device: "cuda", "cpu", or "auto": the GPU of this local rank where there is one.
     """
-    chosen = _device(device)
+    chosen = own_device(device)
     if not dist.is_initialized():
         if _number("WORLD_SIZE", 1) == 1:
             return World(0, 1, chosen)
@@ -119,15 +135,35 @@ def _say_joining() -> None:
             Heartbeat(RunDir(run).heartbeat(_number("RANK", 0))).enter(Phase.JOINING)
 
 
-def _device(name: str) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+def own_device(name: str) -> torch.device:
+    """This rank's device, which CUDA takes from now on where none is named.
+
+    Args:
+        name: "cuda", "cpu", or "auto": what `dtrain launch` has chosen, else a GPU where there is one.
+
+    Raises:
+        UserError: there is none, where there should be one.
+    """
+    chosen = os.environ.get(gpus.DEVICE_VARIABLE) if name == "auto" else name
+    if chosen == "cpu":
         return torch.device("cpu")
-    local_rank = _number("LOCAL_RANK", 0)
-    found = torch.cuda.device_count()
-    if local_rank >= found:
-        raise UserError(f"local rank {local_rank} has no GPU: {found} found on this node")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    host = socket.gethostname()
+    if not torch.cuda.is_available():
+        if (problem := gpus.unusable()) is not None or name == "cuda":
+            raise UserError(problem or f"there is no GPU on {host}: {gpus.refusal()}")
+        return torch.device("cpu")
+    index, found = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if found == 1 and os.environ.get("SLURM_LOCALID") == str(index):
+        index = 0  # a task of srun for each rank, each of which sees its own alone (--gpus-per-task)
+    if index >= found:
+        raise UserError(f"local rank {index} has no GPU: {found} found on {host}")
+    try:
+        torch.cuda.set_device(index)
+    except RuntimeError as error:
+        raise UserError(
+            f"GPU {index} of {host} can't be used: {first_line(error)}; nvidia-smi may tell more"
+        ) from error
+    return torch.device("cuda", index)
 
 
 def _number(variable: str, default: int) -> int:

@@ -32,7 +32,7 @@ from .optimizers import has_modes, needs_closure
 from .parallel import Parallel, Stepping, require_all_used, require_divisible, run_within
 from .step import Outcome, Step
 from .weights import bare_tensors
-from .world import World, ensure_group
+from .world import World, ensure_group, require_cpu_backend
 
 # Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
 _NOT_BY_NUMBER = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
@@ -90,6 +90,7 @@ class Engine(Parallel):
         self._engine: Any = None
         self._groups: list[list[str]] = []  # the names of the optimizer's parameters, before the engine exchanges them
         ensure_group(world)
+        require_cpu_backend("DeepSpeed")
 
     def adopt(self, optimizer: Optimizer | None) -> None:
         if optimizer is None:
@@ -195,6 +196,7 @@ class Zero(Engine):
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         if self._zero.offload_optimizer if self._stage == 3 else self._zero.cpu_offload:
+            self.world.await_device()  # for the gradients to have come to the CPU's memory: not all of them have
             return [flat.grad for flat in self.trained(optimizer) if flat.grad is not None]
         return [part for parts in self._zero.averaged_gradients.values() for part in parts]
 
@@ -350,7 +352,9 @@ def _problem(error: Any) -> Problem:
 
 def _deepspeed(device: torch.device) -> Any:
     """The library, imported for this device. Not before it is needed: it takes seconds, and looks for GPUs."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    if device.index is not None:  # which may be another number than this rank's
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
