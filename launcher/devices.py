@@ -13,7 +13,6 @@ from dtrain.screen import say
 
 from .cores import usable_cores
 
-_NONE = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; the last is older Slurm's
 CROWD = 4  # processes a core, above which it is said
 
 
@@ -90,7 +89,7 @@ def visible_gpus() -> list[str]:
     """The names by which CUDA_VISIBLE_DEVICES can tell them apart, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name for name in visible.split(",") if name not in _NONE]
+        return [name for name in visible.split(",") if name not in here.HIDDEN]
     return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
