@@ -223,12 +223,14 @@ class Fsdp(Section):
 
 
 class Slurm(Section):
-    """How Slurm runs the job: sbatch's long options by their own names, and four of ours."""
+    """How Slurm runs the job: sbatch's long options by their own names, and five of ours."""
 
     model_config = ConfigDict(
         extra="allow",
         json_schema_extra={
-            "propertyNames": {"enum": [*sorted(sbatch.OPTIONS), "setup", "env", "container", "requeue_on_failure"]}
+            "propertyNames": {
+                "enum": [*sorted(sbatch.OPTIONS), "setup", "env", "container", "dtrain", "requeue_on_failure"]
+            }
         },
     )
 
@@ -239,19 +241,37 @@ class Slurm(Section):
     container: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="Apptainer image to run in."
     )
+    dtrain: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="The command dtrain on the nodes, where it is another one than here."
+    )
     requeue_on_failure: bool = Field(default=False, description="Also start again after a failure.")
 
     @property
     def options(self) -> dict[str, Any]:
         """What is sbatch's."""
+        return {name: value for name, value in self.extra.items() if name not in sbatch.PYXIS}
+
+    @property
+    def pyxis(self) -> dict[str, Any]:
+        """What srun is told of a container, by the plugin Pyxis."""
+        return {name: value for name, value in self.extra.items() if name in sbatch.PYXIS}
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is not ours."""
         return dict(self.model_extra or {})
+
+    @property
+    def is_in_container(self) -> bool:
+        return self.container is not None or bool(self.pyxis)
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Each text of ours by its path."""
         yield from ((f"setup.{index}", line) for index, line in enumerate(self.setup))
         yield from ((f"env.{name}", value) for name, value in self.env.items())
-        if self.container is not None:
-            yield "container", self.container
+        for name in ("container", "dtrain"):
+            if (text := getattr(self, name)) is not None:
+                yield name, text
 
 
 class Job(Section):
@@ -446,7 +466,7 @@ def _is_rate(value: object, optimizer: str) -> bool:
 
 def wrong_slurm_options(job: Job | ScriptJob) -> list[Problem]:
     """What sbatch would not take, or dtrain sets itself."""
-    found = ((name, sbatch.problem(name, value, Slurm.model_fields)) for name, value in job.slurm.options.items())
+    found = ((name, sbatch.problem(name, value, Slurm.model_fields)) for name, value in job.slurm.extra.items())
     problems = [Problem(message, f"slurm.{name}") for name, message in found if message]
     problems += [Problem("holds a NUL character", f"slurm.{path}") for path, text in job.slurm.texts() if "\0" in text]
     return problems

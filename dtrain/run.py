@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import UserError
+from dtrain.filelock import try_lock, warn_of_no_locks
 from dtrain.files import read_json, write_json, write_text
 
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
@@ -203,12 +203,18 @@ class RunDir:
     def lock(self, *, is_agent: bool = False) -> Iterator[None]:
         """Be this run's only writer, until the block ends or the process does.
 
+        On a file system without locks the writer before is still found, by its process here or its status elsewhere;
+        but not one that starts at the same moment.
+
         Raises:
             UserError: another live process is; the message names it.
         """
         descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o640)
         try:
-            if not _flock(descriptor) or self._has_remote_writer():
+            locked = _flock(descriptor)
+            if locked is None:
+                warn_of_no_locks(self.path)
+            if locked is False or (locked is None and self._is_written_here()) or self._has_remote_writer():
                 holder = read_json(self.lock_file) or {}
                 raise UserError(
                     f"{self} is being written by process {holder.get('pid')} on {holder.get('host')}; "
@@ -265,12 +271,20 @@ class RunDir:
     def _is_locked(self) -> bool:
         descriptor = os.open(self.lock_file, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+            free = try_lock(descriptor, shared=True)
         finally:
             os.close(descriptor)
-        return False
+        return self._is_written_here() if free is None else not free
+
+    def _is_written_here(self) -> bool:
+        """Whether another process of this host that has the lock's file open is the one that it names."""
+        writer = self.last_writer()
+        if writer is None or not writer.is_here or writer.pid == os.getpid():
+            return False
+        try:
+            return self._is_open_in(writer.pid)
+        except PermissionError:  # it is another user's, and may be the one
+            return True
 
     def _has_remote_writer(self) -> bool:
         """Another host's flock may not be visible here, but the age of its status is."""
@@ -331,12 +345,10 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _flock(descriptor: int) -> bool:
+def _flock(descriptor: int) -> bool | None:
     # A reader of the status holds the lock for microseconds: ask again before saying no.
     for _ in range(20):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.01)
+        if (locked := try_lock(descriptor)) is not False:
+            return locked
+        time.sleep(0.01)
     return False

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from dtrain.errors import nearest
 
-# Of Slurm 22.05 to 25.05 (man sbatch), but for those that Slurm's own plugins add.
+# Of Slurm 21.08 to 25.05 (man sbatch), but for those that plugins add.
 # fmt: off
 FLAGS = frozenset(
     {
-        "contiguous", "exclusive", "hold", "kill-on-invalid-dep", "no-kill", "overcommit", "oversubscribe", "reboot",
-        "spread-job", "stepmgr", "use-min-nodes",
+        "contiguous", "exclusive", "get-user-env", "hold", "kill-on-invalid-dep", "no-kill", "overcommit",
+        "oversubscribe", "reboot", "resv-ports", "spread-job", "stepmgr", "use-min-nodes",
     }
 )
 _WITH_VALUE = frozenset(
@@ -20,28 +20,50 @@ _WITH_VALUE = frozenset(
         "account", "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "clusters", "comment",
         "constraint", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task", "deadline",
         "delay-boot", "dependency", "distribution", "exclude", "exclusive", "export", "export-file", "extra",
-        "extra-node-info", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gres-flags", "hint", "kill-on-invalid-dep",
-        "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus",
-        "network", "nice", "nodelist", "ntasks-per-core", "oom-kill-step", "partition", "power", "prefer", "priority",
-        "profile", "propagate", "qos", "reservation", "segment", "signal", "sockets-per-node", "switches",
-        "thread-spec", "threads-per-core", "time", "time-min", "tmp", "tres-bind", "tres-per-task", "uid",
-        "wait-all-nodes", "wckey",
+        "extra-node-info", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gres", "gres-flags", "hint",
+        "kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind", "mem-per-cpu",
+        "mem-per-gpu", "mincpus", "network", "nice", "nodelist", "ntasks-per-core", "oom-kill-step", "partition",
+        "power", "prefer", "priority", "profile", "propagate", "qos", "reservation", "resv-ports", "segment", "signal",
+        "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time", "time-min", "tmp", "tres-bind",
+        "tres-per-task", "uid", "wait-all-nodes", "wckey",
     }
 )
 # fmt: on
-OPTIONS = FLAGS | _WITH_VALUE
+# Of the plugin Pyxis: srun is given them, and runs dtrain in that container.
+_PYXIS_FLAGS = frozenset({"container-mount-home", "no-container-mount-home", "container-writable"})
+PYXIS = _PYXIS_FLAGS | {"container-image", "container-name", "container-mounts", "container-env"}
+OPTIONS = FLAGS | _WITH_VALUE | PYXIS
+CPUS = frozenset({"cpus-per-gpu", "cpus-per-task", "exclusive", "mincpus", "tres-per-task"})  # say how many CPUs
+
+# What differs from one Slurm to the next, of what a job may say: since which version there is an option, and the last
+# that has it. What dtrain itself asks of Slurm is the same for all of them:
+# - `--gres=gpu:N` and not `--gpus-per-node`, which select/cons_res (until 23.02) refuses;
+# - srun is told `--cpus-per-task`: 22.05 to 23.02 don't take it from the job;
+# - srun is told `--export=ALL`: a job that was submitted with `--export=NONE` hands that on to its steps;
+# - a node's CPUs are CPUEfctv, where scontrol shows it (since 22.05), else CPUTot.
+SINCE = {
+    "prefer": "22.05",
+    "extra": "23.02",
+    "tres-per-task": "23.02",
+    "tres-bind": "23.11",
+    "resv-ports": "24.05",
+    "segment": "24.05",
+    "stepmgr": "24.05",
+    "oom-kill-step": "24.11",
+}
+UNTIL = {"power": "23.11"}
 _OUR_SIGNAL = re.compile(r"(?:R?B|BR):(?:SIG)?USR2@\d+")  # what the batch script listens to
 
 _SIZE = "the command line says how many: --nodes and --gpus"
 _OUTPUT = "all output goes to the run folder's logs"
 # What dtrain sets itself, and why it can't be set here.
 TAKEN = {
-    **dict.fromkeys(("nodes", "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _SIZE),
+    **dict.fromkeys(("nodes", "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"), _SIZE),
     **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket"), "one task runs on each node"),
     **dict.fromkeys(("output", "error", "open-mode", "input"), _OUTPUT),
     **dict.fromkeys(("requeue", "no-requeue"), "a run is requeued, and continues, until it is done"),
     "array": "dtrain sweep makes arrays",
-    "chdir": "the job runs in the folder from which it is submitted",
+    **dict.fromkeys(("chdir", "container-workdir"), "the job runs in the folder from which it is submitted"),
     "job-name": "it is the job's name",
     "nodefile": "name the nodes: nodelist",
     "wrap": "dtrain writes the script",
@@ -57,7 +79,7 @@ def problem(name: str, value: object, ours: Iterable[str]) -> str | None:
         near = nearest(name.replace("_", "-"), OPTIONS) or nearest(name, ours)
         return "is no option of sbatch" + (f"; did you mean {near}?" if near else "")
     if isinstance(value, bool):
-        return None if name in FLAGS else f"{str(value).lower()} is no value for it"
+        return None if name in FLAGS | _PYXIS_FLAGS else f"{str(value).lower()} is no value for it"
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str | int | float) and not isinstance(word, bool) for word in words):
         return "expected text or a number, or a list of them"
@@ -65,7 +87,9 @@ def problem(name: str, value: object, ours: Iterable[str]) -> str | None:
         return "holds a NUL character"
     if name == "signal" and not _OUR_SIGNAL.fullmatch(str(value)):
         return "expected B:USR2@ and the seconds ahead of the time limit, such as B:USR2@300"
-    if name in FLAGS - _WITH_VALUE:
+    if name == "gres" and any(re.match(r"(gres[:/])?gpu\b", word) for word in ",".join(map(str, words)).split(",")):
+        return f"names GPUs, which are dtrain's own: {_SIZE}"
+    if name in FLAGS - _WITH_VALUE | _PYXIS_FLAGS:
         return "expected true or false"
     return None
 
@@ -77,6 +101,27 @@ def to_arguments(options: dict[str, object]) -> list[str]:
         if value is True:
             arguments.append(f"--{name}")
         elif value is not False:
-            words = value if isinstance(value, list) else [value]
-            arguments.append(f"--{name}={','.join(map(str, words))}")
+            arguments.append(f"--{name}={to_text(value)}")
     return arguments
+
+
+def to_text(value: object) -> str:
+    """An option's value as sbatch takes it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def unknown_to(version: str, arguments: Iterable[str]) -> list[str]:
+    """Which of sbatch's arguments that version of Slurm (22.05.8, say) does not have, in words."""
+    names = [argument.removeprefix("--").partition("=")[0] for argument in arguments]
+    here = _release(version)
+    too_new = [name for name in names if here < _release(SINCE.get(name, "0"))]
+    gone = [name for name in names if name in UNTIL and here > _release(UNTIL[name])]
+    return [
+        *(f"slurm.{name}: there since Slurm {SINCE[name]}, and here it is {version}" for name in too_new),
+        *(f"slurm.{name}: there until Slurm {UNTIL[name]}, and here it is {version}" for name in gone),
+    ]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Of 22.05.8 the first two numbers, by which options differ."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

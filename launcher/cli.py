@@ -32,7 +32,7 @@ def cli() -> None:
 @click.argument("job")
 @click.argument("arguments", nargs=-1)
 @_GPUS
-@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="Machines; the command runs on each.")
+@click.option("--nodes", type=click.IntRange(1), metavar="M", help="Machines, the command on each; in Slurm jobs all.")
 @click.option("--node-rank", type=int, default=0, metavar="K", help="Which of them this one is, from 0.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where node 0 is to be found.")
 @click.option("--slurm", is_flag=True, help="Submit it to Slurm; --gpus is of each node, and may name a type: a100:4.")
@@ -51,7 +51,7 @@ def launch(
     job: str,
     arguments: tuple[str, ...],
     gpus: str,
-    nodes: int,
+    nodes: int | None,
     node_rank: int,
     rendezvous: str | None,
     slurm: bool,
@@ -72,8 +72,6 @@ def launch(
     gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
     from .launch import Request, launch
 
-    if slurm_node:
-        nodes, node_rank, rendezvous = place_in_job()
     if wait and not slurm:
         raise UserError("--wait goes with --slurm: a run here is waited for anyway")
     if not slurm:
@@ -89,7 +87,7 @@ def launch(
         is_module=module,
         max_restarts=max_restarts,
         preload=not no_preload,
-        nodes=nodes,
+        nodes=nodes or 1,
         node_rank=node_rank,
         rendezvous=rendezvous,
         wait=wait,
@@ -98,6 +96,12 @@ def launch(
         from .submit import submit_run
 
         return submit_run(request)
+    if slurm_node or ("SLURM_JOB_ID" in os.environ and not node_rank):
+        from .allocation import located, nodes_elsewhere, start
+
+        if not (slurm_node or dry_run or rendezvous) and (elsewhere := nodes_elsewhere(nodes)):
+            return start(elsewhere)
+        request = located(request, nodes, started_by_srun=slurm_node)
     return launch(request)
 
 
@@ -139,14 +143,6 @@ def check_gpus(gpus: str) -> None:
         if "," in gpus:
             which = f"; which GPUs, CUDA_VISIBLE_DEVICES says: CUDA_VISIBLE_DEVICES={gpus} dtrain launch ..."
         raise UserError(f"--gpus {gpus}: expected a number above 0, or auto{which}")
-
-
-def place_in_job() -> tuple[int, int, str | None]:
-    """Number of nodes, this one's rank, and the rendezvous, from what Slurm says."""
-    from dtrain.slurm.environment import place
-
-    here = place(os.environ)
-    return here.nodes, here.node_rank, f"{here.host}:{here.port}" if here.nodes > 1 else None
 
 
 @cli.command()

@@ -8,16 +8,21 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from dtrain.slurm.environment import cpus
+
 _UNLIMITED = ("max", "-1")
 
 
 def usable_cores(proc: Path = Path("/proc/self")) -> int:
-    """What affinity and the CPU quotas of this process's control groups allow, in whole cores; at least 1.
+    """What affinity, the CPU quotas of this process's control groups and Slurm allow, in whole cores; at least 1.
 
     Args:
         proc: this process's folder in /proc.
     """
-    return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(proc)])))
+    allowed = [len(os.sched_getaffinity(0)), *_quotas(proc)]
+    if (given := cpus(os.environ)) is not None:
+        allowed.append(given)
+    return max(1, int(min(allowed)))
 
 
 def openmp_threads(value: str) -> int | None:

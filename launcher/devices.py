@@ -82,10 +82,15 @@ def expected_ranks(gpus: str) -> int:
     """`choose_processes`, as far as it can be told without the seconds that torch takes to import."""
     if gpus != "auto":
         return int(gpus)
+    return max(1, len(visible_gpus()))
+
+
+def visible_gpus() -> list[str]:
+    """The names by which CUDA_VISIBLE_DEVICES can tell them apart, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len(visible.split(","))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+        return [name for name in visible.split(",") if name not in here.HIDDEN]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 def threads_per_rank(num_ranks: int) -> int:

@@ -33,6 +33,7 @@ from .program import Program, find_module, find_program, find_script, refuse_oth
 
 if TYPE_CHECKING:
     from dtrain.job import Job, LoadedJob, LoadedScript, ScriptJob
+    from dtrain.slurm.environment import Place
 
     from .nodes import Endpoint
 
@@ -64,6 +65,7 @@ class Request:
     nodes: int = 1
     node_rank: int = 0
     rendezvous: str | None = None  # host:port of node 0
+    place: Place | None = None  # where Slurm says the nodes
     wait: bool = False  # with Slurm: follow the job to its end
 
     @property
@@ -300,12 +302,13 @@ def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
 def _continuation(request: Request, run: RunDir) -> str:
     """The command that continues the run: the same request, overrides included, since the job must be the same."""
     words = ["dtrain", "launch", "--resume", "--run-dir", str(run)]
+    place = request.place
     if request.gpus != "auto":
-        words += ["--gpus", request.gpus]
+        words += ["--gpus", str(int(request.gpus) * (1 if place is None else place.local_size))]
     if request.max_restarts is not None:
         words += ["--max-restarts", str(request.max_restarts)]
     words += ["--no-preload"] * (not request.preload) + ["-m"] * request.is_module
-    if request.nodes > 1:
+    if request.nodes > 1 and place is None:
         words += ["--nodes", str(request.nodes), "--node-rank", "0", "--rendezvous", str(request.rendezvous)]
     if request.show_ranks != "0":
         words += ["--show-ranks", request.show_ranks]
@@ -321,6 +324,8 @@ def check_nodes(request: Request) -> None:
         return
     if not 0 <= request.node_rank < request.nodes:
         raise UserError(f"--node-rank {request.node_rank}: with --nodes {request.nodes} it is 0 to {request.nodes - 1}")
+    if request.rendezvous is None and request.place is not None:
+        return
     if request.rendezvous is None:
         raise UserError(
             f"--nodes {request.nodes} needs --rendezvous HOST:PORT, a port of the node that is started with "
@@ -334,8 +339,12 @@ def check_nodes(request: Request) -> None:
 def _endpoint(request: Request) -> Endpoint:
     from .nodes import Endpoint
 
+    place = request.place
+    hosts = place.hosts if place is not None and len(place.hosts) == place.tasks else ()
+    if place is not None and request.rendezvous is None:
+        return Endpoint(request.nodes, request.node_rank, place.host, place.port, hosts)
     host, _, port = str(request.rendezvous).rpartition(":")
-    return Endpoint(request.nodes, request.node_rank, host.strip("[]"), int(port))
+    return Endpoint(request.nodes, request.node_rank, host.strip("[]"), int(port), hosts)
 
 
 @contextmanager

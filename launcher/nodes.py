@@ -24,12 +24,13 @@ from dtrain.errors import UserError
 
 from .network import interface_with, is_loopback
 
-CONNECT_S = 30.0  # how long a node looks for node 0
+GATHER_S = 600.0  # how long the nodes wait for each other: imports on a cold file system differ by minutes
+SAY_EVERY_S = 30.0  # which of them is awaited
 ANSWER_S = 10.0  # how long a connection to node 0 may take
-GATHER_S = 600.0  # how long node 0 waits for the others
 LEAVE_S = 5.0  # how long node 0 waits for the others in the end
 LOST_S = 15.0  # an agent that has said nothing for so long is gone
 _POLL_S = 0.1
+_silence = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ class Endpoint:
     node_rank: int = 0
     host: str = "localhost"
     port: int = 0  # 0: any that is free
+    hosts: tuple[str, ...] = ()  # of the nodes, by number, where they are known
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
+
+    def name(self, *nodes: int) -> str:
+        """`node 1 (gpu07), 2 (gpu08)`."""
+        return "node " + ", ".join(f"{node} ({self.hosts[node]})" if self.hosts else str(node) for node in nodes)
 
 
 class Nodes:
@@ -70,6 +76,7 @@ class Nodes:
             self.store.set(f"addresses/{self.node_rank}", json.dumps(addresses))
         self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
         self._spoke = 0.0
+        self._endpoint = endpoint
         if not self.is_alone:
             self._greet(endpoint, dict(hello))
             self.interface = interface_with(self._address())
@@ -79,15 +86,13 @@ class Nodes:
             raise UserError(f"--node-rank {self.node_rank}: another node of {endpoint} has that number already")
         self.store.set(f"hello/{self.node_rank}", json.dumps(hello))
         print(f"node {self.node_rank} of {self.num_nodes} at {endpoint}: waiting for the others", file=sys.stderr)
-        deadline = time.monotonic() + GATHER_S
-        missing = [f"hello/{node}" for node in range(self.num_nodes)]
-        while missing := [key for key in missing if not self.store.check([key])]:
-            if time.monotonic() > deadline:
-                nodes = ", ".join(key.removeprefix("hello/") for key in missing)
+        missing, wait = list(range(self.num_nodes)), _Wait()
+        while missing := [node for node in missing if not self._has(f"hello/{node}")]:
+            if not wait.goes_on(endpoint.name(*missing)):
                 raise UserError(
-                    f"no sign of node {nodes} at {endpoint} in {GATHER_S:.0f} s; start the same command there"
+                    f"no sign of {endpoint.name(*missing)} at {endpoint} in {GATHER_S:.0f} s; "
+                    "start the same command there"
                 )
-            time.sleep(_POLL_S)
         hellos = [json.loads(self.store.get(f"hello/{node}")) for node in range(self.num_nodes)]
         for node, other in enumerate(hellos):
             for key, value in hellos[0].items():
@@ -112,12 +117,19 @@ class Nodes:
         if self.node_rank == 0:
             self.store.set(f"first/{key}", value)
             return value
-        deadline = time.monotonic() + CONNECT_S
-        while not self.store.check([f"first/{key}"]):
-            if time.monotonic() > deadline:
-                raise UserError(f"node 0 did not start the run in {CONNECT_S:.0f} s: look at its screen")
-            time.sleep(_POLL_S)
+        first = self._endpoint.name(0)
+        wait = _Wait()
+        while not self._has(f"first/{key}"):
+            if not wait.goes_on(f"{first} to start the run"):
+                raise UserError(f"{first} did not start the run in {GATHER_S:.0f} s: look at its screen")
         return str(self.store.get(f"first/{key}"), "utf-8")
+
+    def _has(self, key: str) -> bool:
+        try:
+            with _silenced():
+                return bool(self.store.check([key]))
+        except (DistNetworkError, DistStoreError):
+            raise UserError(f"{self._endpoint.name(0)} has ended before the run began: look at its screen") from None
 
     # -- while it runs ---------------------------------------------------------------------------
 
@@ -148,7 +160,9 @@ class Nodes:
                 count = self.store.add(f"alive/{node}", 0)
                 if node not in self._seen or count != self._seen[node][0]:
                     self._seen[node] = (count, now)
-        return next((node for node, (_, when) in self._seen.items() if now - when > LOST_S), None)
+        # One that has not begun yet may still be importing.
+        limits = {node: LOST_S if count else GATHER_S for node, (count, _) in self._seen.items()}
+        return next((node for node, (_, when) in self._seen.items() if now - when > limits[node]), None)
 
     def close(self) -> None:
         """Leave; node 0 waits for the others, who may still have to hear how it ended."""
@@ -240,7 +254,7 @@ def _new_store(host: str, port: int, *, is_local: bool) -> TCPStore:
 def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
     """Node 0's store, and the addresses of this node and of node 0 between which it was found."""
     print(f"node {endpoint.node_rank} of {endpoint.num_nodes}: looking for node 0 at {endpoint}", file=sys.stderr)
-    deadline = time.monotonic() + CONNECT_S
+    wait = _Wait()
     while True:
         try:
             with socket.create_connection((endpoint.host, endpoint.port), timeout=5.0) as connection:
@@ -249,12 +263,12 @@ def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
         except socket.gaierror:
             raise UserError(f"--rendezvous {endpoint}: no host of that name is known here") from None
         except OSError as error:
-            if time.monotonic() > deadline:
+            why = error.strerror or error
+            if not wait.goes_on(f"{endpoint.name(0)} at {endpoint} ({why})"):
                 raise UserError(
-                    f"--rendezvous {endpoint}: nobody answers ({error.strerror or error}), for {CONNECT_S:.0f} s: is "
-                    "dtrain running on node 0, with --node-rank 0, and may this node reach that port?"
+                    f"--rendezvous {endpoint}: nobody answers ({why}), for {GATHER_S:.0f} s: is dtrain running on "
+                    f"{endpoint.name(0)}, with --node-rank 0, and may this node reach that port?"
                 ) from None
-            time.sleep(_POLL_S)
     found: list[TCPStore] = []
 
     def connect() -> None:
@@ -264,7 +278,7 @@ def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
 
     # A thread, since torch waits for ever where somebody listens and says nothing.
     connecting = threading.Thread(target=connect, daemon=True)
-    with _silenced():  # torch logs each try with its native stack
+    with _silenced():
         connecting.start()
         connecting.join(ANSWER_S)
     if not found:
@@ -273,13 +287,33 @@ def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
     return found[0], addresses
 
 
+class _Wait:
+    """For the other nodes, as long as they may take; it says now and then which."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def goes_on(self, awaited: str) -> bool:
+        """Wait a moment; False where that was long enough."""
+        now = time.monotonic()
+        waited = now - self._began
+        if now - self._said > SAY_EVERY_S:
+            self._said = now
+            patience = f"after {waited:.0f} s; giving up at {GATHER_S:.0f} s"
+            print(f"still waiting for {awaited} {patience}", file=sys.stderr)
+        time.sleep(_POLL_S)
+        return waited < GATHER_S
+
+
 @contextmanager
 def _silenced() -> Iterator[None]:
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    """Without what torch logs by itself: each failure with its native stack."""
+    with _silence:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)

@@ -19,12 +19,15 @@ from dtrain.files import read_json, write_json, write_text
 from dtrain.job import Job, LoadedScript, ScriptJob, Slurm
 from dtrain.loading import dump_job, load
 from dtrain.run import RunDir
+from dtrain.screen import say
 from dtrain.slurm.jobs import job_of, look_up, set_job, submit
+from dtrain.slurm.partition import cpus_beside
 from dtrain.slurm.render import Array, Gpus, Submission, render
 from dtrain.tracking_uri import hand_on
 
 from .launch import Request, fill, find_run, is_done
 from .program import find_module, find_program, find_script
+from .subcommand import own_command
 
 LOOK_EVERY_S = 2.0
 
@@ -44,6 +47,7 @@ class Submittable:
     def render(self, run: Path, array: Array | None = None) -> Submission:
         """Its submission from this working directory, with that run folder."""
         slurm = Slurm() if self.job is None else self.job.slurm
+        on_cpu = self.job is not None and self.job.launch.device == "cpu"
         return render(
             self.name,
             slurm,
@@ -55,13 +59,23 @@ class Submittable:
             options=self.options,
             target=self.target,
             array=array,
-            on_cpu=self.job is not None and self.job.launch.device == "cpu",
+            on_cpu=on_cpu,
+            cpus=None if on_cpu else self._cpus(slurm),
         )
 
+    def _cpus(self, slurm: Slurm) -> int | None:
+        try:
+            return cpus_beside(self.gpus, slurm.options)
+        except UserError as error:
+            say(f"warning: {error}; the job may get one CPU for its GPUs: slurm.cpus-per-gpu says how many")
+            return None
 
-def dtrain_command(slurm: Slurm) -> str:
-    """This command on a node: the same file, or the one in the container."""
-    return "dtrain" if slurm.container else os.path.abspath(sys.argv[0])
+
+def dtrain_command(slurm: Slurm) -> list[str]:
+    """This command on a node: the same, or the one in the container, or which the job names."""
+    if slurm.dtrain is not None:
+        return [slurm.dtrain]
+    return ["dtrain"] if slurm.is_in_container else own_command()
 
 
 def submit_run(request: Request) -> int:

@@ -5,19 +5,14 @@ All run folders are filled at the start: what a sweep trains is what was there w
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from dtrain import signals
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_text
 from dtrain.job import Job, LoadedJob
@@ -28,10 +23,9 @@ from dtrain.slurm.render import Array
 from dtrain.sweep import Sweep, grid
 from dtrain.tracking_uri import hand_on
 
-from .agent import STOP_SIGNALS
-from .entry import die_with_parent
 from .launch import fill, is_done
 from .runs import print_runs
+from .subcommand import Subcommand, own_command
 from .submit import LOOK_EVERY_S, Submittable, mark_submitted, parse_gpus, refuse_second, whole_or_as_before
 
 
@@ -125,10 +119,11 @@ def _fill(found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir], *, 
 def _run(request: SweepRequest, found: Sweep, runs: Sequence[tuple[RunDir, list[str]]]) -> int:
     """One run with its job after the other: each a `dtrain launch`, which is asked what this process is asked."""
     failed = False
-    with _Command.passing_signals_on() as command:
+    with Subcommand.passing_signals_on() as command:
         for count, (run, job) in enumerate(runs, 1):
             print(f"run {run.path.name} ({count} of {len(runs)}): {found.point(run)}", file=sys.stderr)
-            code = command.run("launch", "--gpus", request.gpus, "--resume", "--run-dir", str(run), *job)
+            words = ["launch", "--nodes", "1", "--gpus", request.gpus, "--resume", "--run-dir", str(run), *job]
+            code = command.run([*own_command(), *words])
             if code in (EXIT_STOPPED, EXIT_INTERRUPTED) or (command.asked and count < len(runs)):
                 print(f"the sweep has stopped; continue with: {_continuation(request, found)}", file=sys.stderr)
                 return code or EXIT_STOPPED
@@ -145,36 +140,6 @@ def _continuation(request: SweepRequest, found: Sweep) -> str:
     size = ["--gpus", request.gpus] if request.gpus != "auto" else []
     words = ["dtrain", "sweep", *size, "--resume", "--run-dir", str(found.folder), request.job, *request.overrides]
     return shlex.join(words)
-
-
-class _Command:
-    """A `dtrain` command at a time, in a session of its own: it gets a signal once, and dies with this process."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @classmethod
-    @contextmanager
-    def passing_signals_on(cls) -> Iterator[_Command]:
-        command = cls()
-        with signals.handled(STOP_SIGNALS, command._pass_on):
-            yield command
-
-    def run(self, *arguments: str) -> int:
-        """Run it to its end; the exit code."""
-        command = [os.path.abspath(sys.argv[0]), *arguments]
-        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
-        if self.asked is not None:  # before there was one
-            self._process.send_signal(self.asked)
-        code = self._process.wait()
-        self._process = None
-        return code if code >= 0 else 128 - code
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-        if self._process is not None:
-            self._process.send_signal(number)
 
 
 # -- on Slurm ------------------------------------------------------------------------------------

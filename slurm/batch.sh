@@ -22,12 +22,10 @@ step() { # how far the run is
     text=$(grep -o '"step": [0-9]*' "$run/status.json" 2> /dev/null) && echo "${text##* }" || echo 0
 }
 
-# Since Slurm 22.05 srun does not take this from the job by itself.
-[[ $SLURM_CPUS_PER_TASK ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-
 step_before=$(step)
 # --wait: of a node that died, srun hears nothing. The other agents do, and end.
-srun --nodes=@nodes@ --ntasks=@nodes@ --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 --unbuffered \
+srun --nodes=@nodes@ --ntasks=@nodes@ --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
+    --kill-on-bad-exit=0 --wait=120 --unbuffered --export=ALL@step@ \
     @dtrain@ launch --slurm-node --gpus @gpus@ --resume --run-dir "$run"@options@ \
     @target@ &
 agents=$!

@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import re
 import secrets
+import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from dtrain.errors import Problem
 from dtrain.job import Slurm
 from dtrain.sbatch import to_arguments
 
-from .jobs import ask
-from .render import Gpus, Submission, probe
+from .command import ask
+from .partition import Partition, default_partition, look_at, minutes
+from .render import Gpus, Submission, in_pyxis, probe
 
 IMMEDIATE_S = 30  # so long may the look at a node wait for one that is free
 # Of the submission's options those that decide where its job may run.
@@ -30,18 +33,9 @@ class Findings:
     problems: list[Problem]
 
 
-@dataclass(frozen=True)
-class Partition:
-    """A partition's limits, and of its nodes the most that one has."""
-
-    name: str
-    max_minutes: float | None
-    max_nodes: int | None
-    gpus: dict[str, int]  # by type; "" for those without one
-    cpus: int
-
-
-def check(submission: Submission, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: str) -> Findings:
+def check(
+    submission: Submission, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]
+) -> Findings:
     """Look at everything.
 
     Args:
@@ -99,56 +93,6 @@ def describe(partition: Partition) -> str:
     return f"partition {partition.name}: {limit}, {partition.cpus} CPUs and {gpus} a node"
 
 
-def default_partition() -> str:
-    for line in ask("scontrol", "--oneliner", "show", "partition").stdout.splitlines():
-        if "Default=YES" in line.split():
-            return _fields(line)["PartitionName"]
-    return ""
-
-
-def look_at(name: str) -> Partition | None:
-    """The partition of that name; None where there is none that Slurm would show."""
-    done = ask("scontrol", "--oneliner", "show", "partition", name)
-    if done.returncode != 0 or not done.stdout.strip():
-        return None
-    fields = _fields(done.stdout.splitlines()[0])
-    max_nodes = fields.get("MaxNodes", "UNLIMITED")
-    gpus: dict[str, int] = {}
-    cpus = 0
-    for line in ask("sinfo", "--noheader", f"--partition={name}", "--format=%c %G").stdout.splitlines():
-        number, _, resources = line.partition(" ")
-        cpus = max(cpus, int(number.rstrip("+")))
-        for kind, count in parse_gpus(resources).items():
-            gpus[kind] = max(gpus.get(kind, 0), count)
-    return Partition(
-        name, minutes(fields.get("MaxTime", "")), int(max_nodes) if max_nodes.isdecimal() else None, gpus, cpus
-    )
-
-
-def _fields(line: str) -> dict[str, str]:
-    """The NAME=VALUE words of a line of scontrol's."""
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
-
-
-def parse_gpus(resources: str) -> dict[str, int]:
-    """GPUs by type in a node's generic resources: `gpu:a100:4(S:0-1),gpu:2,shard:8`."""
-    found: dict[str, int] = {}
-    for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,(]+))??:(\d+)", resources):
-        found[kind] = found.get(kind, 0) + int(count)
-    return found
-
-
-def minutes(text: str) -> float | None:
-    """A time limit as Slurm writes it (man sbatch, --time); None for no limit, and for what is none."""
-    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", text)
-    if match is None:
-        return None
-    days, after_days, minutes_after, seconds_after, hours, number, seconds, alone = (
-        int(each or 0) for each in match.groups()
-    )
-    return (days * 24 + after_days + hours) * 60 + minutes_after + number + alone + (seconds_after + seconds) / 60
-
-
 def _account(options: dict[str, object]) -> list[Problem]:
     """Whether the account is one of the user's, where there is accounting."""
     asked = options.get("account")
@@ -162,12 +106,13 @@ def _account(options: dict[str, object]) -> list[Problem]:
     return [Problem(f"{asked} is no account of yours; there are {', '.join(accounts)}", "slurm.account")]
 
 
-def _look_at_node(found: Findings, slurm: Slurm, folder: Path, dtrain: str) -> None:
+def _look_at_node(found: Findings, slurm: Slurm, folder: Path, dtrain: Sequence[str]) -> None:
     """Whether a node sees the working directory, and has this dtrain."""
     token = folder / f".dtrain-check-{secrets.token_hex(4)}"
     where = to_arguments({name: value for name, value in slurm.options.items() if name in _WHERE})
     script = probe(slurm, folder, token, dtrain=dtrain)
     command = ["srun", "--nodes=1", "--ntasks=1", "--time=2", f"--immediate={IMMEDIATE_S}", *where]
+    command += in_pyxis(slurm, (folder,))
     token.touch()
     try:
         done = ask(*command, "bash", "-c", script, timeout_s=IMMEDIATE_S + 120)
@@ -182,8 +127,8 @@ def _look_at_node(found: Findings, slurm: Slurm, folder: Path, dtrain: str) -> N
         found.problems.append(Problem(f"the nodes do not see {folder}: submit from a folder that they share"))
     versions = [line.rpartition(" ")[2] for line in lines if line.startswith("dtrain")]
     if not versions:
-        hint = "activate its environment in slurm.setup" if slurm.container is None else "install it in the image"
-        found.problems.append(Problem(f"the nodes can't run {dtrain} ({says[0]})", hint=hint))
+        hint = "activate its environment in slurm.setup" if not slurm.is_in_container else "install it in the image"
+        found.problems.append(Problem(f"the nodes can't run {shlex.join(dtrain)} ({says[0]})", hint=hint))
     elif versions[0] != __version__:
         found.problems.append(Problem(f"the nodes have dtrain {versions[0]}, and here it is {__version__}"))
     else:

@@ -1,57 +1,107 @@
-"""What Slurm tells a task of where it is, in environment variables (man srun)."""
+"""What Slurm tells a process of where it is, in environment variables (man srun)."""
 
 from __future__ import annotations
 
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dtrain.errors import UserError
 
+from .command import ask
+
 FIRST_PORT, NUM_PORTS = 20000, 12768  # below those that systems give to outgoing connections
+_STEP_APART = 1009  # between the ports of a job's steps, which may run at the same time
 
 
 @dataclass(frozen=True)
 class Place:
-    """This node among the job's, and where node 0 is met."""
+    """This task among those of its step, and where the first one is met. Each is a node of the run.
 
-    nodes: int
-    node_rank: int
+    `hosts` are those of the step, in order; `local_rank` is this one's among the `local_size` tasks on its host.
+    """
+
+    tasks: int
+    rank: int
     host: str
     port: int
+    hosts: tuple[str, ...]
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def is_task(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several tasks that srun has started, or comes from one.
+
+    A job that was submitted from within a step has that one's variables beside its own.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    node_list = environment.get("SLURM_STEP_NODELIST")
+    return tasks.isdecimal() and int(tasks) > 1 and node_list == environment.get("SLURM_NODELIST")
 
 
 def place(environment: Mapping[str, str]) -> Place:
     """Where this task runs.
 
     Raises:
-        UserError: Slurm has not started this process.
+        UserError: srun has not started this process.
     """
-    names = ("SLURM_JOB_ID", "SLURM_NODEID", "SLURM_NNODES")
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_LOCALID")
     wrong = [name for name in names if not environment.get(name, "").isdecimal()]
-    wrong += ["SLURM_JOB_NODELIST"] * (not environment.get("SLURM_JOB_NODELIST"))
+    wrong += [name for name in ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE") if not environment.get(name)]
     if wrong:
         raise UserError(f"this is for srun to start, within a job of Slurm: no {wrong[0]}")
-    job_id, node_rank, nodes = (int(environment[name]) for name in names)
-    node_list = environment["SLURM_JOB_NODELIST"]
-    # srun was started on the first node, and says by which address the others have reached it.
-    host = first_host(node_list)
-    if not _has_address(host):
-        host = environment.get("SLURM_LAUNCH_NODE_IPADDR", host)
-    return Place(nodes, node_rank, host, FIRST_PORT + job_id % NUM_PORTS)
+    job_id, step_id, rank, tasks, node, local_rank = (int(environment[name]) for name in names)
+    hosts = expand(environment["SLURM_STEP_NODELIST"])
+    port = FIRST_PORT + (job_id + _STEP_APART * step_id) % NUM_PORTS
+    local_size = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]
+    return Place(tasks, rank, _address(hosts[0], environment), port, hosts, local_rank, local_size)
 
 
-def first_host(node_list: str) -> str:
-    """The first of `gpu[01-04,7],login`: gpu01. There may be several brackets in a name: `rack[1-2]-n[3,4]`."""
-    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", node_list)
-    name = first[0] if first else node_list
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", name)
+def cpus(environment: Mapping[str, str]) -> int | None:
+    """A task's share of the CPUs that its step or job has on this node, where Slurm says it.
+
+    Many clusters bind a task to its CPUs, others only count them.
+    """
+    here, tasks = environment.get("SLURM_CPUS_ON_NODE", ""), 1
+    if not here.isdecimal():
+        return None
+    if is_task(environment):
+        tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
+    return max(1, int(here) // tasks)
 
 
-def _has_address(host: str) -> bool:
-    try:
+def expand(node_list: str) -> tuple[str, ...]:
+    """The hosts of `gpu[01-04,7],login`. There may be several brackets in a name: `rack[1-2]-n[3,4]`."""
+    return tuple(host for name in re.findall(r"(?:[^,\[]|\[[^]]*\])+", node_list) for host in _expand_name(name))
+
+
+def _expand_name(name: str) -> list[str]:
+    before, bracket, rest = name.partition("[")
+    if not bracket:
+        return [name]
+    inside, _, after = rest.partition("]")
+    numbers = []
+    for part in inside.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return [f"{before}{number}{end}" for number in numbers for end in _expand_name(after)]
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """By node: `2(x3),1` is 2, 2, 2, 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _address(host: str, environment: Mapping[str, str]) -> str:
+    """By which the others reach that host of the cluster: its name may be known to Slurm alone."""
+    with suppress(OSError):
         socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
+        return host
+    with suppress(UserError):  # in a container there may be no scontrol
+        if found := re.search(r"\bNodeAddr=(\S+)", ask("scontrol", "--oneliner", "show", "node", host).stdout):
+            return found[1]
+    return environment.get("SLURM_LAUNCH_NODE_IPADDR", host)  # of the host where srun was started, mostly the first

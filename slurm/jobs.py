@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain import sbatch
 from dtrain.errors import Problem, UserError
 from dtrain.files import read_json, write_json
 from dtrain.run import RunDir
 
+from .command import ask
 from .render import Submission
 
 _OVER = {  # man squeue; a job in any other state may still run
@@ -73,7 +76,8 @@ def submit(submission: Submission, script: Path) -> str:
     """
     done = ask("sbatch", *submission.arguments, str(script))
     if done.returncode != 0:
-        raise _refused(done)
+        version = ask("sbatch", "--version").stdout.split()[-1]  # after a name, which packagers change
+        raise _refused(done, sbatch.unknown_to(version, submission.arguments))
     return done.stdout.strip().splitlines()[-1].partition(";")[0]  # --parsable: number;cluster
 
 
@@ -138,25 +142,8 @@ def end_job(job_id: str) -> None:
         raise _refused(done)
 
 
-def ask(*command: str, stdin: str = "", timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
-    """What a command of Slurm answers.
-
-    Raises:
-        UserError: it is not there, or does not answer.
-    """
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, input=stdin)
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]} is not found: Slurm is not installed here, or not on PATH; without --slurm the job runs here"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{command[0]} did not answer in {timeout_s:.0f} s; is Slurm's controller up?  scontrol ping"
-        ) from None
-
-
-def _refused(done: subprocess.CompletedProcess[str]) -> UserError:
-    """In Slurm's own words."""
+def _refused(done: subprocess.CompletedProcess[str], because: Sequence[str] = ()) -> UserError:
+    """In Slurm's own words, and ours."""
     lines = [re.sub(r"^(\w+): (error|fatal): ", r"\1: ", line) for line in done.stderr.strip().splitlines()]
-    return UserError([Problem(line) for line in lines or [f"{done.args[0]} ended with {done.returncode}"]])
+    lines = lines or [f"{done.args[0]} ended with {done.returncode}"]
+    return UserError([Problem(line) for line in (*because, *lines)])

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.errors import UserError
 from dtrain.job import Slurm
-from dtrain.sbatch import to_arguments
+from dtrain.sbatch import CPUS, to_arguments, to_text
 
 MOST_STALLS = 3  # starts in a row without a step, before a run is not requeued any more
 SIGNAL = "B:USR2@120"  # to the batch shell, so many seconds ahead of the time limit
@@ -78,11 +79,12 @@ def render(
     nodes: int,
     gpus: Gpus,
     *,
-    dtrain: str,
+    dtrain: Sequence[str],
     options: Sequence[str] = (),
     target: Sequence[str] | None = None,
     array: Array | None = None,
     on_cpu: bool = False,
+    cpus: int | None = None,
 ) -> Submission:
     """The submission of one run, or of an array of runs.
 
@@ -96,6 +98,7 @@ def render(
         options: what each node's `dtrain launch` is told besides.
         target: the script that it launches, with its arguments; by default the job.yaml of the run folder.
         on_cpu: CPUs are asked for, and no GPUs.
+        cpus: of each node, beside GPUs.
     """
     arguments = [
         "--parsable",
@@ -112,17 +115,21 @@ def render(
         arguments.append(f"--array={array}")
     if "signal" not in slurm.options:
         arguments.append(f"--signal={SIGNAL}")
-    if not on_cpu:
-        arguments.append(f"--gpus-per-node={gpus}")
-    elif "cpus-per-task" not in slurm.options:
-        arguments.append(f"--cpus-per-task={gpus.count}")
-    arguments += to_arguments(slurm.options)
+    asked = slurm.options
+    others = to_text(asked.pop("gres")) if "gres" in asked else ""
+    if resources := ",".join(filter(None, ["" if on_cpu else f"gpu:{gpus}", others])):
+        arguments.append(f"--gres={resources}")
+    cpus = gpus.count if on_cpu else cpus
+    if cpus is not None and not CPUS & asked.keys():
+        arguments.append(f"--cpus-per-task={cpus}")
+    arguments += to_arguments(asked)
 
     values = {
         "run": shlex.quote(str(run)) + ("/$SLURM_ARRAY_TASK_ID" if array else ""),
         "setup": "\n".join(slurm.setup),
-        "env": "\n".join(_exports(slurm)),
+        "env": "\n".join(_environment(slurm)),
         "nodes": str(nodes),
+        "step": "".join(f" {shlex.quote(each)}" for each in in_pyxis(slurm, (run, folder))),
         "dtrain": shlex.join(_command(dtrain, slurm, (run, folder), on_cpu=on_cpu)),
         "gpus": str(gpus.count),
         "options": "".join(f" {shlex.quote(each)}" for each in options),
@@ -134,20 +141,35 @@ def render(
     return Submission(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
 
 
-def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: str) -> str:
+def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: Sequence[str]) -> str:
     """A script for a node: it says `sees it` where there is the file `token`, and the version of its dtrain."""
     command = _command(dtrain, slurm, (folder,), on_cpu=True)
-    lines = [*slurm.setup, *_exports(slurm), f"[[ -e {shlex.quote(str(token))} ]] && echo sees it"]
+    lines = [*slurm.setup, *_environment(slurm), f"[[ -e {shlex.quote(str(token))} ]] && echo sees it"]
     return "\n".join([*lines, shlex.join([*command, "--version"])])
 
 
-def _exports(slurm: Slurm) -> list[str]:
-    return [f"export {key}={shlex.quote(value)}" for key, value in slurm.env.items()]
+def in_pyxis(slurm: Slurm, folders: Sequence[Path]) -> list[str]:
+    """srun's options for a container by the plugin Pyxis: it sees the folders, and runs in the last of them."""
+    asked = slurm.pyxis
+    if not asked:
+        return []
+    if wrong := [folder for folder in folders if re.search("[,:]", str(folder))]:
+        raise UserError(f"{wrong[0]}: Pyxis can't mount a folder with a comma or a colon in its name")
+    mounts = [f"{folder}:{folder}" for folder in folders]
+    if "container-mounts" in asked:
+        mounts.append(to_text(asked["container-mounts"]))
+    return to_arguments({**asked, "container-mounts": mounts, "container-workdir": folders[-1]})
 
 
-def _command(dtrain: str, slurm: Slurm, folders: Sequence[Path], *, on_cpu: bool) -> list[str]:
+def _environment(slurm: Slurm) -> list[str]:
+    """A container gets this environment and mostly the home directory: its python would find modules there."""
+    own = ["unset PYTHONPATH PYTHONHOME; export PYTHONNOUSERSITE=1"] if slurm.is_in_container else []
+    return own + [f"export {key}={shlex.quote(value)}" for key, value in slurm.env.items()]
+
+
+def _command(dtrain: Sequence[str], slurm: Slurm, folders: Sequence[Path], *, on_cpu: bool) -> list[str]:
     """dtrain on a node, in its container if there is one."""
-    return [dtrain] if slurm.container is None else [*_in_container(slurm.container, folders, on_cpu=on_cpu), dtrain]
+    return [*dtrain] if slurm.container is None else [*_in_container(slurm.container, folders, on_cpu=on_cpu), *dtrain]
 
 
 def _literal(path: Path) -> str:

@@ -124,9 +124,11 @@ class Site:
     project: Project
     cluster: Cluster
 
-    def run(self, *arguments: str) -> Done:
-        environment = {**self.project.environment, **self.cluster.environment}
-        done = subprocess.run([DTRAIN, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True)
+    def run(self, *arguments: str, within: tuple[str, ...] = (), **variables: str) -> Done:
+        """A command of dtrain's, started by another one if `within` is that."""
+        environment = {**self.project.environment, **self.cluster.environment, **variables}
+        command = [*within, DTRAIN, *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         return Done(done.returncode, done.stdout, done.stderr)
 
     def submit(self, *overrides: str, size: tuple[str, ...] = SIZE, name: str = "run") -> str:

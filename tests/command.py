@@ -193,7 +193,11 @@ class Project:
 
     def __init__(self, folder: Path, store: str) -> None:
         self.folder = folder
-        self.environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        self.environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in RANK_VARIABLES and not key.startswith("SLURM")  # else a run would be on all nodes of its job
+        }
         self.environment["MLFLOW_TRACKING_URI"] = store
         self.write("net.py", NET)
         self.write("data.py", DATA)

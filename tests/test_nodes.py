@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -160,7 +162,7 @@ def test_what_a_user_gets_wrong(job):
 
 
 def test_nobody_answers(monkeypatch):
-    monkeypatch.setattr(nodes, "CONNECT_S", 0.5)
+    monkeypatch.setattr(nodes, "GATHER_S", 0.5)
     with pytest.raises(UserError, match=r"nobody answers \(Connection refused\), for 0 s: is dtrain running on node 0"):
         nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", free_port()), {})
 
@@ -169,6 +171,33 @@ def test_the_others_do_not_come(monkeypatch):
     monkeypatch.setattr(nodes, "GATHER_S", 0.5)
     with pytest.raises(UserError, match=r"no sign of node 1, 2 at 127.0.0.1:\d+ in 0 s; start the same command there"):
         nodes.Nodes(nodes.Endpoint(3, 0, "127.0.0.1", free_port()), {})
+
+
+def test_a_slow_node_is_awaited_and_named(monkeypatch, capsys):
+    monkeypatch.setattr(nodes, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(nodes, "LOST_S", -1.0)
+    said = ""
+
+    def until(words: str) -> None:
+        nonlocal said
+        while words not in said:
+            said += capsys.readouterr().err
+
+    port, hosts = free_port(), ("gpu1", "gpu2")
+    with ThreadPoolExecutor() as beside:
+        waiting = beside.submit(nodes.Nodes, nodes.Endpoint(2, 0, "127.0.0.1", port, hosts), {})
+        until("still waiting for node 1 (gpu2) after 0 s; giving up at 600 s")
+        second = nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", port, hosts), {})
+        first = waiting.result()
+        assert first.lost() is None  # it has met the others, and may still be importing
+        asking = beside.submit(second.from_first, "run")
+        until("still waiting for node 0 (gpu1) to start the run")
+        first.from_first("run", "here")
+        assert asking.result() == "here"
+        del first, waiting
+    gc.collect()
+    with pytest.raises(UserError, match=r"node 0 \(gpu1\) has ended before the run began: look at its screen"):
+        second.from_first("code")
 
 
 def test_something_else_answers(monkeypatch):

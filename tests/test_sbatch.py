@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,16 @@ import pytest
 
 from dtrain.errors import UserError
 from dtrain.job import Slurm
+from dtrain.launcher.allocation import located
+from dtrain.launcher.launch import Request
+from dtrain.launcher.submit import dtrain_command
 from dtrain.loading import load
-from dtrain.slurm.environment import Place, first_host, place
+from dtrain.sbatch import unknown_to
+from dtrain.slurm.command import outside_a_job
+from dtrain.slurm.environment import Place, cpus, expand, is_task, place
 from dtrain.slurm.jobs import QueuedJob, look_up
-from dtrain.slurm.render import Array, Gpus, Submission, render
+from dtrain.slurm.partition import cpus_beside
+from dtrain.slurm.render import Array, Gpus, Submission, probe, render
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN, FOLDER = Path("/data/runs/digits-1"), Path("/home/me/thesis")
@@ -23,7 +30,7 @@ RUN, FOLDER = Path("/data/runs/digits-1"), Path("/home/me/thesis")
 def rendered(slurm: Slurm, *, run: Path = RUN, gpus: str = "4", **others: Any) -> Submission:
     size = Gpus.parse(gpus)
     assert size is not None
-    return render("digits", slurm, run, FOLDER, 2, size, dtrain="/opt/dtrain", **others)
+    return render("digits", slurm, run, FOLDER, 2, size, dtrain=["/opt/dtrain"], **others)
 
 
 # By name: the section, and what else is asked for.
@@ -47,6 +54,18 @@ JOBS = {
         {"gpus": "a100:4"},
     ),
     "cpu": (Slurm(), {"on_cpu": True}),
+    "gpus": (Slurm.model_validate({"gres": ["lscratch:100", "nic:2"], "dtrain": "/nodes/dtrain"}), {"cpus": 32}),
+    "pyxis": (
+        Slurm.model_validate(
+            {
+                "container-image": "nvcr.io#nvidia/pytorch:25.05-py3",
+                "container-mounts": ["/scratch", "/data:/data:ro"],
+                "container-writable": True,
+                "env": {"PYTHONPATH": "/data/python"},
+            }
+        ),
+        {"cpus": 8},
+    ),
     "script": (
         Slurm(),
         {"options": ["--show-ranks", "all"], "target": ["/home/me/it's/train.py", "--", "--lr", "0.1"]},
@@ -93,7 +112,7 @@ def test_data_stays_data(text, tmp_path):
     run = tmp_path / text
     run.mkdir()
     slurm = Slurm.model_validate({"comment": text, "env": {"VALUE": text}, "container": text})
-    submission = render(text, slurm, run, tmp_path, 1, Gpus(1), dtrain=text, options=[text], target=[text])
+    submission = render(text, slurm, run, tmp_path, 1, Gpus(1), dtrain=[text], options=[text], target=[text])
     assert f"--comment={text}" in submission.arguments
     assert f"--job-name={text}" in submission.arguments
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
@@ -127,25 +146,152 @@ def test_no_gpus(text):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("node0", "node0"), ("a,b", "a"), ("gpu[01-04,07],login", "gpu01"), ("n[7,9-11]", "n7"), ("r[1-2]n[3,4]", "r1n3")],
+    ("node_list", "hosts"),
+    [
+        ("node0", ("node0",)),
+        ("a,b", ("a", "b")),
+        ("gpu[09-10,7],login", ("gpu09", "gpu10", "gpu7", "login")),
+        ("r[1-2]n[3,4]-ib", ("r1n3-ib", "r1n4-ib", "r2n3-ib", "r2n4-ib")),
+    ],
 )
-def test_the_first_host(nodes, first):
-    assert first_host(nodes) == first
+def test_the_hosts_of_a_list(node_list, hosts):
+    assert expand(node_list) == hosts
 
 
-def test_a_place_among_the_nodes():
-    environment = {
-        "SLURM_JOB_ID": "15",
-        "SLURM_NODEID": "1",
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
-    }
-    assert place(environment) == Place(2, 1, "127.0.0.1", 20015)
-    unknown = {**environment, "SLURM_JOB_NODELIST": "no-such-host-[1-2]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+TASK = {
+    "SLURM_JOB_ID": "15",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "4",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_NODEID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "127.0.0.[1-3]",
+    "SLURM_NODELIST": "127.0.0.[1-3]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_CPUS_ON_NODE": "8",
+}
+
+
+def test_a_place_among_the_tasks():
+    hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    assert is_task(TASK)
+    assert place(TASK) == Place(5, 4, "127.0.0.1", 20015, hosts, 0, 1)
+    second = {**TASK, "SLURM_STEP_ID": "1", "SLURM_PROCID": "3", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}
+    assert place(second) == Place(5, 3, "127.0.0.1", 21024, hosts, 1, 2)
+    assert (cpus(TASK), cpus(second), cpus({})) == (8, 4, None)
+    unknown = {**TASK, "SLURM_STEP_NODELIST": "no-such-host-[1-3]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
     assert place(unknown).host == "10.0.0.7"
-    with pytest.raises(UserError, match="for srun to start, within a job of Slurm: no SLURM_NODEID"):
+    assert not is_task({**TASK, "SLURM_NODELIST": "127.0.0.7"})  # a batch job that was submitted from a step
+    with pytest.raises(UserError, match="for srun to start, within a job of Slurm: no SLURM_STEP_ID"):
         place({"SLURM_JOB_ID": "15"})
+
+
+@pytest.mark.parametrize(
+    ("visible", "on_node", "asked", "gpus", "own"),
+    [
+        ("0,1,2,3", "4", "auto", "auto", "2,3"),  # all tasks see all GPUs of the node
+        ("0,1,2,3", "4", "4", "2", "2,3"),
+        ("6", "4", "auto", "auto", "6"),  # --gpus-per-task=1
+        ("GPU-a,GPU-b", "4", "2", "1", "GPU-a,GPU-b"),
+        ("NoDevFiles", None, "2", "1", "NoDevFiles"),
+        ("0", None, "2", "1", "0"),  # of a node whose GPUs Slurm does not know
+    ],
+)
+def test_the_part_of_one_of_two_tasks_on_a_node(visible, on_node, asked, gpus, own, monkeypatch):
+    here = {"SLURM_PROCID": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}
+    for name, value in {**TASK, **here, "CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    found = located(Request("job.yaml", gpus=asked), None, started_by_srun=False)
+    assert (found.nodes, found.node_rank, found.gpus) == (5, 1, gpus)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+
+
+def test_what_does_not_fit_the_tasks(monkeypatch):
+    for name, value in {**TASK, "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--gpus 3 is of each node, and srun has started 2 tasks on this one"):
+        located(Request("job.yaml", gpus="3"), None, started_by_srun=False)
+    with pytest.raises(UserError, match="--nodes 2: srun has started this on 3"):
+        located(Request("job.yaml"), 2, started_by_srun=False)
+    with pytest.raises(UserError, match="2 tasks on a node with 1 GPUs: one a GPU, or one a node"):
+        located(Request("job.yaml"), None, started_by_srun=False)
+    assert located(Request("job.yaml"), 1, started_by_srun=False).nodes == 1
+
+
+# What scontrol prints of a node: Slurm 21.08 without CPUEfctv.
+NODES = {
+    "21.08": "NodeName=n1 CPUAlloc=0 CPUTot=64 Gres=gpu:a100:4(S:0-1) ThreadsPerCore=2 Comment=Gres=gpu:8",
+    "22.05": "NodeName=n1 CPUAlloc=0 CPUEfctv=60 CPUTot=64 Gres=gpu:a100:4(S:0-1),gpu:t4:2 ThreadsPerCore=2",
+    "25.05": "NodeName=n1 CPUAlloc=0 CPUEfctv=128 CPUTot=128 Gres=gpu:h100:8 ThreadsPerCore=1",
+}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "options", "partition", "cpus"),
+    [
+        (["21.08"], "1", {}, "", 16),
+        (["21.08"], "a100:3", {"hint": "nomultithread"}, "", 24),
+        (["22.05"], "4", {}, "", 40),
+        (["22.05"], "t4:1", {}, "", 10),
+        (["25.05"], "8", {}, "MaxCPUsPerNode=96", 96),
+        (["25.05", "21.08"], "4", {}, "", 64),  # on either
+        (["25.05", "21.08"], "8", {}, "", 128),
+        (["25.05"], "1", {}, "JobDefaults=DefCpuPerGPU=8", None),
+        (["25.05"], "1", {"cpus-per-gpu": 4}, "", None),
+        (["25.05"], "1", {"exclusive": True}, "", None),
+    ],
+)
+def test_the_cpus_that_go_with_gpus(nodes, gpus, options, partition, cpus, tmp_path, monkeypatch):
+    shown = "\n".join(NODES[name] for name in nodes)
+    (tmp_path / "scontrol").write_text(
+        f"""#!/bin/bash
+case "$*" in
+    *"show partition"*) echo 'PartitionName=gpu Default=YES Nodes=n[1-2] MaxTime=60 {partition}' ;;
+    *"show node n[1-2]") echo '{shown}' ;;
+    *) echo 'JobDefaults             = (null)' ;;
+esac
+"""
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    size = Gpus.parse(gpus)
+    assert size is not None
+    assert cpus_beside(size, options) == cpus
+
+
+def test_cpus_that_can_t_be_known_are_said(project):
+    done = project.run("launch", "--slurm", "--dry-run", "job.yaml", PATH="/usr/nothing")
+    assert done.code == 0
+    assert "warning: scontrol is not found" in done.err
+    assert "the job may get one CPU for its GPUs: slurm.cpus-per-gpu says how many" in done.err
+
+
+def test_options_by_version():
+    asked = ["--parsable", "--stepmgr", "--power=level", "--prefer=a100"]
+    assert unknown_to("21.08.8", asked) == [
+        "slurm.stepmgr: there since Slurm 24.05, and here it is 21.08.8",
+        "slurm.prefer: there since Slurm 22.05, and here it is 21.08.8",
+    ]
+    assert unknown_to("25.05.1", asked) == ["slurm.power: there until Slurm 23.11, and here it is 25.05.1"]
+    assert unknown_to("24.05.0-rc1", asked[:2]) == []
+
+
+def test_what_is_submitted_knows_nothing_of_the_job_around_it():
+    kept = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine", "SBATCH_EXPORT": "NONE"}
+    left = ("SLURM_MEM_PER_CPU", "SLURM_CPU_BIND", "SLURMD_NODENAME", "SRUN_CPUS_PER_TASK", "SQUEUE_USERS")
+    taken = ("SBATCH_GPUS_PER_TASK", "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_ERROR")
+    assert outside_a_job({**kept, **dict.fromkeys((*left, *taken), "1")}) == kept
+
+
+def test_python_in_a_container_does_not_look_outside():
+    """Nor for the check's look at a node; what the job says itself stays."""
+    slurm = Slurm.model_validate({"container": "x.sif", "env": {"PYTHONPATH": "/data"}})
+    script = probe(slurm, FOLDER, FOLDER / "token", dtrain=["dtrain"])
+    lines = [line for line in script.splitlines() if "PYTHON" in line]
+    shown = "; ".join([*lines, 'echo "$PYTHONPATH $PYTHONNOUSERSITE"'])
+    done = subprocess.run(["bash", "-c", shown], env={"PYTHONPATH": "/leak"}, capture_output=True, text=True)
+    assert done.stdout == "/data 1\n"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +322,7 @@ WRONG = {
     "unknown": ("{tme: 5}", "slurm.tme: is no option of sbatch; did you mean time?"),
     "underscore": ("{cpus_per_task: 5}", "slurm.cpus_per_task: is no option of sbatch; did you mean cpus-per-task?"),
     "ours": ("{nodes: 2}", "slurm.nodes: is dtrain's own: the command line says how many: --nodes and --gpus"),
+    "gres": ("{gres: 'nic:1,gpu:2'}", "slurm.gres: names GPUs, which are dtrain's own: the command line says how many"),
     "array": ("{array: 1-4}", "slurm.array: is dtrain's own: dtrain sweep makes arrays"),
     "no-flag": ("{mem: true}", "slurm.mem: true is no value for it"),
     "flag": ("{contiguous: 3}", "slurm.contiguous: expected true or false"),
@@ -218,6 +365,21 @@ def test_what_goes_with_slurm(project):
         assert says in done.err
 
 
+@pytest.mark.parametrize(
+    ("argv", "slurm", "command"),
+    [
+        ("/opt/bin/dtrain", {}, ["/opt/bin/dtrain"]),
+        ("/lib/dtrain/__main__.py", {}, [sys.executable, "-m", "dtrain"]),
+        ("/opt/bin/dtrain", {"dtrain": "/nodes/dtrain"}, ["/nodes/dtrain"]),
+        ("/opt/bin/dtrain", {"container": "x.sif"}, ["dtrain"]),
+        ("/opt/bin/dtrain", {"container-image": "x"}, ["dtrain"]),
+    ],
+)
+def test_the_command_on_the_nodes(argv, slurm, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [argv, "launch"])
+    assert dtrain_command(Slurm.model_validate(slurm)) == command
+
+
 def test_a_dry_run_prints_what_would_be_submitted(project):
     done = project.run(
         "launch", "--slurm", "--dry-run", "--nodes", "3", "--gpus", "a100:2", "--run-dir", "run", "job.yaml"
@@ -225,7 +387,7 @@ def test_a_dry_run_prints_what_would_be_submitted(project):
     assert done.code == 0, done.err
     command, _, script = done.out.partition("\n\n")
     assert command.startswith("sbatch --parsable --job-name=tiny --nodes=3 ")
-    assert "--gpus-per-node=a100:2" in command
+    assert "--gres=gpu:a100:2" in command
     assert command.endswith(f" {project.folder}/run/job.sbatch")
     assert script.startswith("#!/bin/bash\n")
     assert not (project.folder / "run").exists()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cluster import SIZE, Cluster, Site
-from command import STEPS, Project
+from command import DTRAIN, STEPS, Project
 
 from dtrain.files import read_json
 from dtrain.sweep import Sweep
@@ -59,14 +62,79 @@ def alone(new_project) -> Site:
     return Site(project, None)
 
 
+# What a job leaves in a shell within it, or a user in their profile: each of these would change what is submitted, or
+# have srun refuse it.
+AROUND = {
+    "SLURM_JOB_ID": "999999",
+    "SLURM_MEM_PER_CPU": "1",
+    "SLURM_MEM_PER_NODE": "1",
+    "SLURM_NTASKS_PER_NODE": "7",
+    "SLURM_CPU_BIND": "mask_cpu:0x8000000",
+    "SLURM_DISTRIBUTION": "arbitrary",
+    "SQUEUE_STATES": "SUSPENDED",
+    "SBATCH_ARRAY_INX": "1-3",
+    "SBATCH_ERROR": "elsewhere",
+    "SBATCH_GPUS_PER_TASK": "1",
+}
+
+
 def test_two_nodes_train_as_one_machine_does(site, alone):
-    done = site.run("launch", "--slurm", *SIZE, "--wait", "--run-dir", "run", "job.yaml")
+    """Also where it is submitted from within a job, and the site's jobs begin with an environment of their own."""
+    site.project.write("noting.py", NOTING)
+    own = ("slurm.export=NONE", "slurm.env.MLFLOW_TRACKING_URI=''", "slurm.env.NASTY=here", "model.seen=seen")
+    own += ("model._target_=noting.Net",)
+    done = site.run("launch", "--slurm", *SIZE, "--wait", "--run-dir", "run", "job.yaml", *own, **AROUND)
     assert done.code == 0, done.err
     assert site.history() == alone.history()  # to the bit
+    assert (site.folder / "seen").read_text() == "here"
     assert site.project.status()["slurm_job_id"] == done.err.split("Slurm job ")[1].split()[0]
     status = site.run("status", "run")
     assert "state     finished (exit code 0)" in status.out
     assert "completed" in status.out
+
+
+def test_an_allocation_of_the_user_s_own(site, alone):
+    """The options that it was made with are meant for other steps."""
+    own = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=1")
+    done = site.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", within=own)
+    assert done.code == 0, done.err
+    assert "at 127.0.0.1:" in done.err
+    assert site.history() == alone.history()
+
+    done = site.run("launch", "--nodes", "3", "--run-dir", "other", "job.yaml", within=own)
+    assert done.code == 2
+    assert "--nodes 3: Slurm job" in done.err
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("tasks", "options"),
+    [
+        ("--ntasks-per-node=1", "--gpus 2"),
+        ("--ntasks-per-node=1", "--nnodes 2 --nproc-per-node 2 --rdzv-endpoint 127.0.0.1:20999"),
+        ("--ntasks-per-node=2 --gpus-per-task=1", ""),
+    ],
+)
+def test_tasks_of_the_user_s_own_srun(tasks, options, site, alone):
+    """One for each node, or for each GPU; also with what a script says to torchrun."""
+    line = f"srun {DTRAIN} launch {options} --run-dir run job.yaml"
+    job = site.cluster.sbatch(f"export MLFLOW_TRACKING_URI=; {line}", "--nodes=2", *tasks.split(), cwd=site.folder)
+    site.cluster.wait(job, "COMPLETED")
+    assert site.history() == alone.history()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_to_the_command_in_an_allocation_stops_its_run(number, code, site):
+    conf, train = site.cluster.environment["SLURM_CONF"], f"--run-dir run job.yaml model.gate={GATE}"
+    line = f"salloc --quiet --nodes=2 bash -c 'echo $$ > own; exec dtrain launch --gpus 1 {train}'"
+    with site.project.shell_running(f"export SLURM_CONF={conf}; {line}") as command:
+        command.until((site.folder / "waiting").exists)
+        os.kill(int((site.folder / "own").read_text()), number)
+        command.until(lambda: "stopping at the next step" in command.err)
+        site.go_on()
+        assert command.wait().code == code
+    assert site.project.status()["state"] == "stopped"
 
 
 @pytest.mark.mlflow
@@ -184,6 +252,9 @@ def test_a_check_asks_slurm_and_a_node(site):
     assert f"a node sees {site.folder}, and has this dtrain" in done.out
     assert not list(site.folder.glob(".dtrain-check-*"))
 
+    done = site.run("launch", "--slurm", "--dry-run", "--gpus", "1", "job.yaml", "launch.device=auto")
+    assert "--gres=gpu:1 --cpus-per-task=2 " in done.out  # half a node
+
     wrong = ("slurm.time=2-00", "launch.device=auto", "slurm.setup=[PATH=/nowhere]")
     done = site.run("check", "--slurm", "--nodes", "3", "--gpus", "h100:2", "job.yaml", *wrong)
     assert done.code == 2
@@ -220,6 +291,9 @@ def test_what_sbatch_refuses_leaves_nothing(site):
     assert done.code == 2
     assert "invalid partition specified: nowhere" in done.err
     assert "Traceback" not in done.err
+    if re.search(r" 2[1-3]\.", site.cluster.run("sbatch", "--version")):
+        done = site.run("launch", "--slurm", "--run-dir", "run", "job.yaml", "slurm.stepmgr=true")
+        assert "slurm.stepmgr: there since Slurm 24.05, and here it is 2" in done.err
     assert not (site.folder / "run").exists()
 
 

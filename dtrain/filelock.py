@@ -1,0 +1,37 @@
+"""flock(2), where there is one: Lustre may be mounted without, and some file systems in user space have none."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+
+_warned: set[Path] = set()
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Whether the lock of an open file is had, without waiting; None where its file system has no locks."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def warn_of_no_locks(folder: Path) -> None:
+    """Say, once, what that means for a run there."""
+    if folder not in _warned:
+        _warned.add(folder)
+        with suppress(OSError):
+            print(
+                f"warning: {folder} lies on a file system without locks: don't start two commands for it at once",
+                file=sys.stderr,
+            )
