@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtrain import signals
-from dtrain.heartbeat import Heartbeat
+from dtrain.heartbeat import Heartbeat, Phase
 from dtrain.keeper import Keeper, State
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.screen import say, tolerated
 
 from . import causes, forks
+from .awake import AwakeClock
 from .entry import Task
 from .scratch import held_folder
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .nodes import Nodes
     from .supervisor import Supervisor
 
-GRACE_S = 30.0  # for ranks that were asked to stop, beside the time of three checkpoints
+GRACE_S = 30.0  # for ranks that were asked to stop, beside three steps, and what they save
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -148,6 +148,7 @@ class StopRequests:
         self.are_over = False  # the ranks have ended: it is only being said
         self._heartbeats = heartbeats
         self._is_job = is_job
+        self._clock = AwakeClock()
         self._deadline = float("inf")
         self._unsent: int | None = None  # for ranks that are still to be started
 
@@ -166,7 +167,10 @@ class StopRequests:
         if self._unsent is not None:
             number, self._unsent = self._unsent, None
             self._signal_ranks(number)
-        return time.monotonic() > self._deadline
+        now = self._clock.now()
+        if any(heartbeat.read().phase == Phase.SAVING for heartbeat in self._heartbeats.values()):
+            self._deadline = max(self._deadline, now + GRACE_S)  # how long that takes, nobody knows the first time
+        return now > self._deadline
 
     def handled(self) -> AbstractContextManager[None]:
         """Listen to signals, but not to a closed terminal under `nohup`."""
@@ -195,9 +199,9 @@ class StopRequests:
                 self._signal_ranks(number)
             else:
                 self._unsent = number
-        if self.are_heard or number != signal.SIGUSR2:
+        if number != signal.SIGUSR2:  # by which Slurm says that the time is nearly over; when it is, Slurm knows
             longest = max(heartbeat.read().stop_s for heartbeat in self._heartbeats.values())
-            self._deadline = time.monotonic() + GRACE_S + 3 * longest
+            self._deadline = self._clock.now() + GRACE_S + 3 * longest
 
     def _signal_ranks(self, number: int) -> None:
         for pid in self.agent.pids.values() if self.agent is not None else ():

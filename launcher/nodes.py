@@ -22,6 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from dtrain.errors import UserError
 
+from .awake import AwakeClock
 from .network import interface_with, is_loopback
 
 CONNECT_S = 30.0  # how long a node looks for node 0
@@ -69,6 +70,7 @@ class Nodes:
             self.store, addresses = _find_store(endpoint)
             self.store.set(f"addresses/{self.node_rank}", json.dumps(addresses))
         self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
+        self._clock = AwakeClock()
         self._spoke = 0.0
         if not self.is_alone:
             self._greet(endpoint, dict(hello))
@@ -140,7 +142,7 @@ class Nodes:
         """Another node whose agent gives no sign of life; to be called all the time, since it gives this one's."""
         if self.is_alone:
             return None
-        now = time.monotonic()
+        now = self._clock.now()
         if now - self._spoke > 1.0:
             self._spoke = now
             self.store.add(f"alive/{self.node_rank}", 1)

@@ -10,6 +10,7 @@ from typing import Any
 from dtrain.heartbeat import Beat, Heartbeat, Phase
 
 from . import stacks
+from .awake import AwakeClock
 from .processes import children, is_suspended
 
 _DOING = {
@@ -38,14 +39,20 @@ class Watchdog:
     def __init__(self, heartbeats: Mapping[int, Heartbeat], timeout_s: float) -> None:
         self._heartbeats = heartbeats
         self._timeout_s = timeout_s
+        self._clock = AwakeClock()
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: when it moved, by its clock, and when that was seen
 
     def sees_hang(self) -> bool:
         """Whether a rank that has begun stands still."""
-        now = time.monotonic_ns()
-        beats = [heartbeat.read() for heartbeat in self._heartbeats.values()]
-        return any(
-            beat.epochs and beat.phase != Phase.DONE and now - beat.moved_ns > self._timeout_s * 1e9 for beat in beats
-        )
+        now = self._clock.now()
+        is_hung = False
+        for rank, heartbeat in self._heartbeats.items():
+            beat = heartbeat.read()
+            if rank not in self._seen or beat.moved_ns != self._seen[rank][0]:
+                self._seen[rank] = (beat.moved_ns, now)
+            is_running = beat.epochs and beat.phase != Phase.DONE
+            is_hung |= bool(is_running and now - self._seen[rank][1] > self._timeout_s)
+        return is_hung
 
     def explain(self, pids: Mapping[int, int], logs: Mapping[int, Path]) -> dict[str, Any]:
         """Have all ranks write their stacks to their logs; the one that lags, as status.json's `error`.

@@ -16,7 +16,7 @@ from pathlib import Path
 from dtrain.job import Slurm
 from dtrain.sbatch import to_arguments
 
-MOST_STALLS = 3  # starts in a row without a step, before a run is not requeued any more
+MOST_STALLS = 3  # starts in a row without a new checkpoint, before a run is not requeued any more
 SIGNAL = "B:USR2@120"  # to the batch shell, so many seconds ahead of the time limit
 
 _TEMPLATE = Path(__file__).with_name("batch.sh")

@@ -441,12 +441,13 @@ class Loop:
         self.beat(Phase.SAVING)
         self.background.wait()  # for the copies before to be written
         began = time.monotonic()
-        jobs = []
+        # Results first, also those that the disk refused before: a checkpoint has a link to the best weights.
+        jobs: list[Callable[[], None]] = [self.results.write] if self.world.is_main else []
         if results:
             with judged(self.optimizer):
                 weights = self.weights(improved=improved)
-                if self.world.is_main:  # first, since the checkpoint has a link to the best weights
-                    jobs.append(self.results.snapshot(weights, self.rows))
+                if self.world.is_main:
+                    self.results.snapshot(weights, self.rows)
         if checkpoint:
             own = {
                 "rng": rng_state(self.world.device),
@@ -492,7 +493,9 @@ class Loop:
             Stopped: it is saved.
             UserError: it could not be.
         """
-        self.save(results=True)
+        self.save(results=False)  # first, since the time may not suffice for both
+        self.save(results=True, checkpoint=False)
+        self.heartbeat.enter(Phase.SAVING)
         self.background.wait()
         if self.world.from_main(self.checkpoints.failed):  # rank 0 has said why, before another rank ends
             raise UserError(
