@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain import beside
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json, write_text
 
@@ -53,6 +54,7 @@ class RunDir:
         self.status_file = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
+        self.heartbeats = self.path / "heartbeat"  # a link to a folder of each node's own
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
@@ -81,15 +83,20 @@ class RunDir:
     def rank_error(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.error.json"
 
+    def last_word(self, rank: int) -> Path:
+        """Where a rank leaves what becomes its `rank_error`, for its node's agent, who looks all the time."""
+        return self.heartbeats / f"rank-{rank}.error.json"
+
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
 
     def heartbeat(self, rank: int) -> Path:
-        return self.path / "heartbeat" / f"rank-{rank}"
+        return self.heartbeats / f"rank-{rank}"
 
     def ranks(self) -> list[int]:
         """The ranks that this run has had, in order."""
-        names = (path.name.removeprefix("rank-") for path in self.heartbeat(0).parent.glob("rank-*"))
+        files = [*self.heartbeats.glob("rank-*"), *self.logs.glob("rank-*.log")]  # the former while it goes on, here
+        names = {file.name.removeprefix("rank-").removesuffix(".log") for file in files}
         return sorted(int(name) for name in names if name.isdecimal())
 
     def exists(self) -> bool:
@@ -103,10 +110,11 @@ class RunDir:
         enter its folder.
         """
         self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
-        for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
+        for folder in (self.logs, self.best_weights.parent, self.checkpoints):
             if folder.is_symlink() and not folder.exists():  # a fit's, of a script's run that is gone
                 folder.unlink()
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        beside.link(self.heartbeats)
 
     # -- the later fits of a script that was launched --------------------------------------------
 
@@ -133,14 +141,13 @@ class RunDir:
 
         So are their logs.
         """
-        own = self.heartbeat(0).parent
-        if own.is_symlink():
-            own.unlink()
         if script is None:
-            own.mkdir(exist_ok=True)
+            beside.link(self.heartbeats)
         else:
-            shutil.rmtree(own, ignore_errors=True)
-            _link(own, script.heartbeat(0).parent)
+            if self.heartbeats.is_symlink():
+                self.heartbeats.unlink()
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
+            _link(self.heartbeats, script.heartbeats)
             with contextlib.suppress(OSError):  # it has logs, of a run of its own
                 self.logs.rmdir()
                 _link(self.logs, script.logs)

@@ -9,12 +9,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dtrain import signals
+from dtrain import beside, signals
 from dtrain.heartbeat import Heartbeat, Phase
 from dtrain.keeper import Keeper, State
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
@@ -53,16 +53,16 @@ def run_ranks(
     """
     node_rank = 0 if nodes is None else nodes.node_rank
     ranks = range(node_rank * num_ranks, (node_rank + 1) * num_ranks)
-    heartbeats = {rank: Heartbeat(run.heartbeat(rank), create=True) for rank in ranks}
     echo = sys.stderr if task.is_job else sys.stdout
-    # Node 0 has rank 0, and keeps the run's status for all nodes.
-    keeping = Keeper(run, None if quiet else echo, show_ranks, quiet=quiet) if node_rank == 0 else nullcontext()
-    requests = StopRequests(heartbeats, is_job=task.is_job)
-    with (
-        keeping as keeper,
-        _scratch_folder() as scratch,
-        requests.handled(),  # from here on: importing torch can take seconds
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(beside.held(run.heartbeats))
+        heartbeats = {rank: Heartbeat(run.heartbeat(rank), create=True) for rank in ranks}
+        requests = StopRequests(heartbeats, is_job=task.is_job)
+        keeper = None
+        if node_rank == 0:  # it has rank 0, and keeps the run's status for all nodes
+            keeper = stack.enter_context(Keeper(run, None if quiet else echo, show_ranks, quiet=quiet))
+        scratch = stack.enter_context(_scratch_folder())
+        stack.enter_context(requests.handled())  # from here on: importing torch can take seconds
         try:
             with agent_log(run, node_rank):
                 agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -39,33 +41,46 @@ _KILL_S = 5.0  # for the kernel to end them
 _HEAR_S = 2.0  # for the other nodes to say how their ranks ended
 _MONITOR_S = 0.1
 _MISSED_S = 2.0  # a run folder that is not there for so long is gone
+_LOOK_EVERY_S = 0.5  # for it: the file system may be one that many share
 
 
 class Presence:
-    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment."""
+    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment.
+
+    A thread looks: one that does not answer must not keep the agent from its ranks, and from the other nodes.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file.absolute()
         self._missed_since: float | None = None
+        threading.Thread(target=self._watch, name="dtrain-presence", daemon=True).start()
 
     def is_gone(self) -> bool:
-        """Whether it has not been there for a while. Asked again and again."""
-        try:
-            self._file.stat()
-        except FileNotFoundError:
-            now = time.monotonic()
-            self._missed_since = self._missed_since or now
-            return now - self._missed_since > _MISSED_S
-        except OSError:
-            return False
-        self._missed_since = None
-        return False
+        """Whether it has not been there for a while."""
+        since = self._missed_since
+        return since is not None and time.monotonic() - since > _MISSED_S
 
     def stays_away(self) -> bool:
         """Whether it is not there, and does not come back either for a while."""
-        while not (gone := self.is_gone()) and self._missed_since is not None:
+        self._look()
+        while not self.is_gone() and self._missed_since is not None:
             time.sleep(_MONITOR_S)
-        return gone
+        return self.is_gone()
+
+    def _watch(self) -> None:
+        while True:
+            self._look()
+            time.sleep(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        try:
+            self._file.stat()
+        except FileNotFoundError:
+            self._missed_since = self._missed_since or time.monotonic()
+        except OSError:
+            pass
+        else:
+            self._missed_since = None
 
 
 class Supervisor(LocalElasticAgent):
@@ -118,6 +133,8 @@ class Supervisor(LocalElasticAgent):
         self._attempt = 0
         self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
         self._folder = Presence(run.lock_file)
+        # By rank, on this node's own disk: looked for without a question to the run folder's.
+        self._last_words = {rank: Path(os.path.realpath(run.last_word(rank))) for rank in heartbeats}
         self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
         self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
         self._oom_kills = 0
@@ -143,7 +160,8 @@ class Supervisor(LocalElasticAgent):
         self._sent.clear()
         self._ended_at.clear()
         for rank, heartbeat in self._heartbeats.items():
-            self._run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
+            for file in (self._run.rank_error(rank), self._last_words[rank]):  # of an earlier start
+                file.unlink(missing_ok=True)
             heartbeat.begin(0)
             log = self._run.rank_log(rank)
             self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
@@ -187,7 +205,7 @@ class Supervisor(LocalElasticAgent):
             for end in [*failed, *after]:
                 logger.info("%s", end)
             found = causes.first_cause(failed, after)
-            if found.record is None and self._folder.stays_away():  # so that nobody could leave word
+            if self._folder.stays_away():
                 self._conclude(causes.lost_folder(self._run))
             else:
                 left = causes.left_early(found, ends, self._ended_at)
@@ -245,6 +263,9 @@ class Supervisor(LocalElasticAgent):
         self._signal(signal.SIGKILL)
         self._await_end(_KILL_S)
         kill_sessions(set(self.pids.values()))  # each rank has one of its own, with what it has started
+        for rank, words in self._last_words.items():  # to last, as long as the run folder does
+            with suppress(OSError):
+                shutil.copy(words, self._run.rank_error(rank))
         logger.info("this node's ranks are down")
 
     def _signal(self, number: int, *, sparing_those_that_end: bool = False) -> None:
@@ -263,7 +284,7 @@ class Supervisor(LocalElasticAgent):
         return number is not None and (end.exit_code == -number or end.suspicion > 1)
 
     def _is_ending(self, rank: int) -> bool:
-        record = read_json(self._run.rank_error(rank))
+        record = read_json(self._last_words[rank])
         return record is not None and not record["victim"]
 
     def _await_end(self, seconds: float) -> None:
@@ -275,7 +296,7 @@ class Supervisor(LocalElasticAgent):
         return causes.last_words(self._run.rank_log(rank), self._log_sizes[rank])
 
     def _ends(self) -> list[causes.RankEnd]:
-        return causes.read_ends(self._run, self._exit_codes())
+        return causes.read_ends(self._last_words, self._exit_codes())
 
     def _beats(self) -> dict[int, Beat]:
         return {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}
