@@ -24,6 +24,7 @@ from dtrain.files import read_json, write_json, write_text
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
 # In a rank's log: what follows is for its reader, not for the screen.
 END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
+STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # so is what is between them
 EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone

@@ -65,7 +65,7 @@ def run_ranks(
         stack.enter_context(requests.handled())  # from here on: importing torch can take seconds
         try:
             with agent_log(run, node_rank):
-                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)
+                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper, quiet=quiet)
                 requests.agent = agent
                 gc.freeze()  # what was imported is a million objects, and no garbage
                 gc.enable()
@@ -99,7 +99,10 @@ def _supervisor(
     restarts: int,
     requests: StopRequests,
     keeper: Keeper | None,
+    *,
+    quiet: bool,
 ) -> Supervisor:
+    from .beginning import Beginning
     from .nodes import Endpoint, Nodes
     from .supervisor import Supervisor
 
@@ -130,6 +133,7 @@ def _supervisor(
         # A job's ranks leave SIGTERM to the agent, and have nothing to put in order; a script may have a handler.
         end_by=signal.SIGKILL if task.is_job else signal.SIGTERM,
         give_up=requests.is_overdue,
+        beginning=Beginning(heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
         on_restart=on_restart,
     )
 

@@ -30,6 +30,7 @@ from dtrain.run import RunDir
 from dtrain.signals import held_back
 
 from . import causes
+from .beginning import Beginning
 from .nodes import Nodes, Rendezvous
 from .processes import kill_sessions, oom_kills
 from .watchdog import Watchdog
@@ -91,6 +92,7 @@ class Supervisor(LocalElasticAgent):
         heartbeats: of this node's ranks, by rank.
         end_by: the signal that ends ranks of an attempt that is lost; after a moment it is SIGKILL for all.
         give_up: whether the ranks were asked to stop, and should long be gone.
+        beginning: told of the start of each attempt.
         on_restart: told of the cause of each failure after which the ranks are started again.
 
     Attributes:
@@ -109,6 +111,7 @@ class Supervisor(LocalElasticAgent):
         restarts: int,
         end_by: signal.Signals,
         give_up: Callable[[], bool],
+        beginning: Beginning,
         on_restart: Callable[[dict[str, Any]], None],
     ) -> None:
         spec = WorkerSpec(
@@ -127,6 +130,7 @@ class Supervisor(LocalElasticAgent):
         self._nodes = nodes
         self._heartbeats = heartbeats
         self._watchdog = Watchdog(heartbeats, hang_timeout_s)
+        self._beginning = beginning
         self._end_by = end_by
         self._give_up = give_up
         self._on_restart = on_restart
@@ -136,6 +140,7 @@ class Supervisor(LocalElasticAgent):
         # By rank, on this node's own disk: looked for without a question to the run folder's.
         self._last_words = {rank: Path(os.path.realpath(run.last_word(rank))) for rank in heartbeats}
         self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
+        self._logs = {rank: run.rank_log(rank) for rank in heartbeats}
         self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
         self._oom_kills = 0
 
@@ -165,6 +170,7 @@ class Supervisor(LocalElasticAgent):
             heartbeat.begin(0)
             log = self._run.rank_log(rank)
             self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
+        self._beginning.begin()
         with held_back():  # until the ranks have said what they do at them
             workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
@@ -214,8 +220,7 @@ class Supervisor(LocalElasticAgent):
             self._take_down()
             self._conclude(unmet)
         elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
-            logs = {rank: self._run.rank_log(rank) for rank in self._heartbeats}
-            error = {**self._watchdog.explain(self.pids, logs), "host": socket.gethostname()}
+            error = {**self._watchdog.explain(self.pids, self._logs), "host": socket.gethostname()}
             self._take_down(at_once=True)
             self._conclude(error)
         elif any(elsewhere.values()):
@@ -230,6 +235,8 @@ class Supervisor(LocalElasticAgent):
         elif self._give_up():
             self._take_down(at_once=True)
             self._conclude(causes.gave_up(min(self._heartbeats)))
+        else:
+            self._beginning.look(self.pids, self._logs)
         if self.cause is not None and self.cause["type"] in causes.FINAL:
             self._remaining_restarts = 0
 

@@ -13,7 +13,7 @@ from . import stacks
 from .awake import AwakeClock
 from .processes import children, is_suspended
 
-_DOING = {
+DOING = {
     Phase.STARTING: "starting",
     Phase.JOINING: "joining the other ranks",
     Phase.SAVING: "saving",
@@ -61,10 +61,7 @@ class Watchdog:
         """
         beats = {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}
         found = {rank: stacks.request(pids[rank], logs[rank]) for rank in sorted(beats)}
-        furthest_behind = min(_place(beat) for beat in beats.values())
-        laggards = [rank for rank, beat in beats.items() if _place(beat) == furthest_behind]
-        # Who waits for the others is in torch's code; who holds them up is mostly in the user's.
-        rank = min(laggards, key=lambda rank: (not stacks.in_users_code(found[rank]), beats[rank].moved_ns))
+        rank = laggard(beats, found)
         beat, pid, standing_in = beats[rank], pids[rank], found[rank]
         if beat.phase in (Phase.LOADING, Phase.VALIDATING):  # it may be waiting for a loading process
             of_children = [stacks.request(child, logs[rank]) for child in children(pid)]
@@ -76,10 +73,18 @@ class Watchdog:
         return {
             "rank": rank,
             "type": "Hang",
-            "message": f"{since}: {_DOING[beat.phase]}, {where}{suspended}",
+            "message": f"{since}: {DOING[beat.phase]}, {where}{suspended}",
             "traceback": stacks.shown(standing_in),
-            "place": list(furthest_behind),
+            "place": list(_place(beat)),
         }
+
+
+def laggard(beats: Mapping[int, Beat], found: Mapping[int, list[stacks.Stack]]) -> int:
+    """The rank that is furthest behind, and holds up the others by what its stacks say."""
+    furthest_behind = min(_place(beat) for beat in beats.values())
+    laggards = [rank for rank, beat in beats.items() if _place(beat) == furthest_behind]
+    # Who waits for the others is in torch's code; who holds them up is mostly in the user's.
+    return min(laggards, key=lambda rank: (not stacks.in_users_code(found[rank]), beats[rank].moved_ns))
 
 
 def _place(beat: Beat) -> tuple[int, ...]:

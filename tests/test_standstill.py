@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,8 +13,11 @@ from test_nodes import free_port
 
 from dtrain.heartbeat import Beat, Heartbeat, Phase
 from dtrain.launcher.agent import GRACE_S, StopRequests
+from dtrain.launcher.awake import AwakeClock
+from dtrain.launcher.beginning import FIRST_S, Beginning
 from dtrain.launcher.nodes import LOST_S, Endpoint, Nodes
 from dtrain.launcher.watchdog import Watchdog
+from dtrain.output import RankOutput, Tail
 
 LOOK_S = 0.5
 
@@ -93,3 +98,79 @@ def test_who_stood_still_himself_takes_nobody_for_lost_or_hung(clock, heartbeat)
     assert lasts(clock, LOST_S - 1, lambda: first.lost() is None)
     assert not lasts(clock, 4, lambda: first.lost() is None)
     assert not lasts(clock, 60, lambda: not watchdog.sees_hang())
+
+
+STANDS = """
+import sys
+import time
+
+from dtrain.launcher import stacks
+
+stacks.write_on_request()
+
+
+def stand():
+    print("half a line", end="", flush=True)
+    open(sys.argv[1], "w").close()
+    while True:
+        time.sleep(0.01)
+
+
+stand()
+"""
+
+
+@pytest.fixture
+def standing(tmp_path):
+    """A process that prints to a log, and stands in a function."""
+    log, is_there = tmp_path / "logs" / "rank-1.log", tmp_path / "there"
+    log.parent.mkdir()
+    (tmp_path / "stands.py").write_text(STANDS)
+    with log.open("ab") as file:
+        command = [sys.executable, str(tmp_path / "stands.py"), str(is_there)]
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    while not is_there.exists():
+        time.sleep(0.01)
+    yield process, log
+    process.kill()
+    process.wait()
+
+
+def test_who_has_not_begun_is_said_at_growing_intervals(tmp_path, standing, monkeypatch):
+    process, log = standing
+    heartbeats = {rank: Heartbeat(tmp_path / str(rank), create=True) for rank in range(2)}
+    heartbeats[0].enter(Phase.JOINING)
+    now, said = [0.0], []
+    monkeypatch.setattr(AwakeClock, "now", lambda self: now[0])
+    pids, logs = dict.fromkeys(heartbeats, process.pid), {0: tmp_path / "rank-0.log", 1: log}
+    logs[0].touch()
+    output = RankOutput(1, tmp_path / "later")
+    output._tail = Tail(log)
+    beginning = Beginning(heartbeats, said.append, is_job=False)
+
+    def said_at(second: float) -> str:
+        now[0] = second
+        beginning.look(pids, logs)
+        text = "\n".join(said)
+        said.clear()
+        return text
+
+    assert said_at(FIRST_S - 1) == ""
+    text = said_at(FIRST_S)
+    assert text.startswith(f"no step is done after {FIRST_S:.0f} s: rank 1: starting; rank 1 stands here (all stacks")
+    assert "in stand" in text
+    assert "in stand" in log.read_text()
+    assert said_at(2 * FIRST_S - 1) == ""
+    assert "rank 1: starting" in said_at(2 * FIRST_S)
+    # The screen goes on with what the rank prints.
+    with log.open("a") as file:
+        file.write("and on\n")
+    assert output.new_lines() == [b"half a line", b"and on"]
+    # A script may have no training, or none for a while; a job has one.
+    heartbeats[1].enter(Phase.JOINING)
+    assert said_at(4 * FIRST_S) == ""
+    beginning = Beginning(heartbeats, said.append, is_job=True)
+    assert "rank 0, 1: joining the other ranks" in said_at(5 * FIRST_S)
+    for heartbeat in heartbeats.values():
+        heartbeat.beat(Beat(epoch=1, epochs=2, samples=8))
+    assert said_at(9 * FIRST_S) == ""
