@@ -1,4 +1,4 @@
-"""A few bytes of shared memory for each rank, in the run folder: how far the rank is, whether it shall stop, and did.
+"""A few bytes of shared memory for each rank, beside the run folder: how far it is, whether it shall stop, and did.
 
 A rank writes its place at each step (about a microsecond); its node's agent reads it, and writes the request to
 stop. A file that both map, and not a message, so that neither ever waits for the other.
@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
+
+from dtrain import beside
 
 HANG_TIMEOUT_VARIABLE = "DTRAIN_HANG_TIMEOUT_S"  # tells a rank after how long a stand it will be taken for hung
 HANG_TIMEOUT_S = 1800.0
@@ -78,7 +80,7 @@ class Heartbeat:
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = beside.make(path.parent) / path.name
             path.unlink(missing_ok=True)  # cutting a file short under somebody's map would kill them
             path.write_bytes(bytes(_SIZE))
         descriptor = os.open(path, os.O_RDWR)

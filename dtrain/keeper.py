@@ -28,6 +28,7 @@ State = Literal["running", "finished", "failed", "stopped", "killed"]
 
 LOOK_EVERY_S = 0.1
 WRITE_EVERY_S = 1.0
+SHOW_ROWS_EVERY_S = 0.5  # several files are asked for, on what may be a slow file system
 TRACKER_GRACE_S = 60.0  # MLflow gets this long after the end of the run
 STOPPED_GRACE_S = 5.0  # in a job of Slurm's that was stopped: it must end, and be requeued, before its time is up
 
@@ -69,6 +70,7 @@ class Keeper:
         self._echo = echo
         self._trouble: str | None = None  # still to be shown
         self._was_in_trouble = False
+        self._rows_shown = 0.0
         self._histories = {each.path: _History(each, shown=True) for each in (run, *run.fits())}
         self._tracker: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
@@ -169,7 +171,9 @@ class Keeper:
                 lines = output.new_lines()
                 self._show_lines(output.rank, lines or [])
                 more |= lines is not None
-            self._show_new_rows()
+            if time.monotonic() - self._rows_shown > SHOW_ROWS_EVERY_S or self._over.is_set():
+                self._rows_shown = time.monotonic()
+                self._show_new_rows()
             beat = self._heartbeat.read()
             if beat.epochs:
                 self.screen.show_beat(beat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dtrain.run import END_OF_OUTPUT
+from dtrain.run import END_OF_OUTPUT, END_OF_STACKS, STACKS
 
 CHUNK = 1 << 20  # bytes of a log that are held at a time
 MAX_LINE = 1 << 16  # a longer line is shown in pieces
@@ -44,6 +44,7 @@ class RankOutput:
         self._began = 0.0  # when that line did
         self._is_cut = False  # whether a piece of it was shown already
         self._failed = False
+        self._is_aside = False  # among stacks that the agent has asked for
 
     def new_lines(self) -> list[bytes] | None:
         """What has come since the last call, of a chunk at most; None where nothing has."""
@@ -68,12 +69,20 @@ class RankOutput:
 
     def _until_failure(self, lines: list[bytes]) -> list[bytes]:
         # What follows is the traceback: one of a victim would hide the cause, which the agent names.
-        for i, line in enumerate(lines):
-            if line.endswith(END_OF_OUTPUT.encode()):  # what was printed before may lack the end of its line
+        shown = []
+        for line in lines:
+            if self._is_aside:
+                self._is_aside = line != END_OF_STACKS.encode()
+                continue
+            mark = next((each for each in (END_OF_OUTPUT, STACKS) if line.endswith(each.encode())), "")
+            before = line.removesuffix(mark.encode())  # what was printed before may lack the end of its line
+            if not mark or _visible(before):
+                shown.append(before)
+            self._is_aside = mark == STACKS
+            if mark == END_OF_OUTPUT:
                 self._failed = True
-                before = line.removesuffix(END_OF_OUTPUT.encode())
-                return [*lines[:i], *([before] if _visible(before) else [])]
-        return lines
+                break
+        return shown
 
 
 def _last_written(line: bytes) -> bytes:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain import beside
 from dtrain.errors import UserError
 from dtrain.filelock import try_lock, warn_of_no_locks
 from dtrain.files import read_json, write_json, write_text
@@ -23,6 +24,7 @@ from dtrain.files import read_json, write_json, write_text
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
 # In a rank's log: what follows is for its reader, not for the screen.
 END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
+STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # so is what is between them
 EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
@@ -53,6 +55,7 @@ class RunDir:
         self.status_file = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
+        self.heartbeats = self.path / "heartbeat"  # a link to a folder of each node's own
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
@@ -81,15 +84,20 @@ class RunDir:
     def rank_error(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.error.json"
 
+    def last_word(self, rank: int) -> Path:
+        """Where a rank leaves what becomes its `rank_error`, for its node's agent, who looks all the time."""
+        return self.heartbeats / f"rank-{rank}.error.json"
+
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
 
     def heartbeat(self, rank: int) -> Path:
-        return self.path / "heartbeat" / f"rank-{rank}"
+        return self.heartbeats / f"rank-{rank}"
 
     def ranks(self) -> list[int]:
         """The ranks that this run has had, in order."""
-        names = (path.name.removeprefix("rank-") for path in self.heartbeat(0).parent.glob("rank-*"))
+        files = [*self.heartbeats.glob("rank-*"), *self.logs.glob("rank-*.log")]  # the former while it goes on, here
+        names = {file.name.removeprefix("rank-").removesuffix(".log") for file in files}
         return sorted(int(name) for name in names if name.isdecimal())
 
     def exists(self) -> bool:
@@ -103,10 +111,11 @@ class RunDir:
         enter its folder.
         """
         self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
-        for folder in (self.logs, self.best_weights.parent, self.checkpoints, self.heartbeat(0).parent):
+        for folder in (self.logs, self.best_weights.parent, self.checkpoints):
             if folder.is_symlink() and not folder.exists():  # a fit's, of a script's run that is gone
                 folder.unlink()
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        beside.link(self.heartbeats)
 
     # -- the later fits of a script that was launched --------------------------------------------
 
@@ -133,14 +142,13 @@ class RunDir:
 
         So are their logs.
         """
-        own = self.heartbeat(0).parent
-        if own.is_symlink():
-            own.unlink()
         if script is None:
-            own.mkdir(exist_ok=True)
+            beside.link(self.heartbeats)
         else:
-            shutil.rmtree(own, ignore_errors=True)
-            _link(own, script.heartbeat(0).parent)
+            if self.heartbeats.is_symlink():
+                self.heartbeats.unlink()
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
+            _link(self.heartbeats, script.heartbeats)
             with contextlib.suppress(OSError):  # it has logs, of a run of its own
                 self.logs.rmdir()
                 _link(self.logs, script.logs)

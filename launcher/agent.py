@@ -8,20 +8,20 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dtrain import signals
-from dtrain.heartbeat import Heartbeat
+from dtrain import beside, signals
+from dtrain.heartbeat import Heartbeat, Phase
 from dtrain.keeper import Keeper, State
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.screen import say, tolerated
 
 from . import causes, forks
+from .awake import AwakeClock
 from .entry import Task
 from .scratch import held_folder
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .nodes import Nodes
     from .supervisor import Supervisor
 
-GRACE_S = 30.0  # for ranks that were asked to stop, beside the time of three checkpoints
+GRACE_S = 30.0  # for ranks that were asked to stop, beside three steps, and what they save
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -53,19 +53,19 @@ def run_ranks(
     """
     node_rank = 0 if nodes is None else nodes.node_rank
     ranks = range(node_rank * num_ranks, (node_rank + 1) * num_ranks)
-    heartbeats = {rank: Heartbeat(run.heartbeat(rank), create=True) for rank in ranks}
     echo = sys.stderr if task.is_job else sys.stdout
-    # Node 0 has rank 0, and keeps the run's status for all nodes.
-    keeping = Keeper(run, None if quiet else echo, show_ranks, quiet=quiet) if node_rank == 0 else nullcontext()
-    requests = StopRequests(heartbeats, is_job=task.is_job)
-    with (
-        keeping as keeper,
-        _scratch_folder() as scratch,
-        requests.handled(),  # from here on: importing torch can take seconds
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(beside.held(run.heartbeats))
+        heartbeats = {rank: Heartbeat(run.heartbeat(rank), create=True) for rank in ranks}
+        requests = StopRequests(heartbeats, is_job=task.is_job)
+        keeper = None
+        if node_rank == 0:  # it has rank 0, and keeps the run's status for all nodes
+            keeper = stack.enter_context(Keeper(run, None if quiet else echo, show_ranks, quiet=quiet))
+        scratch = stack.enter_context(_scratch_folder())
+        stack.enter_context(requests.handled())  # from here on: importing torch can take seconds
         try:
             with agent_log(run, node_rank):
-                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper)
+                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper, quiet=quiet)
                 requests.agent = agent
                 gc.freeze()  # what was imported is a million objects, and no garbage
                 gc.enable()
@@ -99,7 +99,10 @@ def _supervisor(
     restarts: int,
     requests: StopRequests,
     keeper: Keeper | None,
+    *,
+    quiet: bool,
 ) -> Supervisor:
+    from .beginning import Beginning
     from .nodes import Endpoint, Nodes
     from .supervisor import Supervisor
 
@@ -130,6 +133,7 @@ def _supervisor(
         # A job's ranks leave SIGTERM to the agent, and have nothing to put in order; a script may have a handler.
         end_by=signal.SIGKILL if task.is_job else signal.SIGTERM,
         give_up=requests.is_overdue,
+        beginning=Beginning(heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
         on_restart=on_restart,
     )
 
@@ -148,6 +152,7 @@ class StopRequests:
         self.are_over = False  # the ranks have ended: it is only being said
         self._heartbeats = heartbeats
         self._is_job = is_job
+        self._clock = AwakeClock()
         self._deadline = float("inf")
         self._unsent: int | None = None  # for ranks that are still to be started
 
@@ -166,7 +171,10 @@ class StopRequests:
         if self._unsent is not None:
             number, self._unsent = self._unsent, None
             self._signal_ranks(number)
-        return time.monotonic() > self._deadline
+        now = self._clock.now()
+        if any(heartbeat.read().phase == Phase.SAVING for heartbeat in self._heartbeats.values()):
+            self._deadline = max(self._deadline, now + GRACE_S)  # how long that takes, nobody knows the first time
+        return now > self._deadline
 
     def handled(self) -> AbstractContextManager[None]:
         """Listen to signals, but not to a closed terminal under `nohup`."""
@@ -195,9 +203,9 @@ class StopRequests:
                 self._signal_ranks(number)
             else:
                 self._unsent = number
-        if self.are_heard or number != signal.SIGUSR2:
+        if number != signal.SIGUSR2:  # by which Slurm says that the time is nearly over; when it is, Slurm knows
             longest = max(heartbeat.read().stop_s for heartbeat in self._heartbeats.values())
-            self._deadline = time.monotonic() + GRACE_S + 3 * longest
+            self._deadline = self._clock.now() + GRACE_S + 3 * longest
 
     def _signal_ranks(self, number: int) -> None:
         for pid in self.agent.pids.values() if self.agent is not None else ():

@@ -62,9 +62,9 @@ class RankEnd:
         return 2
 
 
-def read_ends(run: RunDir, exit_codes: dict[int, int | None]) -> list[RankEnd]:
+def read_ends(last_words: Mapping[int, Path], exit_codes: dict[int, int | None]) -> list[RankEnd]:
     """The ends of this node's ranks, by rank."""
-    return [RankEnd(rank, code, read_json(run.rank_error(rank))) for rank, code in sorted(exit_codes.items())]
+    return [RankEnd(rank, code, read_json(last_words[rank])) for rank, code in sorted(exit_codes.items())]
 
 
 def first_cause(noticed: Sequence[RankEnd], after: Sequence[RankEnd]) -> RankEnd:

@@ -126,7 +126,7 @@ def end(error: BaseException, run_dir: RunDir, *, is_child: bool = False) -> int
         Heartbeat(run_dir.heartbeat(rank)).stopped = True
         return 0
     elif code:
-        record(error, run_dir.rank_error(rank), rank)
+        record(error, run_dir.last_word(rank), rank)
     return code
 
 

@@ -22,6 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from dtrain.errors import UserError
 
+from .awake import AwakeClock
 from .network import interface_with, is_loopback
 
 GATHER_S = 600.0  # how long the nodes wait for each other: imports on a cold file system differ by minutes
@@ -75,6 +76,7 @@ class Nodes:
             self.store, addresses = _find_store(endpoint)
             self.store.set(f"addresses/{self.node_rank}", json.dumps(addresses))
         self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
+        self._clock = AwakeClock()
         self._spoke = 0.0
         self._endpoint = endpoint
         if not self.is_alone:
@@ -152,7 +154,7 @@ class Nodes:
         """Another node whose agent gives no sign of life; to be called all the time, since it gives this one's."""
         if self.is_alone:
             return None
-        now = time.monotonic()
+        now = self._clock.now()
         if now - self._spoke > 1.0:
             self._spoke = now
             self.store.add(f"alive/{self.node_rank}", 1)

@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dtrain import beside
+
 # By kind, how old a folder must be that nobody holds. What failed aside of a run has its logs there, to be read.
-_KEPT_S = {"scratch": 60.0, "aside": 86400.0}
-_NAME = re.compile(rf"dtrain-({'|'.join(_KEPT_S)})-[a-z0-9_]{{8}}")
+_KEPT_S = {"scratch": 60.0, "aside": 86400.0, "node": 86400.0}
+_NAME = re.compile(rf"dtrain-({'|'.join(_KEPT_S)})-[a-z0-9_]{{8,16}}")
 
 
 @contextmanager
 def held_folder(kind: str) -> Iterator[Path]:
     """A new folder, held as long as this process is in the block; removing it is the caller's affair."""
-    remove_left_behind(Path(tempfile.gettempdir()))
+    for root in {Path(tempfile.gettempdir()), beside.ROOT}:
+        remove_left_behind(root)
     folder = Path(tempfile.mkdtemp(prefix=f"dtrain-{kind}-"))
     descriptor = os.open(folder, os.O_RDONLY)
     try:

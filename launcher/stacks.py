@@ -11,12 +11,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.run import END_OF_OUTPUT
+from dtrain.run import END_OF_OUTPUT, END_OF_STACKS, STACKS
 
 from .processes import catches, is_suspended
 
 # Rarely used, and sent to nobody but a rank that has said what to do at it.
-STACKS = signal.SIGRTMIN + 6
+SIGNAL = signal.SIGRTMIN + 6
 _WRITTEN_S = 1.0  # for a process to write its stacks
 _FRAME = re.compile(r'  File "([^"]+)", line \d+ in .+')
 _HOME = Path(__file__).parent.parent
@@ -57,18 +57,34 @@ def write_on_request() -> None:
 
     By a handler in C: also while Python waits for something, or never returns.
     """
-    faulthandler.register(STACKS, file=sys.stderr, all_threads=True)
+    faulthandler.register(SIGNAL, file=sys.stderr, all_threads=True)
 
 
-def request(pid: int, log: Path) -> list[Stack]:
-    """Have a process write its stacks to its log, and return them, one for each thread; none where it can't."""
-    if is_suspended(pid) or not catches(pid, STACKS):
+def request(pid: int, log: Path, *, goes_on: bool = False) -> list[Stack]:
+    """Have a process write its stacks to its log, and return them, one for each thread; none where it can't.
+
+    Args:
+        goes_on: what it prints later is its output again.
+    """
+    if is_suspended(pid) or not catches(pid, SIGNAL):
         return []
+    _note(log, STACKS if goes_on else END_OF_OUTPUT)
+    try:
+        return _request(pid, log)
+    finally:
+        if goes_on:
+            _note(log, END_OF_STACKS)
+
+
+def _note(log: Path, line: str) -> None:
     with log.open("a") as file:
-        file.write(f"{END_OF_OUTPUT}\n")
+        file.write(f"{line}\n")
+
+
+def _request(pid: int, log: Path) -> list[Stack]:
     before = log.stat().st_size
     try:
-        os.kill(pid, STACKS)
+        os.kill(pid, SIGNAL)
     except ProcessLookupError:
         return []
     deadline, size = time.monotonic() + _WRITTEN_S, before

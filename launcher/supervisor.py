@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +30,7 @@ from dtrain.run import RunDir
 from dtrain.signals import held_back
 
 from . import causes
+from .beginning import Beginning
 from .nodes import Nodes, Rendezvous
 from .processes import kill_sessions, oom_kills
 from .watchdog import Watchdog
@@ -39,33 +42,46 @@ _KILL_S = 5.0  # for the kernel to end them
 _HEAR_S = 2.0  # for the other nodes to say how their ranks ended
 _MONITOR_S = 0.1
 _MISSED_S = 2.0  # a run folder that is not there for so long is gone
+_LOOK_EVERY_S = 0.5  # for it: the file system may be one that many share
 
 
 class Presence:
-    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment."""
+    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment.
+
+    A thread looks: one that does not answer must not keep the agent from its ranks, and from the other nodes.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file.absolute()
         self._missed_since: float | None = None
+        threading.Thread(target=self._watch, name="dtrain-presence", daemon=True).start()
 
     def is_gone(self) -> bool:
-        """Whether it has not been there for a while. Asked again and again."""
-        try:
-            self._file.stat()
-        except FileNotFoundError:
-            now = time.monotonic()
-            self._missed_since = self._missed_since or now
-            return now - self._missed_since > _MISSED_S
-        except OSError:
-            return False
-        self._missed_since = None
-        return False
+        """Whether it has not been there for a while."""
+        since = self._missed_since
+        return since is not None and time.monotonic() - since > _MISSED_S
 
     def stays_away(self) -> bool:
         """Whether it is not there, and does not come back either for a while."""
-        while not (gone := self.is_gone()) and self._missed_since is not None:
+        self._look()
+        while not self.is_gone() and self._missed_since is not None:
             time.sleep(_MONITOR_S)
-        return gone
+        return self.is_gone()
+
+    def _watch(self) -> None:
+        while True:
+            self._look()
+            time.sleep(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        try:
+            self._file.stat()
+        except FileNotFoundError:
+            self._missed_since = self._missed_since or time.monotonic()
+        except OSError:
+            pass
+        else:
+            self._missed_since = None
 
 
 class Supervisor(LocalElasticAgent):
@@ -76,6 +92,7 @@ class Supervisor(LocalElasticAgent):
         heartbeats: of this node's ranks, by rank.
         end_by: the signal that ends ranks of an attempt that is lost; after a moment it is SIGKILL for all.
         give_up: whether the ranks were asked to stop, and should long be gone.
+        beginning: told of the start of each attempt.
         on_restart: told of the cause of each failure after which the ranks are started again.
 
     Attributes:
@@ -94,6 +111,7 @@ class Supervisor(LocalElasticAgent):
         restarts: int,
         end_by: signal.Signals,
         give_up: Callable[[], bool],
+        beginning: Beginning,
         on_restart: Callable[[dict[str, Any]], None],
     ) -> None:
         spec = WorkerSpec(
@@ -112,13 +130,17 @@ class Supervisor(LocalElasticAgent):
         self._nodes = nodes
         self._heartbeats = heartbeats
         self._watchdog = Watchdog(heartbeats, hang_timeout_s)
+        self._beginning = beginning
         self._end_by = end_by
         self._give_up = give_up
         self._on_restart = on_restart
         self._attempt = 0
         self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
         self._folder = Presence(run.lock_file)
+        # By rank, on this node's own disk: looked for without a question to the run folder's.
+        self._last_words = {rank: Path(os.path.realpath(run.last_word(rank))) for rank in heartbeats}
         self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
+        self._logs = {rank: run.rank_log(rank) for rank in heartbeats}
         self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
         self._oom_kills = 0
 
@@ -143,10 +165,12 @@ class Supervisor(LocalElasticAgent):
         self._sent.clear()
         self._ended_at.clear()
         for rank, heartbeat in self._heartbeats.items():
-            self._run.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
+            for file in (self._run.rank_error(rank), self._last_words[rank]):  # of an earlier start
+                file.unlink(missing_ok=True)
             heartbeat.begin(0)
             log = self._run.rank_log(rank)
             self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
+        self._beginning.begin()
         with held_back():  # until the ranks have said what they do at them
             workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
@@ -187,7 +211,7 @@ class Supervisor(LocalElasticAgent):
             for end in [*failed, *after]:
                 logger.info("%s", end)
             found = causes.first_cause(failed, after)
-            if found.record is None and self._folder.stays_away():  # so that nobody could leave word
+            if self._folder.stays_away():
                 self._conclude(causes.lost_folder(self._run))
             else:
                 left = causes.left_early(found, ends, self._ended_at)
@@ -196,8 +220,7 @@ class Supervisor(LocalElasticAgent):
             self._take_down()
             self._conclude(unmet)
         elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
-            logs = {rank: self._run.rank_log(rank) for rank in self._heartbeats}
-            error = {**self._watchdog.explain(self.pids, logs), "host": socket.gethostname()}
+            error = {**self._watchdog.explain(self.pids, self._logs), "host": socket.gethostname()}
             self._take_down(at_once=True)
             self._conclude(error)
         elif any(elsewhere.values()):
@@ -212,6 +235,8 @@ class Supervisor(LocalElasticAgent):
         elif self._give_up():
             self._take_down(at_once=True)
             self._conclude(causes.gave_up(min(self._heartbeats)))
+        else:
+            self._beginning.look(self.pids, self._logs)
         if self.cause is not None and self.cause["type"] in causes.FINAL:
             self._remaining_restarts = 0
 
@@ -245,6 +270,9 @@ class Supervisor(LocalElasticAgent):
         self._signal(signal.SIGKILL)
         self._await_end(_KILL_S)
         kill_sessions(set(self.pids.values()))  # each rank has one of its own, with what it has started
+        for rank, words in self._last_words.items():  # to last, as long as the run folder does
+            with suppress(OSError):
+                shutil.copy(words, self._run.rank_error(rank))
         logger.info("this node's ranks are down")
 
     def _signal(self, number: int, *, sparing_those_that_end: bool = False) -> None:
@@ -263,7 +291,7 @@ class Supervisor(LocalElasticAgent):
         return number is not None and (end.exit_code == -number or end.suspicion > 1)
 
     def _is_ending(self, rank: int) -> bool:
-        record = read_json(self._run.rank_error(rank))
+        record = read_json(self._last_words[rank])
         return record is not None and not record["victim"]
 
     def _await_end(self, seconds: float) -> None:
@@ -275,7 +303,7 @@ class Supervisor(LocalElasticAgent):
         return causes.last_words(self._run.rank_log(rank), self._log_sizes[rank])
 
     def _ends(self) -> list[causes.RankEnd]:
-        return causes.read_ends(self._run, self._exit_codes())
+        return causes.read_ends(self._last_words, self._exit_codes())
 
     def _beats(self) -> dict[int, Beat]:
         return {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}

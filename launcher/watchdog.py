@@ -10,9 +10,10 @@ from typing import Any
 from dtrain.heartbeat import Beat, Heartbeat, Phase
 
 from . import stacks
+from .awake import AwakeClock
 from .processes import children, is_suspended
 
-_DOING = {
+DOING = {
     Phase.STARTING: "starting",
     Phase.JOINING: "joining the other ranks",
     Phase.SAVING: "saving",
@@ -38,14 +39,20 @@ class Watchdog:
     def __init__(self, heartbeats: Mapping[int, Heartbeat], timeout_s: float) -> None:
         self._heartbeats = heartbeats
         self._timeout_s = timeout_s
+        self._clock = AwakeClock()
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: when it moved, by its clock, and when that was seen
 
     def sees_hang(self) -> bool:
         """Whether a rank that has begun stands still."""
-        now = time.monotonic_ns()
-        beats = [heartbeat.read() for heartbeat in self._heartbeats.values()]
-        return any(
-            beat.epochs and beat.phase != Phase.DONE and now - beat.moved_ns > self._timeout_s * 1e9 for beat in beats
-        )
+        now = self._clock.now()
+        is_hung = False
+        for rank, heartbeat in self._heartbeats.items():
+            beat = heartbeat.read()
+            if rank not in self._seen or beat.moved_ns != self._seen[rank][0]:
+                self._seen[rank] = (beat.moved_ns, now)
+            is_running = beat.epochs and beat.phase != Phase.DONE
+            is_hung |= bool(is_running and now - self._seen[rank][1] > self._timeout_s)
+        return is_hung
 
     def explain(self, pids: Mapping[int, int], logs: Mapping[int, Path]) -> dict[str, Any]:
         """Have all ranks write their stacks to their logs; the one that lags, as status.json's `error`.
@@ -54,10 +61,7 @@ class Watchdog:
         """
         beats = {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}
         found = {rank: stacks.request(pids[rank], logs[rank]) for rank in sorted(beats)}
-        furthest_behind = min(_place(beat) for beat in beats.values())
-        laggards = [rank for rank, beat in beats.items() if _place(beat) == furthest_behind]
-        # Who waits for the others is in torch's code; who holds them up is mostly in the user's.
-        rank = min(laggards, key=lambda rank: (not stacks.in_users_code(found[rank]), beats[rank].moved_ns))
+        rank = laggard(beats, found)
         beat, pid, standing_in = beats[rank], pids[rank], found[rank]
         if beat.phase in (Phase.LOADING, Phase.VALIDATING):  # it may be waiting for a loading process
             of_children = [stacks.request(child, logs[rank]) for child in children(pid)]
@@ -69,10 +73,18 @@ class Watchdog:
         return {
             "rank": rank,
             "type": "Hang",
-            "message": f"{since}: {_DOING[beat.phase]}, {where}{suspended}",
+            "message": f"{since}: {DOING[beat.phase]}, {where}{suspended}",
             "traceback": stacks.shown(standing_in),
-            "place": list(furthest_behind),
+            "place": list(_place(beat)),
         }
+
+
+def laggard(beats: Mapping[int, Beat], found: Mapping[int, list[stacks.Stack]]) -> int:
+    """The rank that is furthest behind, and holds up the others by what its stacks say."""
+    furthest_behind = min(_place(beat) for beat in beats.values())
+    laggards = [rank for rank, beat in beats.items() if _place(beat) == furthest_behind]
+    # Who waits for the others is in torch's code; who holds them up is mostly in the user's.
+    return min(laggards, key=lambda rank: (not stacks.in_users_code(found[rank]), beats[rank].moved_ns))
 
 
 def _place(beat: Beat) -> tuple[int, ...]:

@@ -17,12 +17,13 @@ trap 'ended=yes' TERM
 property() { # NAME: what Slurm says of this job
     scontrol --oneliner show job "$job" | grep -o " $1=[^ ]*" | cut -d= -f2
 }
-step() { # how far the run is
-    local text
-    text=$(grep -o '"step": [0-9]*' "$run/status.json" 2> /dev/null) && echo "${text##* }" || echo 0
+saved() { # what the run would continue from: the newest checkpoint of each of its fits
+    local fit
+    { echo .; sed -n 's/^ *"\(.*\)",\{0,1\}$/\1/p' "$run/fits.json"; } 2> /dev/null |
+        while read -r fit; do cat "$run/$fit/checkpoints/latest"; done 2> /dev/null || true
 }
 
-step_before=$(step)
+saved_before=$(saved)
 # --wait: of a node that died, srun hears nothing. The other agents do, and end.
 srun --nodes=@nodes@ --ntasks=@nodes@ --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
     --kill-on-bad-exit=0 --wait=120 --unbuffered --export=ALL@step@ \
@@ -50,9 +51,9 @@ fi
 if [[ $again ]]; then
     # A run that gets no further must not go on for ever.
     stalls=$run/slurm-stalls
-    (( $(step) > step_before )) && rm -f "$stalls" || echo . >> "$stalls"
+    [[ $(saved) != "$saved_before" ]] && rm -f "$stalls" || echo . >> "$stalls"
     if [[ -e $stalls ]] && (( $(wc -l < "$stalls") >= @most_stalls@ )); then
-        echo "dtrain: $again, but @most_stalls@ starts in a row made no step: not requeued" >&2
+        echo "dtrain: $again, but @most_stalls@ starts in a row saved no new checkpoint: not requeued; save more often, or ask for more time" >&2
     elif (( $(property Restarts) > ${SLURM_RESTART_COUNT:-0} )); then
         sleep infinity # Slurm is about to requeue it
     else

@@ -17,7 +17,7 @@ from dtrain.errors import UserError
 from dtrain.job import Slurm
 from dtrain.sbatch import CPUS, to_arguments, to_text
 
-MOST_STALLS = 3  # starts in a row without a step, before a run is not requeued any more
+MOST_STALLS = 3  # starts in a row without a new checkpoint, before a run is not requeued any more
 SIGNAL = "B:USR2@120"  # to the batch shell, so many seconds ahead of the time limit
 
 _TEMPLATE = Path(__file__).with_name("batch.sh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -228,6 +229,7 @@ def test_victims_are_not_blamed(project):
 
 def test_status_tells_the_same(outcomes):
     project, _ = outcomes["forward-later-of-3"]
+    assert BOOM in json.loads(project.run_dir().rank_error(1).read_text())["message"]
     done = project.run("status", "run")
     assert "state     failed (exit code 1)" in done.out
     assert f"rank 1 failed: ValueError: {BOOM}" in done.out

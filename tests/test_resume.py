@@ -19,13 +19,14 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torchmetrics import Accuracy
 from torchmetrics.wrappers import MinMaxMetric
-from training import Job, Samples, differences, epoch_order, final_state, train
+from training import Job, Samples, differences, epoch_order, final_state, make_loop, train
 
 from dtrain.heartbeat import Heartbeat
 from dtrain.job import Fsdp
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 from dtrain.trainer import checkpoint
 from dtrain.trainer.checkpoint import Checkpoints
+from dtrain.trainer.ema import Ema
 from dtrain.trainer.manifest import HashedFile
 
 # 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
@@ -301,6 +302,30 @@ def test_augmentation_in_loading_processes_continues(world_size, uninterrupted, 
 def test_augmentation_does_not_depend_on_the_number_of_loading_processes(uninterrupted):
     for workers in (1, 2):
         assert differences(uninterrupted(1, Options(workers=0)), uninterrupted(1, Options(workers=workers))) == []
+
+
+def test_a_state_is_read_to_where_it_belongs(tmp_path):
+    """The meta device stands for a GPU: the ranks of a node must not each have the whole state on the CPU besides."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": torch.optim.Adam(net.parameters())}
+    loop = make_loop(
+        str(tmp_path), {"trainer": trainer, "train": Samples(torch.randn(2, 4), torch.ones(2)), "batch_size": 2}
+    )
+    loop.model.bare.to("meta")
+    loop.ema = Ema(loop.model.bare, 0.9)
+    [weight, *_] = loop.model.bare.parameters()
+    saved_by_columns = torch.empty(4, 8, device="meta").t()
+    assert loop.room("model/0.weight", saved_by_columns).untyped_storage()._cdata == weight.untyped_storage()._cdata
+    assert loop.room("ema/0.weight", saved_by_columns) is loop.ema.state_dict()["0.weight"]
+    state = loop.room("optimizer/state/0.weight/exp_avg", saved_by_columns)
+    assert (state.device.type, state.stride()) == (
+        "meta",
+        (1, 8),
+    )  # to the bit also means: in the order in which it lay
+    # What has no place there, or another form.
+    for path, like in (("model/1.running_mean", torch.empty(8)), ("optimizer/state/0.weight/step", torch.empty(()))):
+        assert loop.room(path, like.to("meta")) is None
+    assert loop.room("model/0.weight", saved_by_columns.double()) is None
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

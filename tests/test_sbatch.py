@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -124,6 +125,41 @@ def test_data_stays_data(text, tmp_path):
     assert launch == ["launch", "--slurm-node", "--gpus", "1", "--resume", "--run-dir", str(run), text, text]
     assert arguments[arguments.index("--bind") + 1] == str(run)
     assert not (tmp_path / "owned").exists()
+
+
+# A start that its time limit ends: it has done a step, and saved it if it may.
+STARTS = """#!/bin/bash
+echo . >> steps; step=$(wc -l < steps)
+echo "{\\"step\\": $step}" > run/status.json
+[[ -e may-save ]] && echo "step-$step" > "$(cat may-save)/checkpoints/latest"
+exit 75
+"""
+SAYS = """#!/bin/bash
+if [[ $1 == requeue ]]; then echo requeued; else echo "JobId=1 Reason=TimeLimit Restarts=0 PreemptTime=None "; fi
+"""
+
+
+def test_starts_that_save_nothing_are_not_requeued_for_ever(tmp_path):
+    for name, text in (("srun", STARTS), ("scontrol", SAYS)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for folder in ("run", "elsewhere"):
+        (tmp_path / folder / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "fits.json").write_text(json.dumps({"fits": ["../elsewhere"]}, indent=2))
+    script = render("digits", Slurm(), tmp_path / "run", tmp_path, 1, Gpus(1), dtrain="dtrain").script
+
+    def start() -> str:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+        done = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 75
+        return done.stdout + done.stderr
+
+    for saves_in in ("run", "elsewhere"):  # the script's own run folder, and one that it has given to a fit
+        (tmp_path / "may-save").write_text(saves_in)
+        assert all("requeued, to continue" in start() for _ in range(4))
+    (tmp_path / "may-save").unlink()
+    assert ["requeued, to continue" in start() for _ in range(3)] == [True, True, False]
+    assert "3 starts in a row saved no new checkpoint: not requeued" in start()
 
 
 def test_a_percent_sign_in_the_run_folder_is_no_pattern():

@@ -35,7 +35,7 @@ from dtrain.run import RunDir
 from .background import Copies, Disk, say
 from .learned_loss import beside
 from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
-from .tree import DTYPES, TEXT, flatten, unflatten
+from .tree import TEXT, flatten, unflatten
 from .world import World, collective_timeout
 
 T = TypeVar("T")
@@ -69,7 +69,8 @@ class Checkpoints:
     """A run's checkpoints. All ranks take part in all of it; rank 0 reports.
 
     Args:
-        part_like: room for this rank's part of a tensor of that name and shape; None where it is to have all of it.
+        room: to read this rank's part of a tensor of that name into, which was saved like that; None: all of it, on the
+            CPU. A state need not fit into the memory of a node once for each of its ranks.
 
     Attributes:
         failed: whether the last one is not on disk, once it has been written.
@@ -81,13 +82,13 @@ class Checkpoints:
         world: World,
         keep: int,
         disk: Disk,
-        part_like: Callable[[str, torch.Size, torch.dtype], Tensor | None] = lambda *_: None,
+        room: Callable[[str, Tensor], Tensor | None] = lambda *_: None,
     ) -> None:
         self._run = run
         self._world = world
         self._keep = keep
         self._disk = disk
-        self._part_like = part_like
+        self._room = room
         # Of its own, since its messages are on their way while the training sends others.
         alone = world.world_size == 1
         self._group = (
@@ -255,8 +256,8 @@ class Checkpoints:
         tensors = {}
         for name in wanted:
             described = index["tensors"][name]
-            part = self._part_like(name, torch.Size(described["shape"]), DTYPES[described["dtype"]])
-            tensors[name] = storage.empty_tensor(described) if part is None else part
+            room = self._room(name, storage.empty_tensor(described, "meta"))
+            tensors[name] = storage.empty_tensor(described) if room is None else room
         storage.load(path, index, tensors)
         own = {rank: unflatten(tensors, prefix) for rank, prefix in prefixes.items()}
         snapshot = Snapshot(path, size, unflatten(tensors), own)

@@ -9,13 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 
 from .data import MicroBatch
 from .optimizer_state import to_parameters
-from .parallel import Parallel, Stepping, has_sparse_gradients, reached_leaves, require_all_used, run_within, trainable
+from .parallel import (
+    Parallel,
+    Stepping,
+    has_sparse_gradients,
+    matches,
+    reached_leaves,
+    require_all_used,
+    run_within,
+    trainable,
+)
 from .step import Outcome, Step
 from .world import World
 
@@ -69,6 +79,17 @@ class DataParallel(Parallel):
             return super().run(step, micro_batch)
         with _wrapping(self.module, self._stepping):
             return run_within(self.module, step, micro_batch)
+
+    def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
+        try:
+            parameter = self.bare.get_parameter(name)
+        except AttributeError:
+            return None
+        if is_lazy(parameter) or parameter.shape != like.shape or not like.dim():  # a step count is the CPU's
+            return None
+        if section == "optimizer":
+            return torch.empty_like(like, device=parameter.device)
+        return parameter.detach() if matches(parameter, like) else None
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or not isinstance(self.module, Averaging):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from dtrain import beside
 from dtrain.errors import UserError
 from dtrain.files import write_text
 from dtrain.heartbeat import Heartbeat
@@ -73,6 +74,8 @@ def fit_folder(
         if world.is_main and not is_agents:
             _prepare(run, script, stack, may_exist=resume or given is None, text=describe(_script_name()))
         world.barrier()  # the folder is there
+        if script is None:
+            stack.enter_context(beside.held(run.heartbeats))
         Heartbeat(run.heartbeat(world.rank), create=script is None).begin(number)
         if world.is_main and not is_agents:
             _keep(run, script, stack)

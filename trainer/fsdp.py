@@ -204,9 +204,9 @@ class FullySharded(Parallel):
                 whole[name] = gathered.cpu()
         return whole
 
-    def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
         part = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
-        return None if part is None or part.shape != shape else torch.empty_like(part.detach(), dtype=dtype)
+        return None if part is None or part.shape != like.shape else torch.empty_like(part.detach(), dtype=like.dtype)
 
 
 def _add_name(names: set[str], name: str, parameter: Tensor) -> None:

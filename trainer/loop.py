@@ -37,7 +37,7 @@ from .learning import Learning
 from .mixing import warn_of_mixing
 from .modes import begin_training
 from .optimizers import is_two_step, judged, needs_closure, require_rates, start_training, stop_training
-from .parallel import Parallel
+from .parallel import Parallel, matches
 from .precision import Precision
 from .reduce import reduce_states
 from .results import Results
@@ -123,7 +123,7 @@ class Loop:
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
         self.disk = Disk(run)
         self.results = Results(run, self.disk)
-        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, self.part_like)
+        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, self.room)
         self.background = Background()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
         self.stop, self.stop_evaluating = (StopAgreement(world, self.heartbeat) for _ in range(2))
@@ -441,12 +441,13 @@ class Loop:
         self.beat(Phase.SAVING)
         self.background.wait()  # for the copies before to be written
         began = time.monotonic()
-        jobs = []
+        # Results first, also those that the disk refused before: a checkpoint has a link to the best weights.
+        jobs: list[Callable[[], None]] = [self.results.write] if self.world.is_main else []
         if results:
             with judged(self.optimizer):
                 weights = self.weights(improved=improved)
-                if self.world.is_main:  # first, since the checkpoint has a link to the best weights
-                    jobs.append(self.results.snapshot(weights, self.rows))
+                if self.world.is_main:
+                    self.results.snapshot(weights, self.rows)
         if checkpoint:
             own = {
                 "rng": rng_state(self.world.device),
@@ -492,7 +493,9 @@ class Loop:
             Stopped: it is saved.
             UserError: it could not be.
         """
-        self.save(results=True)
+        self.save(results=False)  # first, since the time may not suffice for both
+        self.save(results=True, checkpoint=False)
+        self.heartbeat.enter(Phase.SAVING)
         self.background.wait()
         if self.world.from_main(self.checkpoints.failed):  # rank 0 has said why, before another rank ends
             raise UserError(
@@ -521,10 +524,15 @@ class Loop:
         require_data("scheduler", self.scheduler, None if self.scheduler is None else state_of(self.scheduler))
         require_data("optimizer", self.optimizer, self.model.own_optimizer_state(self.optimizer))
 
-    def part_like(self, path: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Room for this rank's part of a tensor of `shared_state`; None for those that each rank has whole."""
-        of_parameter = _OF_PARAMETER.fullmatch(path)
-        return self.model.room(of_parameter[1], of_parameter[2], shape, dtype) if of_parameter else None
+    def room(self, path: str, like: Tensor) -> Tensor | None:
+        """Room to read this rank's part of a tensor of `shared_state` into; None where the CPU's will do."""
+        if (of_parameter := _OF_PARAMETER.fullmatch(path)) is None:
+            return None
+        section, name, *_ = of_parameter.groups()
+        if section == "ema" and self.ema is not None:
+            average = self.ema.state_dict().get(name)
+            return average if average is not None and matches(average, like) else None
+        return self.model.room(section, name, like)
 
     def kinds(self) -> dict[str, str | None]:
         """The classes whose states mean nothing to others."""

@@ -180,12 +180,15 @@ class Parallel:
         """The names of the parameters of each group. No collective."""
         return parameter_groups(optimizer, self.bare)
 
-    def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Room to read a checkpoint's tensor into, where this rank is to have a part of it: a DTensor.
+    def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
+        """Room on the device for a tensor of a checkpoint, or for this rank's part of it (a DTensor); None: the CPU's.
+
+        It may be the parameter itself: a checkpoint that can't be used is followed by another one, or by the end.
 
         Args:
-            section: "model", "optimizer" or "ema".
+            section: "model" or "optimizer".
             name: of the parameter that the tensor belongs to; a state of its optimizer may have another shape.
+            like: the tensor as it was saved, without its numbers (on the meta device).
         """
         return None
 
@@ -261,6 +264,11 @@ def require_uncut(net: nn.Module) -> None:
             "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
             "with its weights (weights/last.pt)"
         )
+
+
+def matches(tensor: Tensor, like: Tensor) -> bool:
+    """Whether it can hold the other one's numbers as they are."""
+    return (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
 
 
 def trainable(net: nn.Module) -> dict[str, nn.Parameter]:

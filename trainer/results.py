@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ class Results:
         self._rows: list[Row] | None = None  # those still to be written, as the weights
         self._weights: dict[Path, dict[str, Any]] = {}
 
-    def snapshot(self, weights: Mapping[Path, Mapping[str, Any]], rows: Sequence[Row]) -> Callable[[], None]:
-        """Copy the weights; what is returned writes them, and is to be called on another thread.
-
-        The ones before must have been written, or refused.
+    def snapshot(self, weights: Mapping[Path, Mapping[str, Any]], rows: Sequence[Row]) -> None:
+        """Copy the weights, for `write`; the ones before must have been written, or refused.
 
         Args:
             weights: whole state_dicts, by the files that are to hold them.
@@ -43,7 +41,6 @@ class Results:
         copies |= {place: map_tensors(Tensor.cpu, copied(value)) for place, value in extra.items()}
         self._rows = list(rows)
         self._weights |= {path: {name: copies[path, name] for name in each} for path, each in weights.items()}
-        return self.write
 
     def write(self) -> None:
         """Write what is still to be written."""

@@ -94,12 +94,12 @@ def load(folder: Path, index: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
         raise error from None
 
 
-def empty_tensor(description: Mapping[str, Any]) -> Tensor:
-    """A tensor on the CPU to read one of the index into, in the memory format that it was saved in."""
+def empty_tensor(description: Mapping[str, Any], device: str = "cpu") -> Tensor:
+    """A tensor to read one of the index into, in the memory format that it was saved in."""
     shape, strides, dtype = description["shape"], description["strides"], DTYPES[description["dtype"]]
     if strides is None or not _is_dense(shape, strides):
-        return torch.empty(shape, dtype=dtype)
-    return torch.empty_strided(shape, strides, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

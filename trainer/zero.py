@@ -290,12 +290,12 @@ class Zero(Engine):
                     on_device = isinstance(value, Tensor) and (group.get("fused") or group.get("capturable"))
                     own[key] = value.to(fragment.flat.device) if on_device else value
 
-    def room(self, section: str, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
         known = self._parameters.get(name)
         is_cut = self._stage == 3 or section == "optimizer"
-        if not is_cut or known is None or self._shape(known) != shape:
+        if not is_cut or known is None or self._shape(known) != like.shape:
             return None
-        return dtensor.empty(*shape, dtype=dtype, device_mesh=self._mesh, placements=[Shard(0)])
+        return dtensor.empty(*like.shape, dtype=like.dtype, device_mesh=self._mesh, placements=[Shard(0)])
 
     # -- flat parts ------------------------------------------------------------------------------
 

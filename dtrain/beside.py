@@ -1,0 +1,67 @@
+"""A folder on each node's own disk, for what is looked at many times a second while a run goes on.
+
+The run folder may lie on a file system that all nodes share: a question of ten a second from each node is one too many
+there, and a rank that maps a file may wait for a server. So it holds but a link, to a name that is the same on all
+nodes. Each finds a folder of its own there, and so does `dtrain cancel` on the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain.errors import UserError
+
+ROOT = Path("/tmp")  # not TMPDIR, which clusters set anew for each job
+PREFIX = "dtrain-node-"
+
+
+def link(place: Path) -> None:
+    """Have the place in a run folder name a folder beside it on each node; a plain folder that is there stays one."""
+    # By the run's path: one that was copied or moved with its link gets a folder of its own.
+    key = hashlib.sha256(f"{os.getuid()}:{os.path.realpath(place.parent)}".encode()).hexdigest()
+    target = str(ROOT / f"{PREFIX}{key[:16]}")
+    if place.is_symlink():
+        if os.readlink(place) == target:
+            return
+        place.unlink()
+    if not place.exists():
+        try:
+            place.symlink_to(target)
+        except OSError:  # a file system without links
+            place.mkdir(mode=0o750)
+
+
+def make(place: Path) -> Path:
+    """The folder on this node, which is made where it is not there.
+
+    Raises:
+        UserError: somebody else has made it.
+    """
+    folder = Path(os.path.realpath(place))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.parent == ROOT and folder.stat().st_uid != os.getuid():  # who owns it could ask the ranks to stop
+        raise UserError(f"{folder} belongs to another user: move the run folder {place.parent}, or have it removed")
+    return folder
+
+
+@contextlib.contextmanager
+def held(place: Path) -> Iterator[Path]:
+    """The folder on this node, for the block; the last on this node to leave removes it."""
+    folder = make(place)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield folder
+    finally:
+        if folder.parent == ROOT:
+            with contextlib.suppress(OSError):  # others hold it
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        os.close(descriptor)
