@@ -19,10 +19,11 @@ from typing import Any, Literal, TextIO
 from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.output import RankOutput
+from dtrain.packages import missing
 from dtrain.run import EXIT_INTERRUPTED, Row, RunDir
 from dtrain.screen import Screen
 from dtrain.signals import held_back
-from dtrain.tracking_uri import is_off
+from dtrain.tracking_uri import VARIABLE, is_off
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
 
@@ -73,6 +74,7 @@ class Keeper:
         self._rows_shown = 0.0
         self._histories = {each.path: _History(each, shown=True) for each in (run, *run.fits())}
         self._tracker: subprocess.Popen[bytes] | None = None
+        self._is_untracked = False  # for want of mlflow, which has been said
         self._over = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="dtrain-keeper", daemon=True)
         self._showing = threading.Thread(target=self._show, name="dtrain-screen", daemon=True)
@@ -200,7 +202,11 @@ class Keeper:
     # -- MLflow ----------------------------------------------------------------------------------
 
     def _start_tracker(self) -> None:
-        if self._quiet or is_off():
+        if self._quiet or self._is_untracked or is_off():
+            return
+        if lacking := missing("mlflow"):
+            self._is_untracked = True
+            self.screen.print(f"the run is not recorded in MLflow, which {lacking}; or set {VARIABLE} to nothing")
             return
         # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
         # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.errors import Problem, UserError
+from dtrain.packages import require_for
 from dtrain.run import RunDir
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     from dtrain.loading import load
 
     loaded = load(path, overrides)
+    require_for(loaded)
     if isinstance(loaded, LoadedScript):
         _check_script(loaded, exact)
         return _check_slurm(loaded, slurm) if slurm else 0

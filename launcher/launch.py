@@ -17,6 +17,7 @@ from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
 from dtrain.gpus import DEVICE_VARIABLE
 from dtrain.names import hidden_modules, short
+from dtrain.packages import require_for
 from dtrain.provenance import environment
 from dtrain.redact import hide_in_command
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
@@ -81,12 +82,14 @@ def launch(request: Request) -> int:
     """
     check_nodes(request)
     if request.is_script:
+        require_for()
         return _launch_script(request)
     from dtrain.job import LoadedScript
     from dtrain.loading import load
 
     refuse_other_program(request.target)
     loaded = load(request.target, request.arguments)
+    require_for(loaded)
     hand_on(loaded.job.mlflow.tracking_uri)
     return _launch_script_job(request, loaded) if isinstance(loaded, LoadedScript) else _launch_job(request, loaded)
 

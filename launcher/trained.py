@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.job import Fsdp, LoadedJob, LoadedScript
 from dtrain.loading import dump_job, load
+from dtrain.packages import require
 from dtrain.run import RunDir
 
 from .aside import new_run, run_module, scratch_folder
@@ -25,6 +25,7 @@ from .launch import check_and_choose, preload_for, resolved
 HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
 WEIGHTS = ("best", "last", "ema")
 TABLES = (".npy", ".csv")
+NEEDED_FOR = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), ".csv": ("pandas",)}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
             raise UserError(f"{data}: expected features in a file, {' or '.join(TABLES)}, {hint}")
         if not file.is_file():
             raise UserError(f"{data}: no such file")
+        require(f"to read {data}, dtrain", *NEEDED_FOR.get(file.suffix, ()))
         data = str(file.absolute())
     elif data == "val" and loaded.job.data.val is None:
         raise UserError("the job has no data.val; say one: data.val._target_=data.test")
@@ -103,9 +105,7 @@ def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
 def export(trained: Trained, form: str, out: str | None) -> int:
     """Write a run's model in a format for others."""
     weights, loaded = trained.file, trained.load()
-    needed = ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ()
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--format onnx needs the packages {', '.join(missing)}: pip install 'dtrain[onnx]'")
+    require(f"--format {form}", *NEEDED_FOR.get(form, ()))
     target = Path(out or f"{loaded.job.name}.{form}")
     with _new_file(target) as filled:
         asked = {"weights": str(weights), "format": form, "out": str(filled)}
@@ -117,6 +117,7 @@ def export(trained: Trained, form: str, out: str | None) -> int:
 
 def summary(path: str, overrides: Sequence[str]) -> int:
     """Print a job's layers, their output shapes and parameters."""
+    require("dtrain summary", "torchinfo")
     loaded = load(path, (*HERE, *overrides))
     if isinstance(loaded, LoadedScript):
         raise UserError(loaded.at(Problem("builds its own model: dtrain.summary(net, ...) in it sums it up", "script")))

@@ -11,6 +11,7 @@ import sys
 import time
 
 from dtrain.errors import UserError
+from dtrain.packages import require
 from dtrain.redact import hide_password
 from dtrain.run import EXIT_INTERRUPTED
 from dtrain.tracking_uri import resolve_tracking_uri, sqlite_file
@@ -28,6 +29,7 @@ def ui(tracking_uri: str | None, port: int | None) -> int:
     file = sqlite_file(uri)
     if file and not file.exists():
         raise UserError(f"no runs recorded in {file} yet; `dtrain launch` makes it, in the working directory")
+    require("dtrain ui", "mlflow")
     return _serve(uri, _choose_port(port))
 
 

@@ -25,6 +25,7 @@ from .function_metric import FunctionMetric
 from .reduce import Part, Reduction, State, Value, in_order
 from .seeds import rng_kept, seed_everything
 from .step import describe
+from .torch_versions import is_of_device
 from .transfer import map_tensors
 
 AnyMetric: TypeAlias = Metric | MetricCollection
@@ -311,7 +312,7 @@ class MetricSet:
         return (self._num_updates if isinstance(part, WrapperMetric) else part.update_count) > 0
 
     def _refuse(self, name: str, error: Exception, given: str = "") -> NoReturn:
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        if is_of_device(error):
             raise error
         metric = self._metrics[name]
         kind = describe(metric.function if isinstance(metric, FunctionMetric) else metric)

@@ -19,6 +19,7 @@ from dtrain.errors import UserError, among, first_line
 
 from .data import MicroBatch
 from .losses import WeightedMean
+from .torch_versions import is_of_device
 from .transfer import tensors, ways_to_take
 from .trial import Pairs, try_loss
 from .units import as_module, class_weight, count_units, is_torchs, is_weighted, mixes_samples
@@ -83,7 +84,7 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
 def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> None:
     """Raise UserError where a loss of torch's has met what it was not made for."""
     is_users = type(loss_fn).__module__ != nn.CrossEntropyLoss.__module__
-    if is_users or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+    if is_users or is_of_device(error):
         return
     mend = "; BCEWithLogitsLoss takes logits" if isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions) else ""
     if isinstance(error, TypeError) and "argument" in str(error):

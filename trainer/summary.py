@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dtrain.errors import UserError, first_line
+from dtrain.packages import require
 
 from .seeds import rng_kept
 
@@ -31,6 +32,7 @@ def summary(
     Raises:
         UserError: neither, or what the model does not take.
     """
+    require("summary", "torchinfo")
     import torchinfo
 
     device = next(net.parameters(), torch.zeros(())).device

@@ -29,6 +29,7 @@ from typing import Any, cast
 from dtrain import signals
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.packages import require
 from dtrain.redact import hide_in_job, hide_password
 from dtrain.run import Row, RunDir
 from dtrain.sweep import Sweep
@@ -68,6 +69,11 @@ def main() -> int:
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     run = RunDir(sys.argv[1])
+    try:
+        require("dtrain: to have a run in MLflow, this", "mlflow")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
     # The tracker of an earlier attempt may still be trying: two would send the same rows.
     with _locked(run.path / "mlflow.lock"):
         try:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.job import Fsdp
 from dtrain.monitor import monitor_problem
+from dtrain.packages import missing, require
 
 from . import precision as precisions
 from .agreement import require_same_settings
@@ -276,6 +277,7 @@ class Trainer:
             step: what a batch does, in place of what Trainer was made with; `evaluate` and `predict` keep it.
             run_dir: the fit's folder, in place of Trainer's.
         """
+        require("Trainer.fit returns a pandas.DataFrame, and", "pandas")  # before hours of training
         if step is not None:
             self._take(step)
         loop = self.train(train_data, val_data, epochs, patience, monitor, mode, run_dir)
@@ -369,8 +371,9 @@ class Trainer:
         ]
         try:
             draw(loop.run_dir.plots, loop.rows, loop.best.epoch, confusions)
-        except OSError as error:
-            say(f"{loop.run_dir}: can't draw plots/: {error.strerror or error}; all else is there")
+        except (OSError, ImportError) as error:
+            cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
+            say(f"{loop.run_dir}: can't draw plots/: {cause or error}; all else is there")
 
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""

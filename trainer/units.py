@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .torch_versions import LINEAR_CROSS_ENTROPY
+
 Loss = Callable[[Any, Any], Tensor]
 Units = Callable[[Tensor, Tensor], int]
 
@@ -57,8 +59,8 @@ _UNITS: dict[Any, Units] = {kind.forward: _elements for kind in _BY_ELEMENTS}
 _UNITS |= {kind.forward: units for kind, (_, units) in _BY_CLASSES.items()}
 _COMPARED = {kind.forward for kind in _BY_ELEMENTS}
 _OVER_CLASSES = {kind.forward for kind in _BY_CLASSES}
-_UNITS |= {nn.LinearCrossEntropyLoss.forward: _distributions}
-_BY_TARGETS = {nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, nn.LinearCrossEntropyLoss.forward}
+_UNITS |= {kind.forward: _distributions for kind in LINEAR_CROSS_ENTROPY}
+_BY_TARGETS = {kind.forward for kind in (nn.CrossEntropyLoss, nn.NLLLoss, *LINEAR_CROSS_ENTROPY)}
 
 
 def as_module(loss_fn: Loss) -> Loss:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from dtrain import zero_config
 from dtrain.errors import Problem, UserError, first_line
+from dtrain.packages import require
 
 from .buffers import extra_states
 from .data import MicroBatch
@@ -356,11 +357,12 @@ def _deepspeed(device: torch.device) -> Any:
         os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    require("fit.strategy: deepspeed", "deepspeed")
     try:
         import deepspeed
         import deepspeed.ops
-    except ImportError as error:
-        raise UserError(f"fit.strategy: deepspeed needs the package deepspeed: {first_line(error)}") from None
+    except ImportError as error:  # it is of another torch, or CUDA
+        raise UserError(f"fit.strategy: deepspeed can't be imported: {first_line(error)}") from None
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for half a minute
