@@ -178,12 +178,12 @@ def _no_longer_than(command: Command) -> Iterator[Command]:
         command.kill()
 
 
-def processes(mark: str) -> dict[int, str]:
+def processes(mark: str, variable: str = MARK) -> dict[int, str]:
     """The command lines, by pid, of the processes whose environment holds the mark; no zombies."""
     found = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+            if f"{variable}={mark}".encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
     return found
 
