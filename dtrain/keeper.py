@@ -29,6 +29,7 @@ State = Literal["running", "finished", "failed", "stopped", "killed"]
 LOOK_EVERY_S = 0.1
 WRITE_EVERY_S = 1.0
 TRACKER_GRACE_S = 60.0  # MLflow gets this long after the end of the run
+STOPPED_GRACE_S = 5.0  # in a job of Slurm's that was stopped: it must end, and be requeued, before its time is up
 
 
 class Keeper:
@@ -211,9 +212,13 @@ class Keeper:
 
     def _await_tracker(self, tracker: subprocess.Popen[bytes]) -> None:
         log = self.run.logs / "mlflow.log"
+        in_hurry = self._status["state"] == "stopped" and self._status["slurm_job_id"] is not None
         try:
-            code = tracker.wait(TRACKER_GRACE_S)
+            code = tracker.wait(STOPPED_GRACE_S if in_hurry else TRACKER_GRACE_S)
         except subprocess.TimeoutExpired:
+            if in_hurry:
+                self.screen.print("MLflow has not taken all of the run yet; when it goes on, it gets the rest")
+                return
             self.screen.print(f"MLflow has not taken all of the run yet; process {tracker.pid} goes on trying")
             return
         if code != 0 and log.exists():

@@ -18,6 +18,8 @@ import yaml
 
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.heartbeat import Heartbeat
+from dtrain.keeper import STOPPED_GRACE_S, TRACKER_GRACE_S, Keeper
 from dtrain.launcher.ui import ui
 from dtrain.redact import hide_password
 from dtrain.run import RunDir
@@ -327,3 +329,38 @@ def wait_until(condition, timeout_s=300):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "seconds", "says"),
+    [
+        ("stopped", "4711", STOPPED_GRACE_S, "when it goes on, it gets the rest"),  # its time may be nearly up
+        ("stopped", None, TRACKER_GRACE_S, "process 7 goes on trying"),
+        ("finished", "4711", TRACKER_GRACE_S, "process 7 goes on trying"),
+    ],
+)
+def test_how_long_the_end_waits(state, job, seconds, says, tmp_path, monkeypatch, capsys):
+    class Slow:
+        pid = 7
+
+        def __init__(self, *arguments: object, **options: object) -> None:
+            pass
+
+        def wait(self, timeout: float) -> int:
+            waited.append(timeout)
+            raise subprocess.TimeoutExpired("tracker", timeout)
+
+    waited: list[float] = []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///nowhere.db")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    run = RunDir(tmp_path / "run")
+    run.create()
+    run.job.write_text("name: x\n")
+    Heartbeat(run.heartbeat(0), create=True)
+    with Keeper(run) as keeper:
+        monkeypatch.setattr(subprocess, "Popen", Slow)
+        keeper.finish(state, 0)
+    assert waited == [seconds]
+    assert says in capsys.readouterr().err
