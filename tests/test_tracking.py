@@ -332,34 +332,38 @@ def wait_until(condition, timeout_s=300):
 
 
 @pytest.mark.parametrize(
-    ("state", "job", "seconds", "says"),
+    ("state", "within", "seconds", "says"),
     [
         ("stopped", "4711", STOPPED_GRACE_S, "when it goes on, it gets the rest"),  # its time may be nearly up
-        ("stopped", None, TRACKER_GRACE_S, "process 7 goes on trying"),
-        ("finished", "4711", TRACKER_GRACE_S, "process 7 goes on trying"),
+        ("finished", "4711", TRACKER_GRACE_S, "by process 7; it reports in"),
+        ("stopped", None, 0.0, "by process 7; it reports in"),  # it goes on behind the command
+        ("finished", "1", TRACKER_GRACE_S, "by process 7"),  # the first process of a container ends all others
+        ("finished", "--wait-mlflow", None, "by process 7"),
     ],
 )
-def test_how_long_the_end_waits(state, job, seconds, says, tmp_path, monkeypatch, capsys):
+def test_how_long_the_end_waits(state, within, seconds, says, tmp_path, monkeypatch, capsys):
     class Slow:
         pid = 7
 
         def __init__(self, *arguments: object, **options: object) -> None:
             pass
 
-        def wait(self, timeout: float) -> int:
+        def wait(self, timeout: float | None) -> int:
             waited.append(timeout)
-            raise subprocess.TimeoutExpired("tracker", timeout)
+            raise subprocess.TimeoutExpired("tracker", timeout or 0.0)
 
-    waited: list[float] = []
+    waited: list[float | None] = []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///nowhere.db")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    if job is not None:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
+    if within == "4711":
+        monkeypatch.setenv("SLURM_JOB_ID", within)
+    if within == "1":
+        monkeypatch.setattr("os.getpid", lambda: 1)
     run = RunDir(tmp_path / "run")
     run.create()
     run.job.write_text("name: x\n")
     Heartbeat(run.heartbeat(0), create=True)
-    with Keeper(run) as keeper:
+    with Keeper(run, wait_mlflow=within == "--wait-mlflow") as keeper:
         monkeypatch.setattr(subprocess, "Popen", Slow)
         keeper.finish(state, 0)
     assert waited == [seconds]

@@ -29,6 +29,7 @@ from typing import Any, cast
 from dtrain import signals
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.mirrored import note_complete, tracker_lock
 from dtrain.redact import hide_in_job, hide_password
 from dtrain.run import Row, RunDir
 from dtrain.sweep import Sweep
@@ -69,7 +70,7 @@ def main() -> int:
         os.environ.setdefault(name, value)
     run = RunDir(sys.argv[1])
     # The tracker of an earlier attempt may still be trying: two would send the same rows.
-    with _locked(run.path / "mlflow.lock"):
+    with _locked(tracker_lock(run)):
         try:
             return follow(run, run.status)
         except UserError as error:
@@ -100,6 +101,7 @@ def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: 
             failing = True
         else:
             if final:
+                note_complete(run)
                 return 0
             failing = False
         time.sleep(retry_s if failing else POLL_S)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,12 +45,11 @@ def main() -> int:
 
 
 def put_together(folder: Path) -> None:
-    """Make the package `dtrain` in the folder, as pyproject.toml has it, of links to the repository's files."""
-    package = folder / "dtrain"
-    package.mkdir()
-    for entry in [*(ROOT / "dtrain").iterdir(), *(ROOT / name for name in ("launcher", "slurm", "trainer"))]:
-        if entry.name != "__pycache__":
-            (package / entry.name).symlink_to(entry)
+    """Make the package `dtrain` in the folder, as pyproject.toml has it, of copies of the repository's folders."""
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "dtrain", folder / "dtrain", ignore=no_caches)
+    for name in ("launcher", "slurm", "trainer"):
+        shutil.copytree(ROOT / name, folder / "dtrain" / name, ignore=no_caches)
 
 
 if __name__ == "__main__":
