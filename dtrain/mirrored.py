@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 from dtrain.files import read_json, write_json
 from dtrain.run import RunDir
@@ -20,19 +21,20 @@ def tracker_lock(run: RunDir) -> Path:
     return run.path / "mlflow.lock"
 
 
-def note_complete(run: RunDir) -> None:
-    """MLflow has all of the run. The tracker notes it; mlflow.json is written anew when the run goes on."""
+def note_complete(run: RunDir, status: dict[str, Any]) -> None:
+    """MLflow has all of the run with that status, which is final. The tracker notes it, until the run goes on."""
     known = read_json(run.mlflow) or {}
-    write_json(run.mlflow, {**known, "complete": True})
+    write_json(run.mlflow, {**known, "complete_after_restarts": status.get("restarts", 0)})
     # A short run is over before MLflow has an id for it. Who keeps a running one writes it himself.
-    status = read_json(run.status_file) or {"state": "running"}
-    if status.get("state") != "running" and status.get("mlflow_run_id") != known.get("run_id"):
-        write_json(run.status_file, {**status, "mlflow_run_id": known.get("run_id")})
+    written = read_json(run.status_file) or {"state": "running"}
+    if written.get("state") != "running" and written.get("mlflow_run_id") != known.get("run_id"):
+        write_json(run.status_file, {**written, "mlflow_run_id": known.get("run_id")})
 
 
 def outstanding(run: RunDir) -> str:
     """What MLflow's copy of a run that is over lacks, in words; empty where it has all, or is to have nothing."""
-    if not tracker_log(run).exists() or (read_json(run.mlflow) or {}).get("complete"):
+    complete_after = (read_json(run.mlflow) or {}).get("complete_after_restarts")
+    if not tracker_log(run).exists() or complete_after == (read_json(run.status_file) or {}).get("restarts", 0):
         return ""
     if _is_locked(tracker_lock(run)):
         return f"still being sent; log: {tracker_log(run)}"

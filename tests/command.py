@@ -150,10 +150,14 @@ class Command:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def end(self) -> int:
+        """Its exit code, whatever goes on behind it."""
+        return self._process.wait(PATIENCE_S)
+
     def wait(self) -> Done:
-        """Its end, and that of all that it has started: nothing may stay."""
+        """Its end, and that of all that it has started: nothing may stay. So MLflow has its run by then."""
         try:
-            code = self._process.wait(PATIENCE_S)
+            code = self.end()
             deadline = time.monotonic() + 60
             while left := processes(self._mark):
                 assert time.monotonic() < deadline, f"still running: {left}\n{self.err}"

@@ -21,6 +21,7 @@ from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import STOPPED_GRACE_S, TRACKER_GRACE_S, Keeper
 from dtrain.launcher.ui import ui
+from dtrain.mirrored import outstanding, tracker_log
 from dtrain.redact import hide_password
 from dtrain.run import RunDir
 from dtrain.tracking_uri import resolve_tracking_uri
@@ -222,7 +223,9 @@ def test_a_broken_artifact_store_costs_the_artifacts_alone(run, capsys):
 def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     run = make_run(tmp_path / "run", uri)
+    tracker_log(run).touch()
     assert follow(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
+    assert outstanding(run) == f"not all of the run; to complete it: python -m dtrain.trainer.tracking {run}"
     error = capsys.readouterr().err
     assert re.match(f"dtrain: MLflow at {re.escape(hide_password(uri))}: .*Connection refused", error)
     assert error.endswith(f"given up; to complete it: python -m dtrain.trainer.tracking {run}\n")

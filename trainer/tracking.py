@@ -86,7 +86,7 @@ def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: 
     failing = False
     give_up_at = math.inf
     while True:
-        final = _final(status())  # before the rows are read: none are added after it
+        final = _final(now := status())  # before the rows are read: none are added after it
         give_up_at = min(give_up_at, time.monotonic() + give_up_s) if final else math.inf
         try:
             mirror = mirror or Mirror(run, uri)
@@ -101,7 +101,7 @@ def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: 
             failing = True
         else:
             if final:
-                note_complete(run)
+                note_complete(run, now)
                 return 0
             failing = False
         time.sleep(retry_s if failing else POLL_S)

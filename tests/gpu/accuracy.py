@@ -183,7 +183,7 @@ def fp16(place: Place) -> str:
         if place.has_gpu:
             raise
         raise LeftOut(f"refused on a CPU: {refused}") from None
-    scaler = torch.amp.GradScaler(place.device, init_scale=2.0**40, growth_interval=4)
+    scaler = torch.amp.GradScaler(place.device, init_scale=2.0**28, growth_interval=4)
     trainer.precision.scaler = scaler
     scales: list[float] = []
     original = scaler.update
@@ -194,7 +194,7 @@ def fp16(place: Place) -> str:
 
     scaler.update = update
     rows = trainer.fit(loader, epochs=4).to_dict("records")
-    assert scales[0] < 2.0**40, "the first step did not overflow"
+    assert scales[0] < 2.0**28, "the first step did not overflow"
     assert any(later > before for before, later in itertools.pairwise(scales)), "the scale never grew"
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] < 100, f"{[row['train_loss'] for row in rows]}"
     settings = ["fit.precision=fp16", "fit.deterministic=true", "model.acts=raises", "model.at=12"]

@@ -58,16 +58,16 @@ class Timer:
 
     def __init__(self, place: Place, skip: int = 10) -> None:
         self._place, self._skip = place, skip
-        self._steps, self._began, self.seconds = 0, 0.0, 0.0
+        self.steps, self._began = 0, 0.0
 
     def __call__(self, *_: Any) -> None:
-        self._steps += 1
-        if self._steps == self._skip:
+        self.steps += 1
+        if self.steps == self._skip:
             self._began = self._now()
 
     def end(self) -> float:
         """Seconds a step; to be called after the last."""
-        return (self._now() - self._began) / (self._steps - self._skip)
+        return (self._now() - self._began) / (self.steps - self._skip)
 
     def _now(self) -> float:
         if self._place.has_gpu:
@@ -100,7 +100,7 @@ def trainer(place: Place, batches: Iterable[Any], width: int, layers: int, name:
     optimizer.register_step_post_hook(timer)
     # The epoch's end, with its checkpoint, is not a step's: the time is taken at the last one.
     steps = len(batches)  # type: ignore[arg-type]
-    optimizer.register_step_post_hook(lambda *_: seconds.append(timer.end()) if timer._steps == steps else None)
+    optimizer.register_step_post_hook(lambda *_: seconds.append(timer.end()) if timer.steps == steps else None)
     run_dir = place.folder / name
     made = Trainer(net, nn.CrossEntropyLoss(), optimizer, {"acc": metric}, device=place.device, run_dir=run_dir)
     made.fit(batches, epochs=1)

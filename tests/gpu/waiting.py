@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -83,13 +84,11 @@ def syncs(place: Place) -> str:
     for name, options in cases().items():
         try:
             steps = watched(place, name, options)
-        except RuntimeError as error:
+        except Exception as error:
             if "synchroniz" not in str(error):
                 raise
             waits[name] = str(error)
-            print(f"---- {name}: {error}", flush=True)
-            import traceback
-
+            print(f"---- {name}", flush=True)
             traceback.print_exc()
         else:
             assert steps >= LAST, f"{name}: {steps} steps"
