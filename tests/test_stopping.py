@@ -223,6 +223,7 @@ def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, proj
             assert command.end() == 0
             assert "MLflow is still being sent this run" in command.err
             assert "still being sent" in project.run("status", "run").out
+            assert "not all in MLflow" in project.run("runs", ".").out
             assert client.get_run(mlflow_run).info.status == "KILLED"
             lock.close()
             check_finished(project, command.wait(), uninterrupted)

@@ -30,13 +30,10 @@ MARK = "DTRAIN_GPU_CHECK"  # in the environment of all processes of one check
 
 DESCRIBE = """
 import json, torch
-found = {"torch": torch.__version__, "CUDA": torch.version.cuda, "gpu": None}
-try:
-    torch.cuda.init()
-    found["gpu"] = torch.cuda.get_device_name()
-except Exception as error:
-    found["why"] = str(error).split(". ")[0]
-print(json.dumps(found))
+from dtrain.gpus import refusal
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+why = None if gpu else refusal()
+print(json.dumps({"gpu": gpu, "why": why, "torch": torch.__version__, "CUDA": torch.version.cuda}))
 """
 
 
@@ -111,7 +108,7 @@ def _ended(mark: str) -> Iterator[str]:
 def page(results: Sequence[Result], described: dict[str, Any], device: str, seconds: float) -> str:
     """Markdown: on what it ran, a line for each check, and the last words of those that failed."""
     counts = {state: sum(each.state == state for each in results) for state in ("passed", "failed", "left out")}
-    why = described.get("why", "not asked for")
+    why = described.get("why") or "--device cpu"
     card = described["gpu"] if device == "cuda" else f"no GPU ({why}): what can be simulated, on the CPU"
     lines = [
         "# What only a GPU shows",
