@@ -24,11 +24,11 @@ def tracker_lock(run: RunDir) -> Path:
 def note_complete(run: RunDir, status: dict[str, Any]) -> None:
     """MLflow has all of the run with that status, which is final. The tracker notes it, until the run goes on."""
     known = read_json(run.mlflow) or {}
-    write_json(run.mlflow, {**known, "complete_after_restarts": status.get("restarts", 0)})
     # A short run is over before MLflow has an id for it. Who keeps a running one writes it himself.
     written = read_json(run.status_file) or {"state": "running"}
     if written.get("state") != "running" and written.get("mlflow_run_id") != known.get("run_id"):
         write_json(run.status_file, {**written, "mlflow_run_id": known.get("run_id")})
+    write_json(run.mlflow, {**known, "complete_after_restarts": status.get("restarts", 0)})
 
 
 def outstanding(run: RunDir) -> str:

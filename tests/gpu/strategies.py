@@ -24,7 +24,7 @@ def losses(place: Place, **settings: list[str]) -> dict[str, list[dict[str, floa
         return dict(zip(jobs, pool.map(lambda job: job.train(), jobs.values()), strict=True))
 
 
-@check(12, "fp16 with fsdp.offload: as fp32, or refused in words")
+@check(12, "fp16 with fsdp.offload: as with ddp, or refused in words")
 def fp16_offload(place: Place) -> str:
     coarse = Job(place, "fp16", PLAIN, FSDP, "fsdp.offload=true", "fit.precision=fp16")
     done = coarse.launch().wait()
@@ -36,8 +36,9 @@ def fp16_offload(place: Place) -> str:
             raise LeftOut(f"refused on a CPU: {message}")
         return f"refused: {message}"
     assert done.code == 0, done.last_lines
-    expected = Job(place, "fp32", PLAIN).train()
-    return below("curves of fp16 and fp32", apart(coarse.run.rows(), expected, CURVES), 0.05)
+    expected = Job(place, "ddp", PLAIN, "fit.precision=fp16").train()
+    assert expected[-1]["train_loss"] < expected[0]["train_loss"]
+    return below("curves", apart(coarse.run.rows(), expected, CURVES), 0.02)
 
 
 @check(13, "ZeRO 1 to 3 beside ddp: clip_norm, clip_value, offload, MSE", limit_s=240)
@@ -68,12 +69,14 @@ def zero(place: Place) -> str:
 
 @check(14, "FSDP: bf16, offload, save and resume", limit_s=180)
 def fsdp(place: Place) -> str:
-    settings = {"ddp": [], "fsdp": [FSDP], "coarse": [FSDP, "fit.precision=bf16"]}
+    bf16 = "fit.precision=bf16"
+    settings = {"ddp": [], "ddp16": [bf16], "fsdp": [FSDP], "bf16": [FSDP, bf16]}
     if place.has_gpu:
         settings["offload"] = [FSDP, "fsdp.offload=true"]
     found = losses(place, **settings)
-    limits = {"fsdp": 1e-3, "offload": 1e-3, "coarse": 0.05}
-    figures = [below(name, apart(found[name], found["ddp"], CURVES), limits[name]) for name in found if name != "ddp"]
+    figures = [below("bf16", apart(found["bf16"], found["ddp16"], CURVES), 0.02)]
+    for name in found.keys() & {"fsdp", "offload"}:
+        figures.append(below(name, apart(found[name], found["ddp"], CURVES), 1e-3))
     expected = uninterrupted(place, "straight", FSDP, "fit.deterministic=true").run.rows()
     stopped = stopped_and_continued(place, "stopped", FSDP, "fit.deterministic=true").run.rows()
     return ", ".join([*figures, below("resumed", apart(stopped, expected, CURVES), 1e-6)])
