@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 N ?= 100
 JOBS ?= 1
 
-.PHONY: demo test check faults bench cluster-up cluster-down clean
+# For gpu: where the page of results goes.
+OUT ?= build/gpu
+
+.PHONY: demo test check faults bench gpu cluster-up cluster-down clean
 
 demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
@@ -39,6 +42,10 @@ bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/step.py --ranks 2
 	$(BIN)/python bench/step.py --ranks 2 --width 600
+
+# From a bare checkout too: of what dtrain imports, the machine may lack mlflow and deepspeed.
+gpu:  ## What only a GPU shows, in 9 minutes at most; the page of results is in $(OUT)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run.py --out $(OUT)
 
 cluster-up:  ## A Slurm cluster of two nodes on this machine (needs root), to try things out: source .devcluster/env.sh
 	$(PYTHON) slurm/devcluster/cluster.py up

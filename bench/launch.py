@@ -6,14 +6,16 @@ All run the same few lines: they import torch and torchmetrics, join a gloo grou
 small model under DDP. torchrun, `accelerate launch` and `dtrain launch` get the same script; for Lightning's launcher
 the lines are written with Fabric, which starts the ranks from within; a single bare `python` shows what one process
 costs that nobody launches. (`accelerate launch` starts a single process without a group: it is measured from two on.)
-They alternate, so that a busy machine slows all alike. Medians are printed as a table, with what each takes as a
-multiple of dtrain's.
+`dtrain job` makes such a step as a job of one epoch, with validation, checkpoint and weights, and MLflow behind it;
+`dtrain job, waiting` comes back when MLflow has it. They alternate, so that a busy machine slows all alike. Medians are
+printed as a table, with what each takes as a multiple of dtrain's.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from dtrain.mirrored import outstanding
+from dtrain.run import RunDir
 
 SCRIPT = """
 import time
@@ -57,10 +62,39 @@ if fabric.global_rank == 0:
     print("FIRST", time.time(), flush=True)
 """
 
+JOB = """
+name: bench
+model: {_target_: torch.nn.Linear, in_features: 8, out_features: 2}
+data: {train: {_target_: parts.points}, val: {_target_: parts.points}, batch_size: 32}
+loss: {_target_: torch.nn.CrossEntropyLoss}
+optimizer: {_target_: parts.Adam}
+metrics: {acc: {_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 2}}
+fit: {epochs: 1}
+"""
+
+JOB_PARTS = """
+import os
+import time
+import torch
+from torch.utils.data import TensorDataset
+
+class Adam(torch.optim.Adam):
+    def step(self, closure=None):
+        super().step(closure)
+        if os.environ["RANK"] == "0":
+            print("FIRST", time.time(), flush=True)
+
+def points():
+    return TensorDataset(torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2)
+"""
+
 BIN = Path(sys.executable).parent
+DTRAIN = [str(BIN / "dtrain"), "launch", "--gpus"]
 # By name: the command for so many ranks.
 LAUNCHERS: dict[str, Callable[[int], list[str]]] = {
-    "dtrain": lambda ranks: [str(BIN / "dtrain"), "launch", "--gpus", str(ranks), "step.py"],
+    "dtrain": lambda ranks: [*DTRAIN, str(ranks), "step.py"],
+    "dtrain job": lambda ranks: [*DTRAIN, str(ranks), "--run-dir", "run", "job.yaml"],
+    "dtrain job, waiting": lambda ranks: [*DTRAIN, str(ranks), "--run-dir", "run", "--wait-mlflow", "job.yaml"],
     "torchrun": lambda ranks: [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "step.py"],
     "accelerate": lambda ranks: [
         # --multi_gpu only says how the ranks are started: with --cpu it starts one.
@@ -85,9 +119,14 @@ def measure(name: str, ranks: int, folder: Path) -> tuple[float, float]:
     command = LAUNCHERS[name](ranks)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     ended = time.time()
-    firsts = [line.split()[-1] for line in done.stdout.splitlines() if "FIRST" in line]
+    printed = done.stdout + done.stderr
+    firsts = [line.split()[-1] for line in printed.splitlines() if "FIRST" in line]
     if done.returncode or len(firsts) != 1:
         raise Crashed(f"{name} on {ranks} ranks: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    if (run := RunDir(folder / "run")).exists():
+        while outstanding(run):  # what goes on behind the command must not slow the next one
+            time.sleep(0.1)
+        shutil.rmtree(run.path)
     return float(firsts[0]) - began, ended - began
 
 
@@ -113,7 +152,7 @@ def plot(medians: dict[tuple[str, int], tuple[float, float]], ranks: list[int], 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in LAUNCHERS:
+    for name in (name for name in LAUNCHERS if not name.startswith("dtrain job")):  # their first step is dtrain's
         numbers = [number for number in ranks if (name, number) in medians]
         seconds = [medians[name, number][0] for number in numbers]
         if numbers == [1]:
@@ -141,6 +180,8 @@ def main() -> None:
         folder = Path(scratch)
         (folder / "step.py").write_text(SCRIPT)
         (folder / "fabric.py").write_text(FABRIC_SCRIPT)
+        (folder / "job.yaml").write_text(JOB)
+        (folder / "parts.py").write_text(JOB_PARTS)
         for name in options.launchers:
             measure(name, min(n for each, n in cases if each == name), folder)  # fills the page cache
         for _ in range(options.repeats):

@@ -18,6 +18,7 @@ from typing import Any, Literal, TextIO
 
 from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Beat, Heartbeat
+from dtrain.mirrored import tracker_log
 from dtrain.output import RankOutput
 from dtrain.packages import missing
 from dtrain.run import EXIT_INTERRUPTED, Row, RunDir
@@ -30,7 +31,7 @@ State = Literal["running", "finished", "failed", "stopped", "killed"]
 LOOK_EVERY_S = 0.1
 WRITE_EVERY_S = 1.0
 SHOW_ROWS_EVERY_S = 0.5  # several files are asked for, on what may be a slow file system
-TRACKER_GRACE_S = 60.0  # MLflow gets this long after the end of the run
+TRACKER_GRACE_S = 60.0  # MLflow gets this long where nothing outlives this process
 STOPPED_GRACE_S = 5.0  # in a job of Slurm's that was stopped: it must end, and be requeued, before its time is up
 
 
@@ -44,14 +45,22 @@ class Keeper:
         echo: where the lines that ranks print into their logs are shown; None where they have no logs.
         show_ranks: whose lines.
         quiet: neither to a screen nor to MLflow.
+        wait_mlflow: whether the end waits until MLflow has all of the run, however long that takes.
     """
 
     def __init__(
-        self, run: RunDir, echo: TextIO | None = None, show_ranks: Iterable[int] = (0,), *, quiet: bool = False
+        self,
+        run: RunDir,
+        echo: TextIO | None = None,
+        show_ranks: Iterable[int] = (0,),
+        *,
+        quiet: bool = False,
+        wait_mlflow: bool = False,
     ) -> None:
         self.run = run
         self.screen = Screen(quiet)
         self._quiet = quiet
+        self._wait_mlflow = wait_mlflow
         self._heartbeat = Heartbeat(run.heartbeat(0))
         self._began = time.time()
         previous = run.status()
@@ -99,7 +108,7 @@ class Keeper:
         self._outputs = [RankOutput(output.rank, self.run.rank_log(output.rank)) for output in self._outputs]
 
     def finish(self, state: State, exit_code: int, error: dict[str, Any] | None = None) -> None:
-        """The ranks have ended: write and show what is left, and wait for MLflow to have it."""
+        """The ranks have ended: write and show what is left, and leave MLflow's copy to the tracker."""
         self._over.set()
         self._watching.join()
         self._take_beat()
@@ -113,7 +122,7 @@ class Keeper:
         if self._tracker is None and self.run.job.exists():
             self._start_tracker()
         if self._tracker is not None:
-            self._await_tracker(self._tracker)
+            self._leave_to(self._tracker)
             self._write()
 
     def _end_fit(self, end: dict[str, Any]) -> None:
@@ -210,7 +219,7 @@ class Keeper:
             return
         # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
         # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.
-        with (self.run.logs / "mlflow.log").open("ab") as log, held_back():
+        with tracker_log(self.run).open("ab") as log, held_back():
             self._tracker = subprocess.Popen(
                 [sys.executable, "-m", "dtrain.trainer.tracking", str(self.run)],
                 stdin=subprocess.DEVNULL,
@@ -220,20 +229,29 @@ class Keeper:
                 start_new_session=True,
             )
 
-    def _await_tracker(self, tracker: subprocess.Popen[bytes]) -> None:
-        log = self.run.logs / "mlflow.log"
-        in_hurry = self._status["state"] == "stopped" and self._status["slurm_job_id"] is not None
+    def _leave_to(self, tracker: subprocess.Popen[bytes]) -> None:
+        log = tracker_log(self.run)
+        grace_s = self._tracker_grace_s()
         try:
-            code = tracker.wait(STOPPED_GRACE_S if in_hurry else TRACKER_GRACE_S)
+            code = tracker.wait(grace_s)
         except subprocess.TimeoutExpired:
-            if in_hurry:
+            if grace_s == STOPPED_GRACE_S:
                 self.screen.print("MLflow has not taken all of the run yet; when it goes on, it gets the rest")
-                return
-            self.screen.print(f"MLflow has not taken all of the run yet; process {tracker.pid} goes on trying")
+            else:
+                self.screen.print(f"MLflow is still being sent this run, by process {tracker.pid}; it reports in {log}")
             return
         if code != 0 and log.exists():
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
             self.screen.print(f"MLflow does not have all of this run: {lines[-1]}")
+
+    def _tracker_grace_s(self) -> float | None:
+        """How long the end waits for the tracker; None: as long as it takes."""
+        if self._status["slurm_job_id"] is not None:
+            return STOPPED_GRACE_S if self._status["state"] == "stopped" else TRACKER_GRACE_S
+        if self._wait_mlflow:
+            return None
+        # The first process of a container, or a service's, takes all others along when it ends.
+        return TRACKER_GRACE_S if 1 in (os.getpid(), os.getppid()) else 0.0
 
 
 class _History:

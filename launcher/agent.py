@@ -42,6 +42,7 @@ def run_ranks(
     *,
     restarts: int = 0,
     quiet: bool = False,
+    wait_mlflow: bool = False,
 ) -> int:
     """Run the task on this node's ranks to the end; the exit code. On node 0 the run must be locked by the caller.
 
@@ -50,6 +51,7 @@ def run_ranks(
         nodes: this node among several.
         restarts: how often the ranks are started again after a failure, from the last checkpoint.
         quiet: nothing but a failure is shown, and MLflow gets nothing.
+        wait_mlflow: whether to wait until MLflow has all of the run.
     """
     node_rank = 0 if nodes is None else nodes.node_rank
     ranks = range(node_rank * num_ranks, (node_rank + 1) * num_ranks)
@@ -60,7 +62,9 @@ def run_ranks(
         requests = StopRequests(heartbeats, is_job=task.is_job)
         keeper = None
         if node_rank == 0:  # it has rank 0, and keeps the run's status for all nodes
-            keeper = stack.enter_context(Keeper(run, None if quiet else echo, show_ranks, quiet=quiet))
+            keeper = stack.enter_context(
+                Keeper(run, None if quiet else echo, show_ranks, quiet=quiet, wait_mlflow=wait_mlflow)
+            )
         scratch = stack.enter_context(_scratch_folder())
         stack.enter_context(requests.handled())  # from here on: importing torch can take seconds
         try:

@@ -43,6 +43,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the job as resolved, and start nothing.")
 @click.option("--show-ranks", default="0", metavar="K,K,..", help="Whose output is shown: ranks, or all.")
 @click.option("--max-restarts", type=click.IntRange(0), metavar="N", help="Start anew after so many failures.")
+@click.option("--wait-mlflow", is_flag=True, help="Come back when MLflow has all of the run, not before.")
 @click.option("-m", "--module", is_flag=True, help="JOB is a module, run as python -m does.")
 @click.option(
     "--no-preload", is_flag=True, help="A fresh interpreter for each rank: none is forked with torch imported."
@@ -62,6 +63,7 @@ def launch(
     dry_run: bool,
     show_ranks: str,
     max_restarts: int | None,
+    wait_mlflow: bool,
     module: bool,
     no_preload: bool,
 ) -> int:
@@ -91,6 +93,7 @@ def launch(
         node_rank=node_rank,
         rendezvous=rendezvous,
         wait=wait,
+        wait_mlflow=wait_mlflow,
     )
     if slurm:
         from .submit import submit_run

@@ -68,6 +68,7 @@ class Request:
     rendezvous: str | None = None  # host:port of node 0
     place: Place | None = None  # where Slurm says the nodes
     wait: bool = False  # with Slurm: follow the job to its end
+    wait_mlflow: bool = False  # until it has all of the run
 
     @property
     def is_script(self) -> bool:
@@ -283,7 +284,9 @@ def _start(
         if nodes is not None:
             nodes.from_first("run", str(run.path.absolute()))
             nodes.from_first("code", str(Path(task.arguments[0]).absolute()) if task.is_job else "")
-        exit_code = run_ranks(task, num_ranks, run, show_ranks, nodes, restarts=restarts)
+        exit_code = run_ranks(
+            task, num_ranks, run, show_ranks, nodes, restarts=restarts, wait_mlflow=request.wait_mlflow
+        )
     if exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
         say(f"continue with: {_continuation(request, run)}")
     return exit_code

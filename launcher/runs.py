@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.errors import UserError
+from dtrain.mirrored import outstanding
 from dtrain.run import RunDir
 from dtrain.sweep import Sweep
 
@@ -75,6 +76,8 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
         status = run.status()
         state, epoch, step = str(status["state"]), int(status["epoch"]), int(status["step"])
         age = f"began {_ago(began)}" if state == "running" else f"ended {_ago(seen)}"
+        if state != "running" and outstanding(run):
+            age += ", not all in MLflow"
         return began, [path, state, f"epoch {epoch}", f"step {step}", _result(run), age, point]
     except Exception:  # whatever is wrong in one folder, the others are listed
         return 0.0, _damaged(path)

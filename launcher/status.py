@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain.errors import UserError
+from dtrain.mirrored import outstanding
 from dtrain.run import RunDir
 from dtrain.screen import row_line
 from dtrain.slurm.jobs import job_of, look_up
@@ -30,8 +31,9 @@ def status(path: str) -> int:
     if job_id := job_of(run):
         print(f"slurm     job {job_id}, {_in_queue(job_id)}")
     print(f"epoch     {_in_fit(found)}{found['epoch']}, step {found['step']}")
-    if found.get("mlflow_run_id"):
-        print(f"mlflow    {found['mlflow_run_id']}")
+    known = [found.get("mlflow_run_id"), outstanding(run) if found["state"] != "running" else ""]
+    if any(known):
+        print("mlflow    " + ", ".join(filter(None, known)))
     if row := run.last_row():
         print("last      " + ("fit 1, " if run.fits() else "") + row_line(row))
     if found.get("error"):

@@ -28,7 +28,10 @@ def ui(tracking_uri: str | None, port: int | None) -> int:
         return 0
     file = sqlite_file(uri)
     if file and not file.exists():
-        raise UserError(f"no runs recorded in {file} yet; `dtrain launch` makes it, in the working directory")
+        raise UserError(
+            f"no runs recorded in {file} yet; `dtrain launch` makes it, in the working directory, some seconds after "
+            "the first step"
+        )
     require("dtrain ui", "mlflow")
     return _serve(uri, _choose_port(port))
 

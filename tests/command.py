@@ -150,10 +150,14 @@ class Command:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def end(self) -> int:
+        """Its exit code, whatever goes on behind it."""
+        return self._process.wait(PATIENCE_S)
+
     def wait(self) -> Done:
-        """Its end, and that of all that it has started: nothing may stay."""
+        """Its end, and that of all that it has started: nothing may stay. So MLflow has its run by then."""
         try:
-            code = self._process.wait(PATIENCE_S)
+            code = self.end()
             deadline = time.monotonic() + 60
             while left := processes(self._mark):
                 assert time.monotonic() < deadline, f"still running: {left}\n{self.err}"
@@ -178,12 +182,12 @@ def _no_longer_than(command: Command) -> Iterator[Command]:
         command.kill()
 
 
-def processes(mark: str) -> dict[int, str]:
+def processes(mark: str, variable: str = MARK) -> dict[int, str]:
     """The command lines, by pid, of the processes whose environment holds the mark; no zombies."""
     found = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+            if f"{variable}={mark}".encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
     return found
 

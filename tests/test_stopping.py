@@ -5,6 +5,7 @@ Each run waits in a step until it is allowed to go on, so that nothing here depe
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shlex
 import signal
@@ -18,6 +19,7 @@ from mlflow import MlflowClient
 
 from dtrain.files import read_json
 from dtrain.heartbeat import Heartbeat
+from dtrain.mirrored import tracker_lock
 from dtrain.trainer.checkpoint import saved
 
 GATE = 7  # the step that waits, the second one of epoch 2
@@ -214,8 +216,18 @@ def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, proj
     assert MlflowClient(store).get_run(mlflow_run).info.status == "KILLED"
 
     go_on(project)
-    check_finished(project, project.run(*SIZE, *JOB, "--resume"), uninterrupted)
     client = MlflowClient(store)
+    with tracker_lock(project.run_dir()).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as if the tracker before were still at work
+        with project.running(*SIZE, *JOB, "--resume") as command:
+            assert command.end() == 0
+            assert "MLflow is still being sent this run" in command.err
+            assert "still being sent" in project.run("status", "run").out
+            assert "not all in MLflow" in project.run("runs", ".").out
+            assert client.get_run(mlflow_run).info.status == "KILLED"
+            lock.close()
+            check_finished(project, command.wait(), uninterrupted)
+    assert "mlflow    " + mlflow_run in project.run("status", "run").out.splitlines()
     assert project.status()["mlflow_run_id"] == mlflow_run
     assert client.get_run(mlflow_run).info.status == "FINISHED"
     assert [metric.step for metric in client.get_metric_history(mlflow_run, "val_loss")] == [5, 10]

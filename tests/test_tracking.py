@@ -21,6 +21,7 @@ from dtrain.files import read_json, write_json
 from dtrain.heartbeat import Heartbeat
 from dtrain.keeper import STOPPED_GRACE_S, TRACKER_GRACE_S, Keeper
 from dtrain.launcher.ui import ui
+from dtrain.mirrored import outstanding, tracker_log
 from dtrain.redact import hide_password
 from dtrain.run import RunDir
 from dtrain.tracking_uri import resolve_tracking_uri
@@ -222,7 +223,9 @@ def test_a_broken_artifact_store_costs_the_artifacts_alone(run, capsys):
 def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     run = make_run(tmp_path / "run", uri)
+    tracker_log(run).touch()
     assert follow(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
+    assert outstanding(run) == f"not all of the run; to complete it: python -m dtrain.trainer.tracking {run}"
     error = capsys.readouterr().err
     assert re.match(f"dtrain: MLflow at {re.escape(hide_password(uri))}: .*Connection refused", error)
     assert error.endswith(f"given up; to complete it: python -m dtrain.trainer.tracking {run}\n")
@@ -332,34 +335,38 @@ def wait_until(condition, timeout_s=300):
 
 
 @pytest.mark.parametrize(
-    ("state", "job", "seconds", "says"),
+    ("state", "within", "seconds", "says"),
     [
         ("stopped", "4711", STOPPED_GRACE_S, "when it goes on, it gets the rest"),  # its time may be nearly up
-        ("stopped", None, TRACKER_GRACE_S, "process 7 goes on trying"),
-        ("finished", "4711", TRACKER_GRACE_S, "process 7 goes on trying"),
+        ("finished", "4711", TRACKER_GRACE_S, "by process 7; it reports in"),
+        ("stopped", None, 0.0, "by process 7; it reports in"),  # it goes on behind the command
+        ("finished", "1", TRACKER_GRACE_S, "by process 7"),  # the first process of a container ends all others
+        ("finished", "--wait-mlflow", None, "by process 7"),
     ],
 )
-def test_how_long_the_end_waits(state, job, seconds, says, tmp_path, monkeypatch, capsys):
+def test_how_long_the_end_waits(state, within, seconds, says, tmp_path, monkeypatch, capsys):
     class Slow:
         pid = 7
 
         def __init__(self, *arguments: object, **options: object) -> None:
             pass
 
-        def wait(self, timeout: float) -> int:
+        def wait(self, timeout: float | None) -> int:
             waited.append(timeout)
-            raise subprocess.TimeoutExpired("tracker", timeout)
+            raise subprocess.TimeoutExpired("tracker", timeout or 0.0)
 
-    waited: list[float] = []
+    waited: list[float | None] = []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///nowhere.db")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    if job is not None:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
+    if within == "4711":
+        monkeypatch.setenv("SLURM_JOB_ID", within)
+    if within == "1":
+        monkeypatch.setattr("os.getpid", lambda: 1)
     run = RunDir(tmp_path / "run")
     run.create()
     run.job.write_text("name: x\n")
     Heartbeat(run.heartbeat(0), create=True)
-    with Keeper(run) as keeper:
+    with Keeper(run, wait_mlflow=within == "--wait-mlflow") as keeper:
         monkeypatch.setattr(subprocess, "Popen", Slow)
         keeper.finish(state, 0)
     assert waited == [seconds]

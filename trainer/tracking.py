@@ -29,6 +29,7 @@ from typing import Any, cast
 from dtrain import signals
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
+from dtrain.mirrored import note_complete, tracker_lock
 from dtrain.packages import require
 from dtrain.redact import hide_in_job, hide_password
 from dtrain.run import Row, RunDir
@@ -75,7 +76,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     # The tracker of an earlier attempt may still be trying: two would send the same rows.
-    with _locked(run.path / "mlflow.lock"):
+    with _locked(tracker_lock(run)):
         try:
             return follow(run, run.status)
         except UserError as error:
@@ -91,7 +92,7 @@ def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: 
     failing = False
     give_up_at = math.inf
     while True:
-        final = _final(status())  # before the rows are read: none are added after it
+        final = _final(now := status())  # before the rows are read: none are added after it
         give_up_at = min(give_up_at, time.monotonic() + give_up_s) if final else math.inf
         try:
             mirror = mirror or Mirror(run, uri)
@@ -106,6 +107,7 @@ def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: 
             failing = True
         else:
             if final:
+                note_complete(run, now)
                 return 0
             failing = False
         time.sleep(retry_s if failing else POLL_S)
