@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 # Losses that are the weighted mean over class numbers, as CrossEntropyLoss, and not of every version.
-LINEAR_CROSS_ENTROPY: tuple[type[nn.Module], ...] = (
+LINEAR_CROSS_ENTROPY: tuple[Any, ...] = (
     (nn.LinearCrossEntropyLoss,) if hasattr(nn, "LinearCrossEntropyLoss") else ()
 )
 
