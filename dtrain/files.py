@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +50,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def refusal(error: OSError) -> str:
+    """Why this host could not write, and what can be done where that is known."""
+    full = {errno.ENOSPC: "make room", errno.EDQUOT: "make room, or ask for a larger quota"}
+    remedy = f"; {full[error.errno]}" if error.errno in full else ""
+    return f"{error.strerror or error} (on {socket.gethostname()}){remedy}"
 
 
 def hidden_name(folder: Path) -> Path:

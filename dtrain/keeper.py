@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from dtrain.files import read_json, write_json
+from dtrain.files import read_json, refusal, write_json
 from dtrain.heartbeat import Beat, Heartbeat
 from dtrain.mirrored import tracker_log
 from dtrain.output import RankOutput
@@ -159,7 +159,7 @@ class Keeper:
             write_json(self.run.status_file, self._status, durable=self._status["state"] != "running")
         except OSError as error:  # a full disk must not end the training, and leaves no room in logs to say so
             if not self._was_in_trouble:
-                self._trouble = f"{self.run}: can't write status.json: {error.strerror}; the run goes on"
+                self._trouble = f"{self.run}: can't write status.json: {refusal(error)}; the run goes on"
             self._was_in_trouble = True
 
     # -- on the screen ---------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def test_a_step_opens_nothing_in_the_run_folder(project):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
     monkeypatch.setattr(beside, "ROOT", tmp_path / "disk")
     run = RunDir(tmp_path / "run")
     run.create()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -71,6 +72,8 @@ class ReadOnlyFolder:
         subprocess.run(["umount", "--lazy", str(run_dir().checkpoints)], check=True)
 
 
+HOST = f" (on {socket.gethostname()})"
+REMEDY = {"file size limit": HOST, "full disk": f"{HOST}; make room", "read-only folder": HOST}
 OUTAGES = {"file size limit": SizeLimit, "full disk": FullDisk, "read-only folder": ReadOnlyFolder}
 
 
@@ -151,9 +154,8 @@ def test_training_goes_on(kind, folder, plain):
     train(2, folder, job, kind)
     [line] = reported(folder)
     assert line.startswith(f"{folder}: can't write ")
-    assert (
-        f": {OUTAGES[kind].reason}; training goes on, and the last good checkpoint is step-000000002-epoch-0001" in line
-    )
+    assert f": {OUTAGES[kind].reason}" in line
+    assert f"{REMEDY[kind]}; training goes on, and the last good checkpoint is step-000000002-epoch-0001" in line
     found = final_state(folder)  # the best weights are those of an epoch that could not be written
     assert differences(found, plain) == []
     assert [path.name for path in saved(RunDir(folder))] == ["step-000000002-epoch-0001", "step-000000010-epoch-0005"]
@@ -218,7 +220,10 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(folder, project):
     run = ["launch", "--gpus", "2", "--run-dir", "run/new", "job.yaml", "launch.device=cpu"]
     with project.running(*run, "fit.epochs=4") as command:
         command.until(
-            lambda: "run/new: can't write status.json: No space left on device; the run goes on" in command.err
+            lambda: (
+                f"run/new: can't write status.json: No space left on device{HOST}; make room; the run goes on"
+                in command.err
+            )
         )
         project.write("go", "")
         (folder / "filler").unlink()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from dtrain.files import refusal
 from dtrain.run import RunDir
 
 K = TypeVar("K", bound=Hashable)
@@ -118,7 +119,7 @@ class Disk:
         except OSError as error:
             if not self._failing:
                 say(
-                    f"{self._run}: can't {' '.join([action, name]).rstrip()}: {error.strerror or error}; "
+                    f"{self._run}: can't {' '.join([action, name]).rstrip()}: {refusal(error)}; "
                     f"training goes on, and {self.last_good()}"
                 )
             self._failing.add(action)
