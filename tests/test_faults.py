@@ -109,5 +109,5 @@ def test_samples_that_differ_are_named(history):
 def test_an_end_that_is_not_the_contracts_is_reported(victim, number, step, code, state, right, tmp_path):
     run = RunDir(tmp_path)
     (run.checkpoints / "step-000000004").mkdir(parents=True)
-    run.status_file.write_text(json.dumps({"state": state}))
+    run.status_file.write_text(json.dumps({"state": state, "epoch": 1, "step": 4}))
     assert (unexpected(Fault("forward", victim, number), step, code, run) == []) == right
