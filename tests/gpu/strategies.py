@@ -49,7 +49,10 @@ def zero(place: Place) -> str:
     offload = f"{section}.offload_optimizer.device=cpu"
     number = ["loss._target_=torch.nn.MSELoss", "model.outputs=1", "data.train.classes=0", "data.val.classes=0"]
     number.append("metrics={}")
-    kinds = {"norm": ["fit.clip_norm=0.1"], "value": ["fit.clip_value=0.001"], "mse": [*number, "fit.clip_norm=0.1"]}
+    # Adam would not notice a gradient that is clipped to another length.
+    sgd = ["optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1"]
+    norm = [*sgd, "fit.clip_norm=0.1"]
+    kinds = {"norm": norm, "value": [*sgd, "fit.clip_value=0.001"], "mse": [*number, *norm]}
     cases = {(1, "norm"): [], (2, "norm"): [offload], (2, "value"): [offload], (2, "mse"): [offload]}
     cases |= {(3, "norm"): [offload], (3, "value"): []}
     found = losses(
