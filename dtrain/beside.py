@@ -24,7 +24,7 @@ PREFIX = "dtrain-node-"
 def link(place: Path) -> None:
     """Have the place in a run folder name a folder beside it on each node; a plain folder that is there stays one."""
     # By the run's path: one that was copied or moved with its link gets a folder of its own.
-    key = hashlib.sha256(f"{os.getuid()}:{os.path.realpath(place.parent)}".encode()).hexdigest()
+    key = hashlib.sha256(os.fsencode(f"{os.getuid()}:{os.path.realpath(place.parent)}")).hexdigest()
     target = str(ROOT / f"{PREFIX}{key[:16]}")
     if place.is_symlink():
         if os.readlink(place) == target:

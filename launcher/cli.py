@@ -76,6 +76,8 @@ def launch(
 
     if wait and not slurm:
         raise UserError("--wait goes with --slurm: a run here is waited for anyway")
+    if wait_mlflow and slurm:
+        raise UserError("--wait-mlflow is for runs here: a job of Slurm's waits for MLflow as long as its time allows")
     if not slurm:
         check_gpus(gpus)
     request = Request(

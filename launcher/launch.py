@@ -313,7 +313,8 @@ def _continuation(request: Request, run: RunDir) -> str:
         words += ["--gpus", str(int(request.gpus) * (1 if place is None else place.local_size))]
     if request.max_restarts is not None:
         words += ["--max-restarts", str(request.max_restarts)]
-    words += ["--no-preload"] * (not request.preload) + ["-m"] * request.is_module
+    words += ["--no-preload"] * (not request.preload) + ["--wait-mlflow"] * request.wait_mlflow
+    words += ["-m"] * request.is_module
     if request.nodes > 1 and place is None:
         words += ["--nodes", str(request.nodes), "--node-rank", "0", "--rendezvous", str(request.rendezvous)]
     if request.show_ranks != "0":

@@ -28,7 +28,7 @@ from dtrain.tracking_uri import resolve_tracking_uri
 from dtrain.trainer.tracking import flatten, follow
 
 TRACKER = [sys.executable, "-m", "dtrain.trainer.tracking"]
-RUNNING, FINISHED = {"state": "running", "step": 1}, {"state": "finished", "step": 9}
+RUNNING, FINISHED = {"state": "running", "epoch": 1, "step": 1}, {"state": "finished", "epoch": 3, "step": 9}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +151,7 @@ def test_a_resumed_run_continues_without_a_step_twice(run, store):
 def test_a_scripts_later_fits_are_children_of_its_run(run, store):
     fit = make_run(run.path / "fit-2", store, name="another", mlflow={})
     run.add_fit(fit)
-    write_json(fit.status_file, {"state": "stopped", "step": 3})
+    write_json(fit.status_file, {"state": "stopped", "epoch": 1, "step": 3})
     fit.write_rows(rows(1))
     states = []
 

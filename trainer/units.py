@@ -60,7 +60,8 @@ _UNITS |= {kind.forward: units for kind, (_, units) in _BY_CLASSES.items()}
 _COMPARED = {kind.forward for kind in _BY_ELEMENTS}
 _OVER_CLASSES = {kind.forward for kind in _BY_CLASSES}
 _UNITS |= {kind.forward: _distributions for kind in LINEAR_CROSS_ENTROPY}
-_BY_TARGETS = {kind.forward for kind in (nn.CrossEntropyLoss, nn.NLLLoss, *LINEAR_CROSS_ENTROPY)}
+_CLASSIFYING: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, nn.NLLLoss, *LINEAR_CROSS_ENTROPY)
+_BY_TARGETS = {kind.forward for kind in _CLASSIFYING}
 
 
 def as_module(loss_fn: Loss) -> Loss:

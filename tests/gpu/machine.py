@@ -50,8 +50,8 @@ def test_cuda(place: Place) -> str:
 
 @check(3, "digits and ResNet: they end well, the memory is free again, no process is left", limit_s=180, alone=True)
 def examples(place: Place) -> str:
-    if importlib.util.find_spec("sklearn") is None:
-        raise LeftOut("the digits are scikit-learn's, which is not installed")
+    if missing := [name for name in ("sklearn", "torchvision") if importlib.util.find_spec(name) is None]:
+        raise LeftOut(f"the examples need {' and '.join(missing)}")
     small = ["data.train.samples=512", "data.val.samples=128", "data.batch_size=128"]
     if not place.has_gpu:
         small = ["data.train.samples=8", "data.val.samples=4", "data.batch_size=4", "data.workers=1"]
@@ -118,7 +118,7 @@ def free_memory(place: Place) -> int:
     """Bytes of the card that nobody has."""
     if not place.has_gpu:
         return 0
-    deadline = time.monotonic() + 5  # the driver takes a moment
+    deadline = time.monotonic() + 3  # the driver takes a moment
     free = 0
     while time.monotonic() < deadline:
         free = max(free, torch.cuda.mem_get_info()[0])

@@ -21,8 +21,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 NEEDED = {
-    **{name: name for name in ("click", "matplotlib", "numpy", "pandas", "pydantic", "rich", "safetensors")},
-    **{name: name for name in ("torch", "torchmetrics", "torchvision")},
+    **{name: name for name in ("click", "numpy", "pandas", "pydantic", "rich", "safetensors", "torch", "torchmetrics")},
     "yaml": "pyyaml",
 }
 

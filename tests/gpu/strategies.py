@@ -38,7 +38,7 @@ def fp16_offload(place: Place) -> str:
     assert done.code == 0, done.last_lines
     expected = Job(place, "ddp", PLAIN, "fit.precision=fp16").train()
     assert expected[-1]["train_loss"] < expected[0]["train_loss"]
-    return below("curves", apart(coarse.run.rows(), expected, CURVES), 0.02)
+    return below("train_loss", apart(coarse.run.rows(), expected), 0.02)
 
 
 @check(13, "ZeRO 1 to 3 beside ddp: clip_norm, clip_value, offload, MSE", limit_s=240)
@@ -49,7 +49,10 @@ def zero(place: Place) -> str:
     offload = f"{section}.offload_optimizer.device=cpu"
     number = ["loss._target_=torch.nn.MSELoss", "model.outputs=1", "data.train.classes=0", "data.val.classes=0"]
     number.append("metrics={}")
-    kinds = {"norm": ["fit.clip_norm=0.1"], "value": ["fit.clip_value=0.001"], "mse": [*number, "fit.clip_norm=0.1"]}
+    # Adam would not notice a gradient that is clipped to another length.
+    sgd = ["optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1"]
+    norm = [*sgd, "fit.clip_norm=0.1"]
+    kinds = {"norm": norm, "value": [*sgd, "fit.clip_value=0.001"], "mse": [*number, *norm]}
     cases = {(1, "norm"): [], (2, "norm"): [offload], (2, "value"): [offload], (2, "mse"): [offload]}
     cases |= {(3, "norm"): [offload], (3, "value"): []}
     found = losses(
@@ -74,7 +77,7 @@ def fsdp(place: Place) -> str:
     if place.has_gpu:
         settings["offload"] = [FSDP, "fsdp.offload=true"]
     found = losses(place, **settings)
-    figures = [below("bf16", apart(found["bf16"], found["ddp16"], CURVES), 0.02)]
+    figures = [below("bf16", apart(found["bf16"], found["ddp16"]), 0.02)]
     for name in found.keys() & {"fsdp", "offload"}:
         figures.append(below(name, apart(found[name], found["ddp"], CURVES), 1e-3))
     expected = uninterrupted(place, "straight", FSDP, "fit.deterministic=true").run.rows()
