@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 # Losses that are the weighted mean over class numbers, as CrossEntropyLoss, and not of every version.
-LINEAR_CROSS_ENTROPY: tuple[Any, ...] = (
-    (nn.LinearCrossEntropyLoss,) if hasattr(nn, "LinearCrossEntropyLoss") else ()
-)
+LINEAR_CROSS_ENTROPY: tuple[Any, ...] = (nn.LinearCrossEntropyLoss,) if hasattr(nn, "LinearCrossEntropyLoss") else ()
 
 
 def is_of_device(error: BaseException) -> bool:
