@@ -190,7 +190,7 @@ class Supervisor(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **kwargs: Any) -> None:
-        # Other versions of torch have other arguments here, and before 2.12 none for how long they wait: half a minute.
+        # Each torch has other arguments here; 2.11 and older wait for half a minute, without being asked how long.
         if self._pcontext is not None:
             self._pcontext.close(death_sig, _LEAVE_S)
         super()._shutdown(death_sig, *args, **kwargs)
