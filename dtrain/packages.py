@@ -13,7 +13,7 @@ from dtrain.errors import Problem, UserError
 if TYPE_CHECKING:
     from dtrain.job import Job, LoadedJob, LoadedScript, ScriptJob
 
-OLDEST_TORCH = (2, 6)  # as in pyproject.toml, which a cluster's torch or `pip install --no-deps` need not have met
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml, which a cluster's torch or `pip install --no-deps` need not have met
 
 
 def missing(*names: str) -> str | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dtrain import beside, signals
 from dtrain.heartbeat import Heartbeat, Phase
 from dtrain.keeper import Keeper, State
+from dtrain.packages import missing
 from dtrain.run import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.screen import say, tolerated
 
@@ -252,7 +253,8 @@ def how_it_ended(cause: causes.Error | None, requests: StopRequests, run: RunDir
         return End("killed", 128 + asked, "ended on request")
     if cause is None:
         found = "weights/best.pt and all else" if run.best_weights.exists() else "logs"  # a script may train by itself
-        return End("finished", 0, f"finished; {found} in {run}; to compare runs: dtrain ui")
+        compare = "" if missing("mlflow") else "; to compare runs: dtrain ui"
+        return End("finished", 0, f"finished; {found} in {run}{compare}")
     if cause["type"] == "Timeout":
         code = 1 if asked is None else 128 + asked  # None: another node was asked
         return End("killed", code, "the ranks did not stop when they were asked to, and were killed", cause)

@@ -39,6 +39,7 @@ logger = logging.getLogger("dtrain.launcher")  # in the agent's log
 
 _TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a job that is lost
 _KILL_S = 5.0  # for the kernel to end them
+_LEAVE_S = 2  # for what still runs when the agent leaves
 _HEAR_S = 2.0  # for the other nodes to say how their ranks ended
 _MONITOR_S = 0.1
 _MISSED_S = 2.0  # a run folder that is not there for so long is gone
@@ -124,7 +125,7 @@ class Supervisor(LocalElasticAgent):
             monitor_interval=_MONITOR_S,
             local_addr=nodes.host,
         )
-        super().__init__(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=2)
+        super().__init__(spec, DefaultLogsSpecs(log_dir=scratch))
         self.cause: dict[str, Any] | None = None
         self._run = run
         self._nodes = nodes
@@ -187,6 +188,12 @@ class Supervisor(LocalElasticAgent):
         assert self.cause is not None
         self._on_restart(self.cause)
         super()._restart_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **kwargs: Any) -> None:
+        # Each torch has other arguments here; 2.11 and older wait for half a minute, without being asked how long.
+        if self._pcontext is not None:
+            self._pcontext.close(death_sig, _LEAVE_S)
+        super()._shutdown(death_sig, *args, **kwargs)
 
     def _exit_barrier(self) -> None:
         """This node is done; whether the run is, the others say."""

@@ -90,7 +90,7 @@ def test_what_needs_one_is_refused_before_it_begins(bare, monkeypatch, capsys, a
 
 def test_an_older_torch_is_named(monkeypatch):
     monkeypatch.setattr(packages, "version", lambda name: "2.5.1+cu124")
-    with pytest.raises(UserError, match=r"dtrain needs torch 2\.6 or newer, and .* has 2\.5\.1\+cu124"):
+    with pytest.raises(UserError, match=r"dtrain needs torch 2\.11 or newer, and .* has 2\.5\.1\+cu124"):
         packages.require_for()
 
 

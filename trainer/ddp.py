@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 
+from .buffers import share_buffers
 from .data import MicroBatch
 from .optimizer_state import to_parameters
 from .parallel import (
@@ -63,10 +64,11 @@ class DataParallel(Parallel):
         self._trainable = trainable(self.bare)
         device = self.world.device
         if self.world.world_size > 1 and self._trainable:
+            share_buffers(self.bare, self.world)
             wrapped = Averaging(
                 self.bare,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                forward_sync_buffers=False,  # batch norm's are each rank's own until `share_buffers`
+                broadcast_buffers=False,  # batch norm's are each rank's own until they are shared again
                 gradient_as_bucket_view=True,
                 find_unused_parameters=self._finds_unused,
             )

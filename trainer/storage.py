@@ -151,32 +151,33 @@ class Writer(StorageWriter):
         with HashedFile(self._hidden / f"rank-{self._rank}.bin") as file:
             for item in plan.items:
                 file.write(bytes(-file.size % _ALIGNMENT))
-                data = _bytes(planner.resolve_data(item))
-                places.append(WriteResult(item.index, len(data), (file.name, file.size)))
+                tensor: Any = planner.resolve_data(item)
+                data = _bytes(tensor)
+                places.append(WriteResult(item.index, len(data), (file.name, file.size, tensor.stride())))
                 file.write(data)
         # The file's own line, for `finish`: it is no tensor's.
         places.append(WriteResult(MetadataIndex(file.name), file.size, file.sum))
         return _done(places)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files = [parts.pop() for parts in results]
+        files = [written.pop() for written in results]
         sums = {file.index.fqn: file.storage_data for file in files}
         for name, source in self._attached.items():
             if source.exists():
                 _link(source, self._hidden / name)
                 sync(self._hidden / name)
                 sums[name] = file_sum(self._hidden / name)
-        places = {part.index: part.storage_data for parts in results for part in parts}
-        tensors = {
-            name: {
-                "dtype": str(each.properties.dtype).removeprefix("torch."),
-                "shape": each.size,
-                "strides": each.properties.strides if each.chunks[0].sizes == each.size else None,  # of a part
-                "parts": [[c.offsets, c.sizes, *places[MetadataIndex(name, c.offsets)]] for c in each.chunks],
-            }
-            for name, each in metadata.state_dict_metadata.items()
-            if isinstance(each, TensorStorageMetadata)
-        }
+        places = {part.index: part.storage_data for written in results for part in written}
+        tensors = {}
+        for name, each in metadata.state_dict_metadata.items():
+            if isinstance(each, TensorStorageMetadata):
+                parts = [(chunk, *places[MetadataIndex(name, chunk.offsets)]) for chunk in each.chunks]
+                tensors[name] = {
+                    "dtype": str(each.properties.dtype).removeprefix("torch."),
+                    "shape": each.size,
+                    "strides": parts[0][-1] if parts[0][0].sizes == each.size else None,  # of a part
+                    "parts": [[chunk.offsets, chunk.sizes, file, begin] for chunk, file, begin, _ in parts],
+                }
         sizes = {file.index.fqn: file.size_in_bytes for file in files}
         write_manifest(self._hidden, {**self._about, "files": sizes, "tensors": tensors}, sums)
         sync(self._hidden)

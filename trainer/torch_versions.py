@@ -1,4 +1,4 @@
-"""What older versions of torch, from 2.6 on, lack: the one place that tells them apart."""
+"""What older versions of torch lack, from 2.11 on; and which errors are a device's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,4 @@ LINEAR_CROSS_ENTROPY: tuple[Any, ...] = (nn.LinearCrossEntropyLoss,) if hasattr(
 
 def is_of_device(error: BaseException) -> bool:
     """Whether the error is the device's: out of memory, or gone. What it computed may have been right."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    if hasattr(torch, "AcceleratorError"):  # torch 2.8
-        return isinstance(error, torch.AcceleratorError)
-    return isinstance(error, RuntimeError) and "CUDA error:" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
