@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import Project
+from marks import campaign
 
 from dtrain import packages
 from dtrain.errors import UserError
@@ -55,37 +56,31 @@ def test_a_run_is_whole_without_them(bare):
     ("arguments", "says"),
     [
         (["launch", "job.yaml", "fit.strategy=deepspeed"], "fit.strategy: deepspeed needs the package deepspeed: "),
-        (["check", "job.yaml", "fit.strategy=deepspeed"], "fit.strategy: deepspeed needs the package deepspeed: "),
+        campaign(
+            ["check", "job.yaml", "fit.strategy=deepspeed"], "fit.strategy: deepspeed needs the package deepspeed: "
+        ),
         (
             ["launch", "job.yaml", "mlflow.tracking_uri=http://mlflow:5000"],
             "mlflow.tracking_uri: needs the package mlflow: ",
         ),
         (["ui", "--tracking-uri", "file:runs"], "dtrain ui needs the package mlflow: "),
-        (["summary", "job.yaml"], "dtrain summary needs the package torchinfo: "),
+        campaign(["summary", "job.yaml"], "dtrain summary needs the package torchinfo: "),
         (["export", "run", "--format", "onnx"], "--format onnx needs the packages onnx, onnxscript, onnxruntime: "),
-        (["export", "run", "--format", "safetensors"], "--format safetensors needs the package safetensors: "),
-        (["predict", "run", "features.csv"], "to read features.csv, dtrain needs the package pandas: "),
+        campaign(["export", "run", "--format", "safetensors"], "--format safetensors needs the package safetensors: "),
+        campaign(["predict", "run", "features.csv"], "to read features.csv, dtrain needs the package pandas: "),
     ],
     ids=lambda each: each if isinstance(each, str) else "-".join(each),
 )
-def test_what_needs_one_is_refused_before_it_begins(bare, monkeypatch, capsys, arguments, says):
-    for name in WITHOUT:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.chdir(bare.folder)
+def test_what_needs_one_is_refused_before_it_begins(bare, arguments, says):
     bare.write("features.csv", "1,2\n")
     weights = bare.run_dir().best_weights
     weights.parent.mkdir(parents=True)
     weights.touch()
     bare.run_dir().job.write_text((bare.folder / "job.yaml").read_text())
-    monkeypatch.setattr(sys, "argv", ["dtrain", *arguments])
-    from dtrain.launcher.cli import main
-
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert f"{says}{sys.executable} -m pip install " in said
-    assert len(said.splitlines()) == 1
+    done = bare.run(*arguments)
+    assert done.code == 2
+    assert f"{says}{sys.executable} -m pip install " in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 def test_an_older_torch_is_named(monkeypatch):
