@@ -55,7 +55,7 @@ class Net(nn.Module):
 
     def __init__(self, width=4, gate=0):
         super().__init__()
-        assert 'RANK' not in os.environ or not torch.cuda._is_in_bad_fork()  # of a command's rank
+        assert 'TORCHELASTIC_RUN_ID' not in os.environ or not torch.cuda._is_in_bad_fork()  # of a command's rank
         self.layers = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
         self.gate = gate
         self.calls = 0

@@ -28,6 +28,7 @@ from .parallel import (
     trainable,
 )
 from .step import Outcome, Step
+from .torch_versions import BUFFERS_APART
 from .world import World
 
 _ALLOW = ", or allow it: fit.find_unused_parameters: true"
@@ -68,7 +69,7 @@ class DataParallel(Parallel):
             wrapped = Averaging(
                 self.bare,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # batch norm's are each rank's own until they are shared again
+                **BUFFERS_APART,  # batch norm's are each rank's own until they are shared again
                 gradient_as_bucket_view=True,
                 find_unused_parameters=self._finds_unused,
             )
