@@ -245,7 +245,7 @@ def test_a_script_job_runs_and_goes_on(jobs, store):
         "script": ["sub/train.py", *arguments],
         "mlflow": {"experiment": "tiny", "tracking_uri": None, "run_name": None},
         "launch": {"device": "cpu", "hang_timeout_s": 1800.0},
-        "slurm": {"setup": [], "env": {}, "container": None, "requeue_on_failure": False},
+        "slurm": {"setup": [], "env": {}, "container": None, "dtrain": None, "requeue_on_failure": False},
     }
     assert (run.code / "sub" / "train.py").read_text() == REPORTING
 
