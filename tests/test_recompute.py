@@ -29,7 +29,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         global calls
-        calls += 1
+        calls += self.training == torch.is_grad_enabled()  # not where it is tried, in the first step
         if self.training:
             self.seen += 0.1 * x.mean().detach()
         return x + self.dropout(torch.tanh(self.norm(self.layer(x)) + self.seen))
