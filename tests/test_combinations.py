@@ -252,7 +252,7 @@ def refusals(combination: Combination) -> list[str]:
     if combination.is_cut:
         is_believed = not combination.weighs if combination.is_step else not loss.is_torchs
         if is_believed and name == "graph" and combination.loader not in READY:
-            found += ["does not make a row of each"]
+            found += ["does not make a row or an entry of each"]
         if is_believed and (not loss.is_regular or loss.units is None):
             found += ["is no mean over samples", "it is their sum", "a step then returns its `weight`"]
         is_micro = combination.micro_batch_size is not None
