@@ -32,9 +32,11 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
+from training import prepare
 
-from dtrain import Ranks, Trainer
+from dtrain import Ranks, Trainer, WeightedMean
 from dtrain.errors import UserError
+from dtrain.run import RUN_DIR_VARIABLE
 from dtrain.trainer.batches import batches_of
 from dtrain.trainer.samples import SampleReading
 from dtrain.trainer.sharding import Indices
@@ -440,6 +442,102 @@ def test_samples_that_a_collate_function_leaves_out_do_not_count():
         assert [sum(of_step) for of_step in zip(*(each for _, each in results), strict=True)] == counts
         for weight, _ in results:
             torch.testing.assert_close(weight, net.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+class Rooms(nn.Module):
+    """Two layers: a sample goes to that which its last feature names, so that a batch may leave out one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = x.new_zeros(len(x), 1)
+        for room, chosen in zip(self.rooms, (x[:, 3] > 0, x[:, 3] <= 0), strict=True):
+            if chosen.any():
+                found = found.index_put((chosen,), room(x[chosen]))
+        return found
+
+
+class Sparse(Dataset):
+    """Of a batch of 6 one sample is left, of the third none. The first ones go to one room, then some to the other."""
+
+    def __len__(self) -> int:
+        return 36
+
+    def __getitem__(self, index: int) -> Any:
+        if index % 6 not in (1, 5) or index // 6 == 2 or (index % 6 == 5 and index // 6 != 4):
+            return None
+        features = FEATURES[index % SIZE].clone()
+        features[3] = features[3].abs() * (-1 if index // 6 in (0, 4) else 1)
+        return features, TARGET[index % SIZE]
+
+
+class SparseStream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return map(Sparse().__getitem__, range(36))
+
+
+def halved(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (predictions - target).square().mean() / 2
+
+
+class Halved(WeightedMean):
+    def units(self, predictions: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (predictions - target).square() / 2, torch.ones_like(target)
+
+
+def sparse_parts(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(SEED)
+    net = Rooms()
+    if optimizer == "LBFGS":
+        return net, torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=2)
+    return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def sparse_fit(
+    rank: int, world_size: int, folder: str, optimizer: str, dataset: Any, micro_batch_size: int | None, workers: int
+) -> tuple[dict[str, torch.Tensor], float]:
+    net, made = sparse_parts(optimizer)
+    os.environ[RUN_DIR_VARIABLE] = folder
+    options = {"micro_batch_size": micro_batch_size, "find_unused_parameters": True, "device": "cpu"}
+    trainer = Trainer(net, Halved(), made, **options)
+    rows = trainer.fit(DataLoader(dataset, 6, collate_fn=whole, num_workers=workers), epochs=2)
+    return trainer.model.state_dict(), rows.train_loss.iloc[-1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dataset", "micro_batch_size", "workers"),
+    [("SGD", Sparse, None, 0), ("SGD", Sparse, 1, 1), ("SGD", SparseStream, 2, 1), ("LBFGS", Sparse, None, 0)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_left_out_whole_changes_nothing(tmp_path, optimizer, dataset, micro_batch_size, workers):
+    """A rank's share, or a whole batch: no parameter that no sample of the batch uses is moved, by momentum say."""
+    net, made = sparse_parts(optimizer)
+    losses = []
+    for epoch in range(2):
+        for batch in DataLoader(dataset(), 6, collate_fn=whole):
+            if batch is None:
+                continue
+            features, target = batch
+
+            def closure(features: Any = features, target: Any = target) -> torch.Tensor:
+                made.zero_grad()
+                loss = halved(net(features), target)
+                loss.backward()
+                return loss
+
+            losses += [(epoch, len(target), closure().item())]
+            made.step(closure)
+    counted = [(count, loss) for epoch, count, loss in losses if epoch]
+    mean = sum(count * loss for count, loss in counted) / sum(count for count, _ in counted)
+    for world_size in (1, 3):
+        prepare(run := tmp_path / f"of {world_size}", world_size)
+        fitted = run_ranks(world_size, sparse_fit, str(run), optimizer, dataset(), micro_batch_size, workers)
+        for weights, loss in fitted:
+            assert loss == pytest.approx(mean, rel=1e-5)
+            for name, value in net.state_dict().items():
+                torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_collate_function_that_fails_where_it_leaves_out_all():

@@ -282,9 +282,28 @@ def test_a_batch_of_lists_with_an_entry_a_sample_is_tried_in_parts(capsys):
         assert (samples, [len(part) for part in joined]) == (number + 1, [number + 1] * 2)
     assert pairs.of([(torch.ones(2, 2), torch.ones(()))], 1)[1] == 1  # other ones, which can't be joined with them
     assert len(pairs.of([(torch.ones(3, 2), torch.ones(()))], 1)[0]) == 2  # samples as they are
-    with_rows = batch[0], torch.ones(3)
-    try_step(lambda data: float(len(data[0])), with_rows, 3, cpu, is_coarse=False)
-    assert "no telling which lists have an entry for each of 3 samples" in capsys.readouterr().err
+
+
+def test_what_may_hold_its_samples_in_two_ways_is_tried_in_both(capsys):
+    """Two lists of two tensors, each of two rows: two samples are their rows, or their entries."""
+    batch, cpu = ([torch.randn(2, 4), torch.randn(2, 4)], [torch.rand(2), torch.rand(2)]), torch.device("cpu")
+
+    def of_entries(data: Any) -> float:
+        return sum(float(x.sum() * y.sum()) for x, y in zip(*data, strict=True)) / len(data[0])
+
+    def of_rows(data: Any) -> float:
+        return float((data[0][0].sum(1) * data[1][0] * data[1][1]).mean())
+
+    def of_neither(data: Any) -> float:
+        return of_entries(data) ** 2 + of_rows(data) ** 2
+
+    try_step(of_entries, batch, 2, cpu, is_coarse=False)
+    try_step(of_rows, batch, 2, cpu, is_coarse=False)
+    with pytest.raises(UserError, match=r"no mean over samples|fails on 1 samples"):
+        try_step(of_neither, batch, 2, cpu, is_coarse=False)
+    assert not capsys.readouterr().err
+    try_step(of_neither, batch, 2, cpu, is_coarse=False, is_forward_collective=True)
+    assert "no telling which lists have an entry for each of 2 samples" in capsys.readouterr().err
 
 
 def weighed(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[str]]:

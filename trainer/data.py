@@ -135,37 +135,21 @@ class Batches(Protocol):
         """Continue there with the next `epoch`."""
 
 
-class Filler:
-    """What a collate function of the user's own has made last, in place of a batch out of which it has left all."""
+def num_kept(data: Any, asked: int) -> int | None:
+    """How many samples a collate function of the user's own, asked for so many (0: for a filler), has put into a batch.
 
-    def __init__(self) -> None:
-        self.data: Any = None
-
-    def counted(self, data: Any, asked: int, whole: Callable[[], Any] | None = None) -> tuple[Any, int]:
-        """What it has made of so many samples (0: of a filler's), and how many are in it.
-
-        Args:
-            whole: gives the whole batch, where the rank needs something to compute and has had nothing so far.
-
-        Raises:
-            UserError: all of the whole batch has been left out.
-        """
-        found = num_collated(data, asked or 2)
-        if found:
-            self.data = data if asked else self.data
-            return data, found if asked else 0
-        if whole is not None and self.data is None:
-            self.data = whole()
-            if not num_collated(self.data, 2):
-                raise UserError("the collate function has left out all samples of a batch: no rank has any to train on")
-        return self.data, 0
+    None where it has left out all of them.
+    """
+    found = num_collated(data, asked or 2)
+    return (found if asked else 0) if found else None
 
 
 class IndexedBatches:
     """The batches of a dataset whose samples have indices, or whatever else a sampler calls them by.
 
     Args:
-        fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out.
+        fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out. It
+            is filled from the same batch: parameters that no sample of the batch uses have no gradient.
     """
 
     def __init__(
@@ -176,7 +160,6 @@ class IndexedBatches:
         self._seed = seed
         self._micro_batch_size = micro_batch_size
         self._fill_empty = fill_empty
-        self._filler = Filler()
         self._reading = SampleReading(source.dataset, source.collate, source.processes.worker_init_fn)
         self._loader = Loader(self._reading, source.workers, source.processes, world, seed)
         # Of the epoch, and before the first one where that is known already.
@@ -194,8 +177,8 @@ class IndexedBatches:
         requests = index_batches(shard, order, key, first_step, fill_empty=self._fill_empty)
         loaded = self._loader.read(requests, epoch)
         for step in range(first_step, shard.num_steps):
-            whole = functools.partial(self._whole, shard, order, key, step) if self._fill_empty else None
-            yield Batch(shard.samples(step), self._micro_batches(shard, step, loaded, whole))
+            find_filler = functools.partial(self._filler, shard, order, key, step)
+            yield Batch(shard.samples(step), self._micro_batches(shard, step, loaded, find_filler))
 
     def _shard(self, samples: int, ends: tuple[int, ...] = ()) -> Shard:
         own = self._world.rank, self._world.world_size, self._micro_batch_size
@@ -208,25 +191,35 @@ class IndexedBatches:
             raise UserError(f"drop_last leaves no batch of {name}: {samples} samples, batch_size {size}")
         return Shard(whole, size, *own)
 
-    def _whole(self, shard: Shard, order: Order, key: int, step: int) -> Any:
-        """The step's whole batch, read by this rank itself."""
-        of_all = replace(shard, rank=0, world_size=1, micro_batch_size=None)
+    def _filler(self, shard: Shard, order: Order, key: int, step: int) -> Any:
+        """A micro-batch of the step, of whatever rank, of which something is left, read by this rank; or None."""
         with loading_apart():
-            return self._reading.answer(next(index_batches(of_all, order, key, step, fill_empty=False)))
+            for rank in range(shard.world_size):
+                of_rank = replace(shard, rank=rank)
+                requests = index_batches(of_rank, order, key, step, fill_empty=False)
+                for _ in filter(None, of_rank.micro_batches(step)):
+                    request = next(requests)
+                    if num_collated(data := self._reading.answer(request), len(request)):
+                        return data
+        return None
 
     def _micro_batches(
-        self, shard: Shard, step: int, loaded: Iterator[Any], whole: Callable[[], Any] | None
+        self, shard: Shard, step: int, loaded: Iterator[Any], find_filler: Callable[[], Any]
     ) -> Iterator[MicroBatch]:
         parts = shard.micro_batches(step)
         samples = shard.samples(step)
+        find_filler = functools.cache(find_filler)
         for i, part in enumerate(parts):
             if not part and not self._fill_empty:
                 continue
             data, found = next(loaded), len(part)
             if not self._source.is_regular:
-                data, found = self._filler.counted(data, found, whole)
-                if not found and not self._fill_empty:
-                    continue
+                kept = num_kept(data, found)
+                if kept is None:
+                    data = find_filler() if self._fill_empty else None
+                    if data is None:  # on all ranks alike, where it is filled
+                        continue
+                found = kept or 0
             is_last, is_whole = i == len(parts) - 1, len(part) == samples
             data = to_device(data, self._world.device)
             yield MicroBatch(data, found, samples, is_last, is_whole, self._source.is_regular)

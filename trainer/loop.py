@@ -203,18 +203,21 @@ class Loop:
 
     def train_step(self, micro_batches: Iterator[MicroBatch]) -> None:
         """One optimizer step, by the gradient of the whole batch's mean, whatever its split. All ranks take part."""
-        is_done = True
         lr = self.optimizer.param_groups[0].get("lr", float("nan"))
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
         if not (isinstance(lr, Tensor) or lr >= 0):  # a tensor is looked at when an epoch begins
             require_rates(self.optimizer, self.place.step)
+        # A collate function may have left out the whole batch, on all ranks: it passes, and changes nothing.
         if self.by_closure:
-            self.step_by_closure(list(micro_batches))
+            parts = list(micro_batches)
+            is_done = bool(parts)
+            if is_done:
+                self.step_by_closure(parts)
         else:
             seen = copy.deepcopy(self.train_tally.state_dict()) if self.update.may_skip else None
             self.model.zero_grad(self.optimizer)
-            self.backward(micro_batches)
-            is_done = self.update.apply(self.place.step + 1)
+            totals, _ = self.backward(micro_batches)
+            is_done = bool(totals) and self.update.apply(self.place.step + 1)
             if not is_done and seen is not None:
                 self.train_tally.load_state_dict(seen)
         if self.ema is not None and is_done:
@@ -294,7 +297,7 @@ class Loop:
             return float(self.run_still(part).total)
 
         with self.model.trying():
-            try_step(run, data, samples, self.world.device, self.is_coarse)
+            try_step(run, data, samples, self.world.device, self.is_coarse, is_forward_collective=is_for_all)
 
     def look_for_mixing(self, micro_batch: MicroBatch) -> None:
         """Warn where the loss of this rank's samples depends on which of them make a batch. Of rank 0's it is said.

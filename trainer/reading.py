@@ -12,7 +12,7 @@ import enum
 import pickle
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,7 @@ from torch.utils.data._utils.worker import WorkerInfo
 
 from dtrain.errors import UserError
 
-from .data import Source
+from .data import Source, num_kept
 from .failures import noted, reading
 from .loading_processes import Reading, show
 from .ready import Cut, Cutter
@@ -191,6 +191,7 @@ class Share(NamedTuple):
 
     samples: int
     # Data and samples of each; as many on all ranks, if there are any. 0 samples: filled up, to leave no trace.
+    # A collate function of the user's own may have left out all of one.
     micro_batches: list[tuple[Any, int]]
     worker: int  # the loading process that it is from
     place: Place  # where that one's stream stands after it
@@ -198,6 +199,7 @@ class Share(NamedTuple):
     batch_samples: int  # of the whole batch; 0 where the stream splits itself, so that only all ranks together know
     mark: int  # of a plain stream's first sample: must be the same in all processes
     is_regular: bool  # see MicroBatch
+    filler: Any = None  # of the same batch, in place of a micro-batch of which nothing is left; None: not known here
 
 
 class Ask(enum.Enum):
@@ -265,10 +267,12 @@ class Stream(Reading):
         size = self._batch_size or 1
         reader.skip(self._worker * size)
         while True:
-            cut = self._cut(self._take(reader, size))
+            taken = self._take(reader, size)
+            cut = self._cut(taken)
             own = sum(samples for _, samples in cut.micro_batches)
+            filler = None if cut.is_regular else self._filler(taken, cut)
             place = reader.place
-            yield Share(own, cut.micro_batches, self._worker, place, False, cut.samples, mark, cut.is_regular)
+            yield Share(own, cut.micro_batches, self._worker, place, False, cut.samples, mark, cut.is_regular, filler)
             reader.skip((self._workers - 1) * size)
 
     def _of_shard(self, reader: Reader) -> Iterator[Share]:
@@ -295,6 +299,15 @@ class Stream(Reading):
         if self._batch_size is None:
             return self._cutter(self._converted(taken[0]))
         return Cut(len(taken), self._collated(taken, self._of_batch(len(taken)).micro_batches(0)), self._is_regular)
+
+    def _filler(self, taken: list[Any], cut: Cut) -> Any:
+        """A micro-batch of the batch, of whatever rank, of which something is left; None where it is not needed."""
+        if not self._fill_empty or None not in [num_kept(*part) for part in cut.micro_batches]:
+            return None
+        shards = [replace(self._of_batch(len(taken)), rank=rank) for rank in range(self._world_size)]
+        parts = [part for shard in shards for part in shard.micro_batches(0) if part]
+        made = (self._collated(taken, [part])[0] for part in parts)
+        return next((data for data, samples in made if num_kept(data, samples)), None)
 
     def _nominal(self, batch_size: int) -> int:
         if nominal := len(self._of_batch(batch_size).share(0)):

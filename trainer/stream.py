@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from dtrain.errors import UserError
 
-from .data import Batch, Filler, MicroBatch, Source
+from .data import Batch, MicroBatch, Source, num_kept
 from .drawn import length
 from .loading_processes import Loader
 from .reading import Ask, Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
-from .transfer import num_collated, num_samples, to_device
+from .transfer import num_samples, to_device, ways_to_take
 from .world import World
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -48,7 +48,7 @@ class StreamBatches:
 
     For each step the ranks tell each other how many samples they have, so that the loss is divided by the whole batch,
     and the epoch ends for all when none has any. They do so a step ahead, so that nobody waits for the numbers. A rank
-    without samples while others have some computes a filler.
+    without samples while others have some computes a filler, of the same batch; see `IndexedBatches`.
 
     Args:
         fill_empty: whether an empty share is filled, where the model is called by all ranks together, or left out.
@@ -61,7 +61,6 @@ class StreamBatches:
         self._size = {"ranks": world.world_size, "workers": shares.workers}
         self._saved_size = self._size
         self._progress = Progress()
-        self._filler = Filler()  # the last micro-batch that this rank had
         self._mark: int | None = None
 
     @property
@@ -82,7 +81,7 @@ class StreamBatches:
         ahead = self._begin_agreement(*next(shares))
         for step in count(first_step):
             share, self._progress, found = ahead
-            samples = self._agree(share, found(), epoch)
+            samples, filler = self._agree(share, found(), epoch)
             if not samples:
                 self._progress.ended = True
                 if step == 0:
@@ -90,7 +89,7 @@ class StreamBatches:
                     raise UserError(f"{self._shares.name} gives no sample in epoch {epoch}{again}")
                 return
             ahead = self._begin_agreement(*next(shares))
-            yield Batch(samples, self._micro_batches(share, samples))
+            yield Batch(samples, self._micro_batches(share, samples, filler))
 
     def state_dict(self) -> dict[str, Any]:
         progress = self._progress
@@ -145,16 +144,21 @@ class StreamBatches:
 
     def _begin_agreement(self, share: Share, progress: Progress) -> Ahead:
         """Tell the others what this rank has, and go on. All ranks take part."""
-        kept = next((data for data, asked in share.micro_batches if asked and num_collated(data, asked)), None)
-        if kept is not None:
-            self._filler.data = kept
-        needs_filler = self._fill_empty and self._filler.data is None
-        told = [share.samples, share.batch_samples, share.mark, needs_filler, kept is not None]
+        filler = self._filler(share)
+        told = [share.samples, share.batch_samples, share.mark, self._fill_empty and filler is None, filler is not None]
         return share, progress, self._gather(told)
 
-    def _agree(self, share: Share, found: Numbers, epoch: int) -> int:
-        """The batch's samples over all ranks, of what they have told. All take part in a broadcast if one needs a
-        filler."""
+    @staticmethod
+    def _filler(share: Share) -> Any:
+        """What fills the batch's micro-batches without samples, of what this rank has; None where it has nothing."""
+        kept = (data for data, asked in share.micro_batches if asked and (share.is_regular or num_kept(data, asked)))
+        return share.filler if share.filler is not None else next(kept, None)
+
+    def _agree(self, share: Share, found: Numbers, epoch: int) -> tuple[int, Any]:
+        """The batch's samples over all ranks, of what they have told, and this rank's filler.
+
+        All take part in a broadcast if one needs a filler, and others have one.
+        """
         of_ranks, whole, marks, needs, haves = found.T
         alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, share.mark)
         if not alike:
@@ -165,11 +169,10 @@ class StreamBatches:
             )
         self._mark = share.mark
         samples = int(of_ranks.sum())
-        if samples and needs.any():
-            if not haves.any():
-                raise UserError("the collate function has left out all samples of a batch: no rank has any to train on")
-            self._share_filler(int(np.flatnonzero(haves)[0]))
-        return samples
+        filler = self._filler(share)
+        if samples and needs.any() and haves.any():
+            filler = self._share_filler(filler, source=int(np.flatnonzero(haves)[0]))
+        return samples, filler
 
     def _gather(self, numbers: list[int]) -> Callable[[], Numbers]:
         """Begin to send all numbers to all ranks, which take part; the function waits for them, a row of each rank."""
@@ -186,26 +189,35 @@ class StreamBatches:
 
         return end
 
-    def _share_filler(self, source: int) -> None:
-        """Give ranks that have had no sample yet what the source rank has. All ranks take part."""
-        box = [self._filler.data if self._world.rank == source else None]
+    def _share_filler(self, own: Any, source: int) -> Any:
+        """This rank's own, or else two samples of the source rank's. All ranks take part."""
+        box = [_two_samples(own) if self._world.rank == source else None]
         dist.broadcast_object_list(box, src=source, group=self._world.control)
-        if self._filler.data is None:
-            self._filler.data = box[0]
+        return box[0] if own is None else own
 
-    def _micro_batches(self, share: Share, samples: int) -> Iterator[MicroBatch]:
+    def _micro_batches(self, share: Share, samples: int, filler: Any) -> Iterator[MicroBatch]:
         parts = share.micro_batches
         if not parts and self._fill_empty:
-            parts = [(self._filler.data, 0)] * self._shares.num_micro_batches
+            parts = [(None, 0)] * self._shares.num_micro_batches
         for i, (data, asked) in enumerate(parts):
-            found = asked
-            if not share.is_regular:
-                data, found = self._filler.counted(data, asked)
-                if not found and not self._fill_empty:
+            kept = asked if share.is_regular and data is not None else num_kept(data, asked)
+            if kept is None:
+                data = filler if self._fill_empty else None
+                if data is None:  # on all ranks alike, where it is filled
                     continue
             is_last, is_whole = i == len(parts) - 1, asked == samples
             data = to_device(data, self._world.device)
-            yield MicroBatch(data, found, samples, is_last, is_whole, share.is_regular)
+            yield MicroBatch(data, kept or 0, samples, is_last, is_whole, share.is_regular)
+
+
+def _two_samples(batch: Any) -> Any:
+    """As much of a batch as a filler needs, since it is sent; the whole, where it can't be cut.
+
+    Two, since batch norm refuses one.
+    """
+    samples = num_samples(batch) or 0
+    ways = ways_to_take(batch, samples)
+    return ways[0](range(min(2, samples))) if len(ways) == 1 else batch
 
 
 class StreamShares:

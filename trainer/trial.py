@@ -20,7 +20,7 @@ from dtrain.errors import UserError, first_line
 
 from .background import say
 from .seeds import rng_kept
-from .transfer import is_by_rows, join, map_tensors, take, tensors, ways_to_take
+from .transfer import Take, is_by_rows, join, map_tensors, take, tensors, ways_to_take
 
 FINE, COARSE = 1e-3, 2e-2  # how far a sum may be off; the latter with 16 bits, and on GPUs, whose TF32 has 10
 _OF_LOSS = "derive it from dtrain.WeightedMean, or write it as a `step` that returns its `weight`"
@@ -85,22 +85,32 @@ def try_loss(loss_fn: Any, name: str, is_sum: bool, given: tuple[Any, Any], samp
         return _adds_up(gradients, what, samples, device, is_sum, is_coarse, _OF_LOSS)
 
 
-def try_step(run: Callable[[Any], float], data: Any, samples: int, device: torch.device, is_coarse: bool) -> None:
+def try_step(
+    run: Callable[[Any], float],
+    data: Any,
+    samples: int,
+    device: torch.device,
+    is_coarse: bool,
+    *,
+    is_forward_collective: bool = False,
+) -> None:
     """Try a step that does not say its loss's weight: call it for the data and for two parts of them.
 
     Args:
         run: the loss of such data.
+        is_forward_collective: whether other ranks call it as often. What holds the samples in one of several ways is
+            not tried then; else in all of these ways, of which one must do.
 
     Raises:
         UserError: its loss is no mean over samples, or it can't do with a part of its batch.
     """
     ways = ways_to_take(data, samples)
-    if len(ways) > 1:
+    if is_forward_collective and len(ways) > 1:
         say(f"no telling which lists have an entry for each of {samples} samples: {_UNSEEN}; if not, {_OF_STEP}")
-    # Else whole each time: all ranks call it equally often, those with a filler too.
-    taken = ways[0] if len(ways) == 1 else lambda rows: data
+    if not ways or (is_forward_collective and len(ways) > 1):
+        ways = [lambda rows: data]  # whole each time
 
-    def of(rows: Sequence[int]) -> tuple[float, list[Tensor]]:
+    def of(taken: Take, rows: Sequence[int]) -> tuple[float, list[Tensor]]:
         if len(rows) == samples:
             return run(taken(rows)), []
         try:
@@ -111,7 +121,14 @@ def try_step(run: Callable[[Any], float], data: Any, samples: int, device: torch
                 f"and ranks and micro-batches have parts of a batch; for it to be believed, {_OF_STEP}"
             ) from error
 
-    _adds_up(of, "the step's loss", samples, device, False, is_coarse, _OF_STEP)
+    refused: list[UserError] = []
+    for taken in ways:
+        try:
+            _adds_up(functools.partial(of, taken), "the step's loss", samples, device, False, is_coarse, _OF_STEP)
+            return
+        except UserError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def _adds_up(
