@@ -33,10 +33,7 @@ def batches_of(
     """
     source = Source.of(data) if isinstance(data, DataLoader) else data
     if isinstance(source, list | tuple):
-        listed = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
-        require_same_data(world, listed)
-        shares = StreamShares(listed, world, seed, micro_batch_size, fill_empty=fill_empty)
-        return StreamBatches(shares, world, fill_empty=fill_empty)
+        source = Source(cast(Any, source), None, shuffle=False)  # all ranks have all the batches
     require_same_data(world, source)
     if not isinstance(source, Source):
         own = LoaderShares(source, world, seed)

@@ -236,9 +236,11 @@ class Loop:
         totals: list[Tensor] = []
         weight: Tensor | None = None
         whole_weight: Callable[[], Tensor] | None = None  # over all ranks
+        batch_samples = 0
         for i, micro_batch in enumerate(micro_batches):
             # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
-            scale = self.world.world_size / micro_batch.batch_samples
+            batch_samples = micro_batch.batch_samples
+            scale: float | Tensor = self.world.world_size / batch_samples
             undone = contextlib.nullcontext() if micro_batch.samples else self.model.without_trace()
             with self.model.accumulating(last=micro_batch.is_last), undone:
                 self.heartbeat.enter(Phase.FORWARD)
@@ -251,14 +253,14 @@ class Loop:
                 if not self.samples_done:  # in this process's first step
                     self.model.require_all_used(outcome.total, self.optimizer)
                 self.heartbeat.enter(Phase.BACKWARD)
-                if outcome.weight is None:
-                    self.model.backward(self.precision.scaled(outcome.total * scale))
-                else:
-                    # How many units the batch has is known only after all its parts; see `divide_gradients`.
+                if outcome.weight is not None:
                     weight = outcome.weight if weight is None else weight + outcome.weight
-                    if micro_batch.is_last:
-                        whole_weight = self.world.begin_sum(weight)  # which travels during the backward pass
-                    self.model.backward(self.precision.scaled(outcome.total))
+                    if micro_batch.is_whole and self.world.world_size == 1:
+                        scale = 1.0 / weight.where(weight != 0, 1.0).to(outcome.total.dtype)
+                    elif micro_batch.is_last:
+                        # Known only after all parts; see `rescale_gradients`. It travels during the backward pass.
+                        whole_weight = self.world.begin_sum(weight)
+                self.model.backward(self.precision.scaled(outcome.total * scale))
             if micro_batch.is_last:
                 self.model.require_averaged(outcome.total, self.place.step + 1)
             if outcome.is_believed and counted:
@@ -270,7 +272,7 @@ class Loop:
                 self.train_tally.add(outcome, micro_batch.samples, self.place.step_in_epoch)
         self.model.loss.average_gradients()
         if whole_weight is not None:
-            self.divide_gradients(whole_weight())
+            self.rescale_gradients(batch_samples, whole_weight())
         return totals, weight
 
     def try_step(self, micro_batch: MicroBatch, number: int) -> None:
@@ -356,12 +358,13 @@ class Loop:
             closure()  # it begins with the batch's gradient
         self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stub says float, its LBFGS takes a tensor
 
-    def divide_gradients(self, total: Tensor) -> None:
-        """Turn the gradients of the summed loss into those of its mean over all ranks' units, so many in total."""
-        total = total.where(total != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
+    def rescale_gradients(self, samples: int, units: Tensor) -> None:
+        """Turn the gradients of the mean over so many samples into those of the mean over all ranks' units."""
+        scale = samples / units.where(units != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
+        if scale.device.type == "cpu" and scale == 1:  # of a GPU's number to ask is to wait
+            return
         gradients = self.model.gradients(self.optimizer)
-        scale = (self.world.world_size / total).to(gradients[0].device, gradients[0].dtype)
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device, gradients[0].dtype))
 
     def stop_or_save(self) -> None:
         """After a step: stop if any rank was asked to, save if it is time. All ranks take part."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, count, repeat
 from types import GeneratorType
 from typing import Any, Protocol
@@ -21,11 +21,21 @@ from .drawn import length
 from .loading_processes import Loader
 from .reading import Ask, Place, Progress, Reader, Share, Stream
 from .seeds import loading_apart
-from .transfer import num_samples, to_device, ways_to_take
+from .transfer import num_rows, num_samples, to_device, ways_to_take
 from .world import World
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
-Ahead = tuple[Share, Progress, Callable[[], Numbers]]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a rank has told the others of its next share."""
+
+    share: Share
+    kept: list[int | None]  # of each micro-batch, see `num_kept`
+    filler: Any  # of what this rank has, for micro-batches without samples; None where it has nothing
+    progress: Progress  # with it
+    found: Callable[[], Numbers]  # waits for what all ranks have told, a row of each
 
 
 class Shares(Protocol):
@@ -80,8 +90,8 @@ class StreamBatches:
         shares = self._own_shares()
         ahead = self._begin_agreement(*next(shares))
         for step in count(first_step):
-            share, self._progress, found = ahead
-            samples, filler = self._agree(share, found(), epoch)
+            now, self._progress = ahead, ahead.progress
+            samples, is_regular, filler = self._agree(now, epoch)
             if not samples:
                 self._progress.ended = True
                 if step == 0:
@@ -89,7 +99,7 @@ class StreamBatches:
                     raise UserError(f"{self._shares.name} gives no sample in epoch {epoch}{again}")
                 return
             ahead = self._begin_agreement(*next(shares))
-            yield Batch(samples, self._micro_batches(share, samples, filler))
+            yield Batch(samples, self._micro_batches(now, samples, filler, is_regular=is_regular))
 
     def state_dict(self) -> dict[str, Any]:
         progress = self._progress
@@ -144,35 +154,33 @@ class StreamBatches:
 
     def _begin_agreement(self, share: Share, progress: Progress) -> Ahead:
         """Tell the others what this rank has, and go on. All ranks take part."""
-        filler = self._filler(share)
-        told = [share.samples, share.batch_samples, share.mark, self._fill_empty and filler is None, filler is not None]
-        return share, progress, self._gather(told)
+        parts, filler = share.micro_batches, share.filler
+        kept = [asked if share.is_regular else num_kept(data, asked) for data, asked in parts]
+        if filler is None:
+            filler = next((data for (data, _), samples in zip(parts, kept, strict=True) if samples), None)
+        needs_filler = self._fill_empty and filler is None
+        told = [share.samples, share.batch_samples, share.mark, needs_filler, filler is not None, share.is_regular]
+        return Ahead(share, kept, filler, progress, self._gather(told))
 
-    @staticmethod
-    def _filler(share: Share) -> Any:
-        """What fills the batch's micro-batches without samples, of what this rank has; None where it has nothing."""
-        kept = (data for data, asked in share.micro_batches if asked and (share.is_regular or num_kept(data, asked)))
-        return share.filler if share.filler is not None else next(kept, None)
-
-    def _agree(self, share: Share, found: Numbers, epoch: int) -> tuple[int, Any]:
-        """The batch's samples over all ranks, of what they have told, and this rank's filler.
+    def _agree(self, now: Ahead, epoch: int) -> tuple[int, bool, Any]:
+        """Of what all have told, the batch's samples, and whether it is regular on all ranks; and this rank's filler.
 
         All take part in a broadcast if one needs a filler, and others have one.
         """
-        of_ranks, whole, marks, needs, haves = found.T
-        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, share.mark)
+        of_ranks, whole, marks, needs, haves, regular = now.found().T
+        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, now.share.mark)
         if not alike:
             raise UserError(
                 f"{self._shares.name} does not give all processes the same samples in epoch {epoch}, and does not say "
                 "that it splits itself. Either all get the same ones in the same order (random draws of torch, numpy "
                 "and random are seeded alike), or it splits itself by get_worker_info().num_workers and .id"
             )
-        self._mark = share.mark
+        self._mark = now.share.mark
         samples = int(of_ranks.sum())
-        filler = self._filler(share)
+        filler = now.filler
         if samples and needs.any() and haves.any():
             filler = self._share_filler(filler, source=int(np.flatnonzero(haves)[0]))
-        return samples, filler
+        return samples, bool(regular.all()), filler
 
     def _gather(self, numbers: list[int]) -> Callable[[], Numbers]:
         """Begin to send all numbers to all ranks, which take part; the function waits for them, a row of each rank."""
@@ -195,19 +203,19 @@ class StreamBatches:
         dist.broadcast_object_list(box, src=source, group=self._world.control)
         return box[0] if own is None else own
 
-    def _micro_batches(self, share: Share, samples: int, filler: Any) -> Iterator[MicroBatch]:
-        parts = share.micro_batches
+    def _micro_batches(self, now: Ahead, samples: int, filler: Any, *, is_regular: bool) -> Iterator[MicroBatch]:
+        parts, kept = now.share.micro_batches, now.kept
         if not parts and self._fill_empty:
             parts = [(None, 0)] * self._shares.num_micro_batches
-        for i, (data, asked) in enumerate(parts):
-            kept = asked if share.is_regular and data is not None else num_kept(data, asked)
-            if kept is None:
+            kept = [None] * len(parts)
+        for i, ((data, asked), found) in enumerate(zip(parts, kept, strict=True)):
+            if found is None:
                 data = filler if self._fill_empty else None
                 if data is None:  # on all ranks alike, where it is filled
                     continue
             is_last, is_whole = i == len(parts) - 1, asked == samples
             data = to_device(data, self._world.device)
-            yield MicroBatch(data, kept or 0, samples, is_last, is_whole, share.is_regular)
+            yield MicroBatch(data, found or 0, samples, is_last, is_whole, is_regular)
 
 
 def _two_samples(batch: Any) -> Any:
@@ -281,7 +289,8 @@ class LoaderShares:
                 samples = sum(map(_num_samples, batches))
             if samples or not batches:
                 parts = [(each, samples) for each in batches]
-                yield Share(samples, parts, 0, reader.place, True, 0, 0, is_regular=False)
+                is_regular = all(num_rows(each) == samples for each in batches)
+                yield Share(samples, parts, 0, reader.place, True, 0, 0, is_regular)
 
 
 def _num_samples(batch: Any) -> int:
