@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from dtrain import gpus
 from dtrain.errors import UserError
 from dtrain.launcher import forks
 from dtrain.launcher.devices import choose_processes
 from dtrain.trainer import worker
+from dtrain.trainer.torch_versions import pin_exactly
 from dtrain.trainer.world import own_device
 
 HOST = re.escape(socket.gethostname())
@@ -37,6 +39,7 @@ def machine(monkeypatch, tmp_path) -> Callable[..., None]:
     """Has torch find so many GPUs, usable or not, with these variables and devices in /dev."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_LOCALID", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # to be left as it is
     monkeypatch.setattr(gpus, "_DEV", tmp_path)
 
     def arrange(counted: int, error: Exception | None, devices: int = 0, **variables: str) -> None:
@@ -180,3 +183,16 @@ def test_descriptors_are_closed_however_many_there_may_be(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
     assert os.read(reader, 1) == b""  # the other end is closed
     os.close(reader)
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}])
+def test_pinned_memory_is_not_rounded_up_unless_the_user_has_settings_of_its_own(monkeypatch, own):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    pin_exactly()
+    found = os.environ.pop("PYTORCH_ALLOC_CONF", None)
+    if own or TorchVersion(torch.__version__) < "2.15":
+        assert found is None
+    else:
+        torch._C._accelerator_setAllocatorSettings(found)  # which refuses what it doesn't know

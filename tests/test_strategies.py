@@ -194,7 +194,7 @@ def shards(rank: int, world_size: int, on_meta: bool) -> dict[str, Any]:
     optimizer = torch.optim.Adagrad(net.parameters(), initial_accumulator_value=0.5)  # has a state from its start
     model = FullySharded(net, join_world("cpu"), Fsdp(), None)
     model.adopt(optimizer)
-    gathered = model.weights()
+    gathered = dict(model.weights())
     own = {name: p.to_local().numel() for name, p in net.named_parameters() if isinstance(p, DTensor)}
     assert net.tied.bias is net.first.bias
     states = [optimizer.state[p]["sum"] for p in net.parameters()]
@@ -222,7 +222,7 @@ def gathered(rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Any]
     torch.manual_seed(SEED + rank)
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    return before, FullySharded(net, join_world("cpu"), Fsdp(), None).weights()
+    return before, dict(FullySharded(net, join_world("cpu"), Fsdp(), None).weights())
 
 
 def test_weights_come_whole_and_as_they_were():

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 
 from dtrain.errors import UserError
-from dtrain.trainer.transfer import is_by_rows, map_tensors, num_samples, tensors, to_device
+from dtrain.trainer.transfer import _stream_of_copies, is_by_rows, map_tensors, num_samples, tensors, to_device
 
 META = torch.device("meta")
 
@@ -85,6 +88,37 @@ def test_whatever_holds_tensors_is_moved_and_stays_what_it_is(kind):
     assert all(tensor.is_meta for tensor in found(moved))
     if "own" not in kind:
         assert not any(tensor.is_meta for tensor in tensors(batch))
+
+
+class Streams:
+    """Stand for torch.cuda's, in the order in which they are used."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Any] = []
+        self.current = types.SimpleNamespace(wait_stream=lambda other: self.calls.append(("waits for", other)))
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        patch.setattr(torch.cuda, "Stream", lambda device: "beside")
+        patch.setattr(torch.cuda, "stream", self.entered)
+        patch.setattr(Tensor, "record_stream", lambda tensor, stream: self.calls.append((tensor.device.type, stream)))
+        _stream_of_copies.cache_clear()
+
+    @contextlib.contextmanager
+    def entered(self, stream: str) -> Iterator[None]:
+        self.calls.append(("copies on", stream))
+        yield
+
+
+def test_copies_to_a_gpu_are_made_beside_the_kernels(monkeypatch):
+    """On a card, tests/gpu/speed.py sees that they are."""
+    streams = Streams(monkeypatch)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        to_device([{"x": ones()}, (ones(), "text", Encoding({"x": ones()}))], gpu)
+        assert streams.calls == [("copies on", "beside"), ("waits for", "beside"), *[("cuda", streams.current)] * 3]
+        streams.calls.clear()
+        to_device([ones(), Own()], gpu)  # of whose tensors nobody knows
+    assert not streams.calls
+    _stream_of_copies.cache_clear()
 
 
 def test_lengths_of_packed_sequences_stay_on_the_cpu():

@@ -22,6 +22,15 @@ K = TypeVar("K", bound=Hashable)
 GRACE_S = 10.0  # for what is being written when the training fails
 
 
+class Copied(dict[str, Any]):
+    """A state_dict of copies on the CPU, which nobody changes: it need not be copied to be written later."""
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """A copy; of a GPU's tensor in pinned memory, to which it goes in one piece. Waits for the device."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+
+
 class Copies:
     """Copies of tensors on the CPU, in memory that is used again for the next copies of the same shape."""
 

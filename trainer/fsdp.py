@@ -24,7 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dtrain.errors import UserError
 from dtrain.job import Fsdp
 
+from .background import Copied, to_cpu
 from .blocks import of_classes, repeated
+from .buffers import copied
 from .data import MicroBatch
 from .optimizer_state import held
 from .parallel import Parallel, Stepping, require_divisible, run_within, shortened
@@ -193,15 +195,15 @@ class FullySharded(Parallel):
                 module.reshard()
 
     def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Any]:
-        whole: dict[str, Any] = {}
+        whole = Copied()
         for name, kept in bare_state_dict(self.bare, instead).items():
             if not isinstance(kept, Tensor):
-                whole[name] = kept
+                whole[name] = map_tensors(to_cpu, copied(kept))
                 continue
             value: Any = kept.to(self.world.device)
             gathered = value.full_tensor() if isinstance(value, DTensor) else value
             if self.world.is_main:
-                whole[name] = gathered.cpu()
+                whole[name] = to_cpu(gathered)
         return whole
 
     def room(self, section: str, name: str, like: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtrain.errors import UserError
 from dtrain.run import Row, RunDir
 
-from .background import Copies, Disk
+from .background import Copied, Copies, Disk
 from .buffers import copied, is_extra
 from .transfer import map_tensors
 from .weights import save_weights
@@ -35,12 +35,14 @@ class Results:
         """
         if self._weights.keys() - weights.keys():
             self._copies = Copies()  # the old ones are still to be written
-        named = {(path, name): value for path, each in weights.items() for name, value in each.items()}
+        live = {path: each for path, each in weights.items() if not isinstance(each, Copied)}
+        named = {(path, name): value for path, each in live.items() for name, value in each.items()}
         extra = {place: value for place, value in named.items() if is_extra(place[1])}
         copies: dict[Any, Any] = self._copies.of({place: named[place] for place in named if place not in extra})
         copies |= {place: map_tensors(Tensor.cpu, copied(value)) for place, value in extra.items()}
         self._rows = list(rows)
-        self._weights |= {path: {name: copies[path, name] for name in each} for path, each in weights.items()}
+        self._weights |= {path: {name: copies[path, name] for name in each} for path, each in live.items()}
+        self._weights |= {path: each for path, each in weights.items() if isinstance(each, Copied)}
 
     def write(self) -> None:
         """Write what is still to be written."""

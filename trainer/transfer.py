@@ -219,7 +219,31 @@ def to_device(batch: Any, device: torch.device) -> Any:
     Raises:
         UserError: an object that holds tensors and does not say how it is moved, or whose class does not allow it.
     """
-    return batch if device.type == "cpu" else _moved(batch, device)
+    if device.type == "cpu":
+        return batch
+    if device.type != "cuda" or not _is_open(batch):
+        return _moved(batch, device)
+    own, beside = torch.cuda.current_stream(device), _stream_of_copies(device)
+    with torch.cuda.stream(beside):  # it need not wait for the kernels of the step before
+        moved = _moved(batch, device)
+    own.wait_stream(beside)
+    for tensor in tensors(moved):
+        tensor.record_stream(own)  # whose kernels read what is the other one's memory
+    return moved
+
+
+@functools.cache
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _is_open(value: Any) -> bool:
+    """Whether all its tensors can be seen: not of an object that moves itself, but for dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return True
+    if callable(getattr(value, "to", None)) and not isinstance(value, Mapping | tuple | list | UserList):
+        return False
+    return all(map(_is_open, _parts(value)))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

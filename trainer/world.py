@@ -20,6 +20,8 @@ from dtrain.errors import UserError, first_line
 from dtrain.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat, Phase
 from dtrain.run import RUN_DIR_VARIABLE, RunDir
 
+from .torch_versions import pin_exactly
+
 T = TypeVar("T")
 
 
@@ -157,6 +159,7 @@ def own_device(name: str) -> torch.device:
         index = 0  # a task of srun for each rank, each of which sees its own alone (--gpus-per-task)
     if index >= found:
         raise UserError(f"local rank {index} has no GPU: {found} found on {host}")
+    pin_exactly()
     try:
         torch.cuda.set_device(index)
     except RuntimeError as error:

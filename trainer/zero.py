@@ -26,6 +26,7 @@ from dtrain import zero_config
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.packages import require
 
+from .background import Copied, to_cpu
 from .buffers import extra_states
 from .data import MicroBatch
 from .optimizer_state import held, parameter_groups
@@ -213,11 +214,11 @@ class Zero(Engine):
     def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
         if self._stage < 3 or self._engine is None:
             return super().weights(instead)
-        whole = {}
+        whole = Copied()
         for name, value in bare_tensors(self.bare).items():
             with self._whole(value) as gathered:
                 if self.world.is_main:
-                    whole[name] = gathered.detach().cpu().clone()
+                    whole[name] = to_cpu(gathered.detach())
         return whole
 
     def state_dict(self) -> dict[str, Tensor]:
