@@ -18,9 +18,10 @@ demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 test: check  ## Run all tests
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/installed  ## Lint and type-check
+check: $(VENV)/installed  ## Lint, type-check, and spell-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	@# mypy sees the package as users do, installed: in the repository its folders lie apart.
 	@rm -rf build
 	$(BIN)/pip install -q --no-deps --target build/typed .
