@@ -319,7 +319,8 @@ class Stream(Reading):
 
     def _shard_info(self, epoch: int) -> ShardInfo:
         shard, num_shards = self._rank * self._workers + self._worker, self._world_size * self._workers
-        return ShardInfo(shard, num_shards, derive_seed("worker", self._seed, epoch), cast(Dataset[Any], self.dataset))
+        seed, dataset = derive_seed("worker", self._seed, epoch), cast(Dataset[Any], self.dataset)
+        return ShardInfo(id=shard, num_workers=num_shards, seed=seed, dataset=dataset)
 
     def _of_batch(self, samples: int) -> Shard:
         return Shard(samples, self._batch_size or 1, self._rank, self._world_size, self._micro_batch_size)
