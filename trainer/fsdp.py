@@ -58,6 +58,11 @@ class FullySharded(Parallel):
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
         if settings.offload and world.device.type == "cpu":
             raise UserError("fsdp.offload keeps in the CPU's memory what a GPU has no room for; there is no GPU here")
+        if world.world_size > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise UserError(
+                f"fsdp on several ranks needs a newer torch than {torch.__version__} (2.15 was tried): in this one "
+                "ranks that use different parameters would add up each other's; use ddp or deepspeed"
+            )
         require_divisible(self.bare)
         blocks = of_classes(self.bare, settings.wrap, "fsdp.wrap") if settings.wrap else repeated(self.bare)
         _require_apart(self.bare, blocks)

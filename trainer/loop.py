@@ -360,10 +360,8 @@ class Loop:
 
     def rescale_gradients(self, samples: int, units: Tensor) -> None:
         """Turn the gradients of the mean over so many samples into those of the mean over all ranks' units."""
-        scale = samples / units.where(units != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
-        if scale.device.type == "cpu" and scale == 1:  # of a GPU's number to ask is to wait
-            return
         gradients = self.model.gradients(self.optimizer)
+        scale = samples / units.where(units != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
         torch._foreach_mul_(gradients, scale.to(gradients[0].device, gradients[0].dtype))
 
     def stop_or_save(self) -> None:
