@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dtrain import beside
 
-HANG_TIMEOUT_VARIABLE = "DTRAIN_HANG_TIMEOUT_S"  # tells a rank after how long a stand it will be taken for hung
+HANG_TIMEOUT_VARIABLE = "DTRAIN_HANG_TIMEOUT_S"  # seconds without progress before a rank counts as hung
 HANG_TIMEOUT_S = 1800.0
 
 _BEAT = struct.Struct("<5q2d")

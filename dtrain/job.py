@@ -96,7 +96,7 @@ class MetricTarget(Target):
 class SchedulerTarget(Target):
     """A learning-rate scheduler; `interval` and `monitor` are ours, the rest are its arguments."""
 
-    interval: Literal["epoch", "step"] = Field(default="epoch", description="When it steps.")
+    interval: Literal["epoch", "step"] = Field(default="epoch", description="After what it steps.")
     monitor: str | None = Field(
         default=None,
         description="What one such as ReduceLROnPlateau looks at; by default what decides which weights are best.",
@@ -126,7 +126,7 @@ class Data(Section):
     val: Target | None = Field(default=None, description="The validation dataset.")
     batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
-    shuffle: bool = Field(default=True, description="A new order of the training samples each epoch.")
+    shuffle: bool = Field(default=True, description="Shuffle the training samples anew each epoch.")
     sampler: Target | None = Field(
         default=None, description="Gets the training dataset as its first argument; its order replaces `shuffle`."
     )
@@ -139,7 +139,7 @@ class EarlyStopping(Section):
     monitor: str | None = Field(
         default=None, description="A reported value, such as val_acc; by default val_loss, else train_loss."
     )
-    mode: Literal["min", "max"] = Field(default="min", description="Whether less or more is better.")
+    mode: Literal["min", "max"] = Field(default="min", description="Whether a lower or a higher value is better.")
     patience: PositiveInt | None = Field(
         default=None, description="Epochs without a better value before the run stops; null: never."
     )
@@ -153,7 +153,7 @@ class Fit(Section):
         default="ddp", description="How ranks share the work: ddp, or fsdp and deepspeed for models that outgrow a GPU."
     )
     micro_batch_size: PositiveInt | None = Field(
-        default=None, description="Most samples in one forward pass of one rank; null: no limit."
+        default=None, description="Largest number of samples in one forward pass of a rank; null: no limit."
     )
     early_stopping: EarlyStopping | None = Field(default=None, description="Best weights and early stop.")
     deterministic: bool = Field(default=False, description="Bit-identical repetition on CUDA, slower.")
@@ -169,10 +169,12 @@ class Fit(Section):
         description="Classes of modules that compute their activations again in the backward pass, to save memory.",
     )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
-        default="fp32", description="With how many bits the model computes; bf16 and fp16 by autocast."
+        default="fp32", description="Compute precision; bf16 and fp16 use autocast."
     )
-    clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of all gradients together.")
-    clip_value: float | None = Field(default=None, gt=0, description="Largest number in a gradient, up and down.")
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Largest norm of the gradients, over all parameters."
+    )
+    clip_value: float | None = Field(default=None, gt=0, description="Clip each gradient element to [-x, x].")
     l1: float | None = Field(default=None, gt=0, description="Adds l1 sum |w| to the loss, over weights; no biases.")
     l2: float | None = Field(default=None, gt=0, description="Adds l2/2 sum w^2 to the loss, over weights; no biases.")
     ema: float | None = Field(
@@ -203,7 +205,7 @@ class Launch(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where present.")
     hang_timeout_s: float = Field(
-        default=HANG_TIMEOUT_S, gt=0, description="So long may a rank stand still before the job is ended."
+        default=HANG_TIMEOUT_S, gt=0, description="Seconds without progress before the job is aborted."
     )
 
 
@@ -242,9 +244,9 @@ class Slurm(Section):
         default=None, description="Apptainer image to run in."
     )
     dtrain: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="The command dtrain on the nodes, where it is another one than here."
+        default=None, description="The dtrain command on the nodes, if it differs from here."
     )
-    requeue_on_failure: bool = Field(default=False, description="Also start again after a failure.")
+    requeue_on_failure: bool = Field(default=False, description="Requeue after a failure too.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class Job(Section):
     """One training job, as job.yaml describes it."""
 
     name: Name = Field(description="Names the run folder and the Slurm job.")
-    seed: Seed = Field(default=0, description="All randomness of the run follows from it.")
+    seed: Seed = Field(default=0, description="Seeds all randomness of the run.")
     model: Target = Field(description="The torch.nn.Module.")
     data: Data = Field(description="Datasets and batches.")
     loss: Target | None = Field(default=None, description="Called as loss(predictions, target).")
@@ -332,7 +334,7 @@ class ScriptJob(Section):
 
     name: Name = Field(description="Names the run folder and the Slurm job.")
     script: Script = Field(description="In place of a model: a script, or -m and a module, with its arguments.")
-    restarts: int = Field(default=0, ge=0, description="So often the processes start anew after a failure.")
+    restarts: int = Field(default=0, ge=0, description="How often the processes are started again after a failure.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
     launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
     slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")

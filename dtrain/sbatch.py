@@ -77,7 +77,7 @@ def problem(name: str, value: object, ours: Iterable[str]) -> str | None:
         return f"is dtrain's own: {TAKEN[name]}"
     if name not in OPTIONS:
         near = nearest(name.replace("_", "-"), OPTIONS) or nearest(name, ours)
-        return "is no option of sbatch" + (f"; did you mean {near}?" if near else "")
+        return "is not an sbatch option" + (f"; did you mean {near}?" if near else "")
     if isinstance(value, bool):
         return None if name in FLAGS | _PYXIS_FLAGS else f"{str(value).lower()} is no value for it"
     words = value if isinstance(value, list) else [value]

@@ -17,7 +17,7 @@ TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.S
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """In the block they wait. A process that is started in it does not get them before it calls `let_through`."""
+    """Block these signals within the block. Children inherit the mask, until they call `let_through`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)
     try:
         yield

@@ -101,7 +101,7 @@ def _share(request: Request, here: Place) -> Request:
     if request.gpus != "auto":
         if int(request.gpus) % count:
             raise UserError(
-                f"--gpus {request.gpus} is of each node, and srun has started {count} tasks on this one: leave it out, "
+                f"--gpus {request.gpus} is per node, and srun has started {count} tasks on this one: leave it out, "
                 f"or say --gpus {count}, or start one task a node"
             )
         request = replace(request, gpus=str(int(request.gpus) // count))

@@ -35,7 +35,7 @@ def cli() -> None:
 @click.option("--nodes", type=click.IntRange(1), metavar="M", help="Machines, the command on each; in Slurm jobs all.")
 @click.option("--node-rank", type=int, default=0, metavar="K", help="Which of them this one is, from 0.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Where node 0 is to be found.")
-@click.option("--slurm", is_flag=True, help="Submit it to Slurm; --gpus is of each node, and may name a type: a100:4.")
+@click.option("--slurm", is_flag=True, help="Submit it to Slurm; --gpus is per node, and may name a type: a100:4.")
 @click.option("--wait", is_flag=True, help="With --slurm: follow the job to its end, and exit as the run does.")
 @click.option("--slurm-node", is_flag=True, hidden=True)  # the task that Slurm starts on each node
 @click.option("--run-dir", metavar="DIR", help="The run's folder; by default a new one under runs/.")
@@ -116,7 +116,7 @@ def launch(
 @click.option("--gpus", default="auto", metavar="N", help="Processes of each run, one for each GPU; by default all.")
 @click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: nodes of each run.")
 @click.option("--slurm", is_flag=True, help="Submit all runs as one array job.")
-@click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="With --slurm: so many runs at a time.")
+@click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="With --slurm: at most N runs at a time.")
 @click.option("--wait", is_flag=True, help="With --slurm: wait until all runs are over.")
 @click.option("--run-dir", metavar="DIR", help="The folder of the run folders; by default a new one under runs/.")
 @click.option("--resume", is_flag=True, help="Continue the sweep in --run-dir: what is not finished.")

@@ -156,7 +156,7 @@ def is_done(run: RunDir, job: Job | ScriptJob) -> bool:
     before = load(run.job).job
     if changed := differences(before, job):
         problems = [Problem(change, file=str(run.job)) for change in changed]
-        raise UserError([Problem(f"{run} was begun with another job; what differs may not:"), *problems])
+        raise UserError([Problem(f"{run} belongs to another job; these fields cannot change on resume:"), *problems])
     if run.status().get("state") != "finished":
         return False
     return isinstance(before, ScriptJob) or isinstance(job, ScriptJob) or job.fit.epochs <= before.fit.epochs
@@ -270,7 +270,7 @@ def _start(
     if nodes is not None and nodes.node_rank > 0:
         run, code = RunDir(nodes.from_first("run")), nodes.from_first("code")
         if not run.lock_file.exists():
-            raise UserError(f"node 0 has made {run}, which this node can't see: put --run-dir where all nodes look")
+            raise UserError(f"node 0 has made {run}, not visible on this node: use a shared --run-dir")
         task = replace(task, run_dir=str(run), arguments=(code,) if task.is_job else task.arguments)
         return run_ranks(task, num_ranks, run, nodes=nodes, restarts=restarts)
     with ExitStack() as held:

@@ -107,7 +107,7 @@ def submit_run(request: Request) -> int:
     print(f"run {run}\nSlurm job {job_id}", file=sys.stderr)
     if request.wait:
         return follow(run, job_id)
-    print(f"to look after it: dtrain status {run}; dtrain logs -f {run}; dtrain cancel {run}", file=sys.stderr)
+    print(f"monitor with: dtrain status {run}; dtrain logs -f {run}; dtrain cancel {run}", file=sys.stderr)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""torch's elastic agent, made quick and truthful: what it does when a rank, a node or the user ends the run.
+"""torch's elastic agent, with fast teardown and one agreed root cause when a rank, a node or the user ends the run.
 
 It decides once for a whole attempt who is to blame, on all nodes alike, and takes all ranks down within about a
 second. Imports torch.

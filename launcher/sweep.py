@@ -173,7 +173,7 @@ def _submit(request: SweepRequest, found: Sweep, loaded: Sequence[LoadedJob], ru
     if request.wait:
         return _follow(found)
     folder = found.folder
-    print(f"to look after it: dtrain status {folder}; dtrain cancel {folder}", file=sys.stderr)
+    print(f"monitor with: dtrain status {folder}; dtrain cancel {folder}", file=sys.stderr)
     return 0
 
 

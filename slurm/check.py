@@ -103,7 +103,7 @@ def _account(options: dict[str, object]) -> list[Problem]:
     accounts = sorted(set(done.stdout.split()))
     if done.returncode != 0 or not accounts or str(asked) in accounts:
         return []  # or it can't be known
-    return [Problem(f"{asked} is no account of yours; there are {', '.join(accounts)}", "slurm.account")]
+    return [Problem(f"{asked} is not one of your accounts; you are a member of {', '.join(accounts)}", "slurm.account")]
 
 
 def _look_at_node(found: Findings, slurm: Slurm, folder: Path, dtrain: Sequence[str]) -> None:

@@ -95,6 +95,6 @@ def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_v
     ):
         with pytest.raises(UserError, match=says):
             trainer.fit(data, **wrong)
-    with pytest.raises(UserError, match="Trainer knows no loss"):
+    with pytest.raises(UserError, match="Trainer needs a loss"):
         Trainer(net, device="cpu").evaluate(data)
     assert not (tmp_path / "run").exists()

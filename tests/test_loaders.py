@@ -367,7 +367,12 @@ class Failing(Dataset):
         campaign("missing", 1, FileNotFoundError, "[Errno 2] No such file or directory: '/no/such/file'"),
         ("stop", 0, RuntimeError, "sample 2 of Failing raised StopIteration"),
         campaign("stop", 1, RuntimeError, "sample 2 of Failing raised StopIteration"),
-        ("ragged", 0, UserError, "samples 0, 1, 2, 3 don't go into one batch: sample 0 is (float32 [2], int), sample"),
+        (
+            "ragged",
+            0,
+            UserError,
+            "samples 0, 1, 2, 3 cannot be one batch: sample 0 is (float32 [2], int), sample",
+        ),
         ("none", 0, UserError, "each is (float32 [2], None)"),
     ],
 )

@@ -246,7 +246,7 @@ def test_the_part_of_one_of_two_tasks_on_a_node(visible, on_node, asked, gpus, o
 def test_what_does_not_fit_the_tasks(monkeypatch):
     for name, value in {**TASK, "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--gpus 3 is of each node, and srun has started 2 tasks on this one"):
+    with pytest.raises(UserError, match="--gpus 3 is per node, and srun has started 2 tasks on this one"):
         located(Request("job.yaml", gpus="3"), None, started_by_srun=False)
     with pytest.raises(UserError, match="--nodes 2: srun has started this on 3"):
         located(Request("job.yaml"), 2, started_by_srun=False)
@@ -355,8 +355,8 @@ fit: {epochs: 1}
 """.strip()
 # By name: the section, and what is said of it.
 WRONG = {
-    "unknown": ("{tme: 5}", "slurm.tme: is no option of sbatch; did you mean time?"),
-    "underscore": ("{cpus_per_task: 5}", "slurm.cpus_per_task: is no option of sbatch; did you mean cpus-per-task?"),
+    "unknown": ("{tme: 5}", "slurm.tme: is not an sbatch option; did you mean time?"),
+    "underscore": ("{cpus_per_task: 5}", "slurm.cpus_per_task: is not an sbatch option; did you mean cpus-per-task?"),
     "ours": ("{nodes: 2}", "slurm.nodes: is dtrain's own: the command line says how many: --nodes and --gpus"),
     "gres": ("{gres: 'nic:1,gpu:2'}", "slurm.gres: names GPUs, which are dtrain's own: the command line says how many"),
     "array": ("{array: 1-4}", "slurm.array: is dtrain's own: dtrain sweep makes arrays"),
@@ -386,7 +386,7 @@ def test_a_wrong_section_is_said_before_anything_is_submitted(project):
     project.job(slurm={"tme": 5})
     done = project.run("launch", "--slurm", "--dry-run", "job.yaml")
     assert done.code == 2
-    assert "slurm.tme: is no option of sbatch; did you mean time?" in done.err
+    assert "slurm.tme: is not an sbatch option; did you mean time?" in done.err
     assert "Traceback" not in done.err
     assert not project.runs()
 

@@ -64,4 +64,4 @@ class Results:
         self.write()
         missing = [path.name for path in self._weights] + ["metrics.jsonl"] * (self._rows is not None)
         if missing:
-            raise UserError(f"training is done, but the disk refused {', '.join(missing)} in {self._run}")
+            raise UserError(f"training is done, but {', '.join(missing)} could not be written in {self._run}")

@@ -144,7 +144,7 @@ def write_predictions(trainer: Trainer, source: Source, out: Path) -> None:
         if len(part) and tuple(part.shape[1:]) != shape:
             raise UserError(
                 f"samples have predictions of shape {list(shape)}, and from sample {position} on of "
-                f"{list(part.shape[1:])}: they don't go into one array"
+                f"{list(part.shape[1:])}: they cannot be concatenated into one array"
             )
         rows[position : position + len(part)] = part.numpy()
     rows.flush()

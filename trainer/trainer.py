@@ -249,7 +249,7 @@ class Trainer:
             UserError: nobody has said.
         """
         if self._step is None:
-            raise UserError("Trainer knows no loss: give it loss_fn, or step, which makes one")
+            raise UserError("Trainer needs a loss: pass loss_fn, or a step that returns one")
         return self._step
 
     def fit(
@@ -396,7 +396,7 @@ class Trainer:
         try:
             return torch.cat([rows for _, rows in pieces])
         except RuntimeError as error:
-            raise UserError(f"the samples' predictions don't go into one tensor: {first_line(error)}") from None
+            raise UserError(f"the predictions cannot be concatenated into one tensor: {first_line(error)}") from None
 
     def predict_shares(self, data: Data) -> Iterator[tuple[int, Tensor]]:
         """This rank's part of `predict`: rows of predictions, with the index of the first. All ranks take part."""
