@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from dtrain.files import write_text
-from dtrain.run import RunDir
-from dtrain.trainer.background import Background, Disk
-from dtrain.trainer.checkpoint import Checkpoints, Moment
-from dtrain.trainer.optimizer_state import named_state
-from dtrain.trainer.world import World, join_world
+from dtrain.run.folder import RunDir
+from dtrain.trainer.checkpoint.background import Background, Disk
+from dtrain.trainer.checkpoint.manager import Checkpoints, Moment
+from dtrain.trainer.checkpoint.optimizer_state import named_state
+from dtrain.trainer.distributed.world import World, join_world
 
 WIDTH = 2048
 STEPS_ALONE = 5

@@ -24,8 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dtrain.mirrored import outstanding
-from dtrain.run import RunDir
+from dtrain.monitoring.mlflow_mirror import outstanding
+from dtrain.run.folder import RunDir
 
 SCRIPT = """
 import time

@@ -22,9 +22,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from dtrain.trainer.data import IndexedBatches, Source
-from dtrain.trainer.seeds import seed_loading
-from dtrain.trainer.world import World
+from dtrain.trainer.data.indexed import IndexedBatches, Source
+from dtrain.trainer.distributed.seeds import seed_loading
+from dtrain.trainer.distributed.world import World
 
 BATCH = 64
 

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from dtrain.trainer.order import Permutation
+from dtrain.trainer.data.permutation import Permutation
 
 BLOCKS = (4096, 65536)
 HUGE, BATCH = 10**12, 256

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtrain.job import Fsdp
+    from dtrain.schema.job import Fsdp
     from dtrain.trainer import Trainer, load_weights
-    from dtrain.trainer.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
+    from dtrain.trainer.loss.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
     from dtrain.trainer.ranks import Ranks
     from dtrain.trainer.summary import summary
 
@@ -27,10 +27,10 @@ __all__ = [
 ]
 _MODULES = {
     "dtrain.trainer": ("Trainer", "load_weights"),
-    "dtrain.trainer.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
+    "dtrain.trainer.loss.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
     "dtrain.trainer.ranks": ("Ranks",),
     "dtrain.trainer.summary": ("summary",),
-    "dtrain.job": ("Fsdp",),
+    "dtrain.schema.job": ("Fsdp",),
 }
 
 

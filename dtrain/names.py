@@ -191,7 +191,7 @@ def is_users(filename: str) -> bool:
 
 
 def _is_dtrains(filename: str) -> bool:
-    return Path(filename).parent == Path(__file__).parent
+    return Path(__file__).parent in Path(filename).parents
 
 
 def short(filename: str) -> str:

@@ -11,12 +11,12 @@ import click
 
 from dtrain import __version__
 from dtrain.errors import RanksFailed, UserError
-from dtrain.run import EXIT_INTERRUPTED
-from dtrain.screen import say
+from dtrain.monitoring.screen import say
+from dtrain.run.folder import EXIT_INTERRUPTED
 
 from .arguments import LaunchCommand
-from .cores import drop_openmp_mistake
-from .streams import open_standard_streams
+from .machine.cores import drop_openmp_mistake
+from .rank.stdio import open_standard_streams
 
 _GPUS = click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
 _WEIGHTS = click.option("--weights", type=click.Choice(["best", "last", "ema"]), default="best", show_default=True)
@@ -72,7 +72,7 @@ def launch(
     ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1; for a script they are its own.
     """
     gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
-    from .launch import Request, launch
+    from .commands.launch import Request, launch
 
     if wait and not slurm:
         raise UserError("--wait goes with --slurm: a run here is waited for anyway")
@@ -98,11 +98,11 @@ def launch(
         wait_mlflow=wait_mlflow,
     )
     if slurm:
-        from .submit import submit_run
+        from .commands.submit import submit_run
 
         return submit_run(request)
     if slurm_node or ("SLURM_JOB_ID" in os.environ and not node_rank):
-        from .allocation import located, nodes_elsewhere, start
+        from .commands.allocation import located, nodes_elsewhere, start
 
         if not (slurm_node or dry_run or rendezvous) and (elsewhere := nodes_elsewhere(nodes)):
             return start(elsewhere)
@@ -134,7 +134,7 @@ def sweep(
     dry_run: bool,
 ) -> int:
     """Run JOB with each combination of the values of KEY=A,B: a run folder each, side by side in MLflow."""
-    from .sweep import SweepRequest, sweep
+    from .commands.sweep import SweepRequest, sweep
 
     if not slurm:
         check_gpus(gpus)
@@ -159,7 +159,7 @@ def check_gpus(gpus: str) -> None:
 @click.option("--gpus", default="auto", metavar="N", help="With --slurm: of each node; by default 1.")
 def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes: int, gpus: str) -> int:
     """Find what is wrong with JOB: schema, imports, arguments."""
-    from .check import SlurmSize, check
+    from .commands.check import SlurmSize, check
 
     if not slurm and (nodes > 1 or gpus != "auto"):
         raise UserError("--nodes and --gpus go with --slurm: whether a job is right does not depend on them")
@@ -171,7 +171,7 @@ def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes:
 @click.argument("overrides", nargs=-1)
 def summary(job: str, overrides: tuple[str, ...]) -> int:
     """Print the layers of JOB's model, with output shapes, parameters and memory."""
-    from .trained import summary
+    from .commands.evaluate import summary
 
     return summary(job, overrides)
 
@@ -186,7 +186,7 @@ def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> i
 
     OVERRIDES of its job name another set: data.val.split=test.
     """
-    from .trained import Trained, evaluate
+    from .commands.evaluate import Trained, evaluate
 
     check_gpus(gpus)
     return evaluate(Trained(run, overrides, weights), gpus)
@@ -205,7 +205,7 @@ def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gp
     DATA is train or val, the sets of RUN's job (OVERRIDES may change them: data.val.split=test), or a file of features,
     .npy or .csv, whose rows are the samples.
     """
-    from .trained import Trained, predict
+    from .commands.evaluate import Trained, predict
 
     check_gpus(gpus)
     return predict(Trained(run, overrides, weights), data, out, gpus)
@@ -218,7 +218,7 @@ def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gp
 @_WEIGHTS
 def export(run: str, form: str, out: str | None, weights: str) -> int:
     """Write RUN's model for others: ONNX, compared with PyTorch on real samples, or the weights alone."""
-    from .trained import Trained, export
+    from .commands.evaluate import Trained, export
 
     return export(Trained(run, (), weights), form, out)
 
@@ -228,7 +228,7 @@ def schema() -> int:
     """Print the JSON Schema of job.yaml, for editors."""
     import json
 
-    from dtrain.job import job_json_schema
+    from dtrain.schema.job import job_json_schema
 
     print(json.dumps(job_json_schema(), indent=2))
     return 0
@@ -238,7 +238,7 @@ def schema() -> int:
 @click.argument("run")
 def status(run: str) -> int:
     """Show how RUN, a run folder, stands."""
-    from .status import status
+    from .commands.status import status
 
     return status(run)
 
@@ -249,7 +249,7 @@ def status(run: str) -> int:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 def logs(run: str, rank: int, follow: bool) -> int:
     """Print what a rank of RUN, a run folder, has printed."""
-    from .logs import logs
+    from .commands.logs import logs
 
     return logs(run, rank, follow)
 
@@ -258,7 +258,7 @@ def logs(run: str, rank: int, follow: bool) -> int:
 @click.argument("folder", required=False, metavar="[DIR]")
 def runs(folder: str | None) -> int:
     """List the runs in DIR (by default runs), the newest last."""
-    from .runs import runs
+    from .commands.runs import runs
 
     return runs(folder)
 
@@ -268,7 +268,7 @@ def runs(folder: str | None) -> int:
 @click.option("--now", is_flag=True, help="End it at once, without a checkpoint.")
 def cancel(run: str, now: bool) -> int:
     """Stop RUN, a run folder, at its next step, with a checkpoint."""
-    from .cancel import cancel
+    from .commands.cancel import cancel
 
     return cancel(run, now)
 
@@ -278,7 +278,7 @@ def cancel(run: str, now: bool) -> int:
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="By default 5000, or a free one.")
 def ui(tracking_uri: str | None, port: int | None) -> int:
     """Show and compare the runs in MLflow's pages."""
-    from .ui import ui
+    from .commands.ui import ui
 
     return ui(tracking_uri, port)
 
@@ -317,7 +317,7 @@ def main() -> None:
         print(f"{error.strerror}: {error.filename or 'a file could not be written'}; make room", file=sys.stderr)
         code = 1
     if "torch" in sys.modules:
-        from .leaving import leave
+        from .rank.finalize import leave
 
         gc.freeze()  # nothing of this process is to be taken down
         leave(code, dict(sys.modules))

@@ -6,8 +6,8 @@ import os
 import subprocess
 from collections.abc import Mapping
 
-from dtrain import sbatch
 from dtrain.errors import UserError
+from dtrain.schema import sbatch
 
 # Slurm's commands take variables for options: those of a job, in a shell within it, and those by which a user filters
 # what squeue and others show.

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain import sbatch
 from dtrain.errors import Problem, UserError
 from dtrain.files import read_json, write_json
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
+from dtrain.schema import sbatch
 
 from .command import ask
 from .render import Submission

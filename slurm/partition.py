@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtrain import sbatch
 from dtrain.errors import UserError
+from dtrain.schema import sbatch
 
 from .command import ask
 from .render import Gpus

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from dtrain.files import read_json
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 DTRAIN = str(Path(sys.executable).with_name("dtrain"))
 PATIENCE_S = 300  # for a machine under load: nothing here is a measurement

@@ -13,10 +13,10 @@ from ranks import run_ranks
 from torch.utils.data import Dataset, Subset
 from training import epoch_order
 
-from dtrain.trainer.data import IndexedBatches, Source
-from dtrain.trainer.samples import reads_blocks
-from dtrain.trainer.seeds import sample_seeds
-from dtrain.trainer.world import World, join_world
+from dtrain.trainer.data.indexed import IndexedBatches, Source
+from dtrain.trainer.data.samples import reads_blocks
+from dtrain.trainer.distributed.seeds import sample_seeds
+from dtrain.trainer.distributed.world import World, join_world
 
 NUM_SAMPLES, BATCH, SEED = 23, 7, 3  # the last batch has 2: on three ranks one has none
 

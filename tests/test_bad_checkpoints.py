@@ -10,7 +10,7 @@ import pytest
 from command import Command
 
 from dtrain.files import read_json
-from dtrain.trainer.checkpoint import saved
+from dtrain.trainer.checkpoint.manager import saved
 
 RUN = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
 RESUME = ("launch", "--resume", "--gpus", "2", "--run-dir", "run", "job.yaml")
@@ -113,7 +113,7 @@ import sys, time
 import torch
 from torch.utils.data import TensorDataset
 from dtrain import Trainer
-from dtrain.trainer.manifest import HashedFile
+from dtrain.trainer.checkpoint.manifest import HashedFile
 import data, net
 
 close = HashedFile.__exit__

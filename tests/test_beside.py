@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from dtrain import beside
 from dtrain.errors import UserError
-from dtrain.heartbeat import Heartbeat
-from dtrain.run import RunDir
+from dtrain.run import node_disk
+from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Heartbeat
 
 # In every process of the command: what it opens in the run folder, as lines "PID PATH".
 NOTICE = """
@@ -76,18 +76,18 @@ def test_a_step_opens_nothing_in_the_run_folder(project):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
-    monkeypatch.setattr(beside, "ROOT", tmp_path / "disk")
+    monkeypatch.setattr(node_disk, "ROOT", tmp_path / "disk")
     run = RunDir(tmp_path / "run")
     run.create()
     return run
 
 
 def test_the_folder_is_the_nodes_own_and_goes_with_the_last_of_them(run):
-    with beside.held(run.heartbeats) as folder:
+    with node_disk.held(run.heartbeats) as folder:
         Heartbeat(run.heartbeat(0), create=True).stop = 15
         assert not folder.is_relative_to(run.path)
         assert folder.stat().st_mode & 0o777 == 0o700
-        with beside.held(run.heartbeats):  # another agent of this run, on the same machine
+        with node_disk.held(run.heartbeats):  # another agent of this run, on the same machine
             pass
         run.create()  # it is continued
         assert Heartbeat(run.heartbeat(0)).stop == 15
@@ -102,10 +102,10 @@ def test_a_copied_run_has_a_folder_of_its_own(run):
 
 
 def test_a_folder_that_somebody_else_has_made_is_not_used(run, monkeypatch):
-    beside.make(run.heartbeats)
+    node_disk.make(run.heartbeats)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(UserError, match="belongs to another user: move the run folder"):
-        beside.make(run.heartbeats)
+        node_disk.make(run.heartbeats)
 
 
 def test_where_there_are_no_links_it_lies_in_the_run_folder(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_where_there_are_no_links_it_lies_in_the_run_folder(tmp_path, monkeypatc
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
     run = RunDir(tmp_path / "run")
     run.create()
-    with beside.held(run.heartbeats) as folder:
+    with node_disk.held(run.heartbeats) as folder:
         Heartbeat(run.heartbeat(0), create=True)
         assert folder == run.heartbeats
     assert run.ranks() == [0]

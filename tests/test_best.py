@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from training import Samples
 
 from dtrain.errors import UserError
-from dtrain.trainer.best import Best
-from dtrain.trainer.data import Source
+from dtrain.trainer.data.indexed import Source
+from dtrain.trainer.metrics.early_stopping import Best
 from dtrain.trainer.trainer import Trainer
 
 NAN = math.nan

@@ -16,11 +16,11 @@ from torch.utils.data import TensorDataset
 from training import epoch_order, prepare
 
 from dtrain import Trainer
-from dtrain.job import OptimizerTarget
-from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.target import check_target, instantiate
-from dtrain.trainer.data import MicroBatch, Source
-from dtrain.trainer.step import Outcome, Step, supervised_step, user_step
+from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.schema.instantiate import check_target, instantiate
+from dtrain.schema.job import OptimizerTarget
+from dtrain.trainer.data.indexed import MicroBatch, Source
+from dtrain.trainer.loss.step import Outcome, Step, supervised_step, user_step
 
 SIZE, CLASSES = 7, 4
 torch.manual_seed(0)

@@ -21,9 +21,9 @@ from mlflow import MlflowClient
 
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
-from dtrain.launcher import cancel as cancel_command
-from dtrain.run import RunDir
-from dtrain.trainer.checkpoint import saved
+from dtrain.launcher.commands import cancel as cancel_command
+from dtrain.run.folder import RunDir
+from dtrain.trainer.checkpoint.manager import saved
 
 GATE = 7  # the step that waits, the second one of epoch 2
 LAUNCH = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", f"model.gate={GATE}")
@@ -208,7 +208,7 @@ def test_no_run(project):
 WRITER = """
 import signal, sys, time
 from dtrain.files import write_json
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 run = RunDir("run")
 run.create()

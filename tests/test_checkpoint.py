@@ -22,12 +22,12 @@ from training import content, differences
 
 from dtrain import __version__
 from dtrain.errors import ResumeError, UserError
-from dtrain.run import RunDir
-from dtrain.trainer.background import Background, Disk
-from dtrain.trainer.checkpoint import Checkpoints, Moment, assign, saved
-from dtrain.trainer.manifest import FORMAT, HashedFile, file_sum
-from dtrain.trainer.optimizer_state import load_named_state, named_state
-from dtrain.trainer.world import World, join_world
+from dtrain.run.folder import RunDir
+from dtrain.trainer.checkpoint.background import Background, Disk
+from dtrain.trainer.checkpoint.manager import Checkpoints, Moment, assign, saved
+from dtrain.trainer.checkpoint.manifest import FORMAT, HashedFile, file_sum
+from dtrain.trainer.checkpoint.optimizer_state import load_named_state, named_state
+from dtrain.trainer.distributed.world import World, join_world
 
 ALONE = World(0, 1, torch.device("cpu"))
 

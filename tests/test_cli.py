@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dtrain.errors import UserError
-from dtrain.launcher.devices import choose_processes
+from dtrain.launcher.machine.devices import choose_processes
 
 
 def test_help_names_the_commands(project):

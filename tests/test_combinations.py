@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from training import epoch_order, full, prepare
 
 from dtrain import Trainer
-from dtrain.heartbeat import Heartbeat
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer.stop import Stopped
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.trainer.distributed.stop import Stopped
 
 QUICK, ALL = 10, 300
 LIMITS: dict[str, float] = {"clip_norm": 0.2, "clip_value": 0.02, "ema": 0.7}

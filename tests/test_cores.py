@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launcher.cores import drop_openmp_mistake, openmp_threads, usable_cores
+from dtrain.launcher.machine.cores import drop_openmp_mistake, openmp_threads, usable_cores
 
 CORES = len(os.sched_getaffinity(0))
-ASK = "from dtrain.launcher.cores import usable_cores; print(usable_cores())"
+ASK = "from dtrain.launcher.machine.cores import usable_cores; print(usable_cores())"
 # The mount and the group as /proc shows them, the group's files below the mount, and the cores that they allow.
 LAYOUTS = {
     "v2": (

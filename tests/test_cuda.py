@@ -12,10 +12,10 @@ from ranks import run_ranks
 from torch import nn
 from training import Samples, differences, final_state, prepare
 
-from dtrain.job import Fsdp
-from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.trainer.data import Source
-from dtrain.trainer.precision import Precision
+from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.data.indexed import Source
+from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

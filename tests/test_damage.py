@@ -9,9 +9,9 @@ import time
 import pytest
 
 from dtrain.files import write_json
-from dtrain.launcher.scratch import held_folder, remove_left_behind
-from dtrain.launcher.status import status
-from dtrain.run import RunDir
+from dtrain.launcher.commands.status import status
+from dtrain.launcher.machine.scratch import held_folder, remove_left_behind
+from dtrain.run.folder import RunDir
 
 
 def test_what_nobody_reads_and_what_is_damaged_stops_no_run_but_a_folder_that_is_gone_does(project):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 from training import Job, Samples, differences, fit, prepare, train
 
-from dtrain.trainer.parallel import reached_leaves
+from dtrain.trainer.strategies.base import reached_leaves
 
 
 class WithSpare(nn.Module):

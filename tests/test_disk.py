@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from training import Job, Samples, differences, final_state, train
 
-from dtrain.heartbeat import Heartbeat
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer.checkpoint import saved
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.trainer.checkpoint.manager import saved
 
 STEPS, EPOCHS, WORST_FROM = 2, 5, 4  # the best epoch is the one before
 BEGINS, ENDS = STEPS + 1, 4 * STEPS + 1  # in the first steps of epochs 2 and 5

@@ -12,9 +12,9 @@ from marks import campaign
 from torch import nn
 from training import Job, Samples, differences, epoch_order, final_state, train
 
-from dtrain.heartbeat import Heartbeat
-from dtrain.job import Fsdp
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.schema.job import Fsdp
 
 SEED, DECAY, BATCH, EPOCHS, NUM_TRAIN, NUM_VAL = 2, 0.8, 8, 3, 30, 13
 STRATEGIES: dict[str, Any] = {

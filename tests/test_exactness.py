@@ -13,7 +13,7 @@ from torchmetrics import Accuracy, MeanSquaredError
 from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix, MulticlassF1Score
 from training import Job, Samples, epoch_order, train
 
-from dtrain.trainer.data import Source
+from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.trainer import Trainer
 
 SEED, EPOCHS, BATCH = 3, 3, 11  # 2, 3 and 4 do not divide the batch

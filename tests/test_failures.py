@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from mlflow import MlflowClient
 
-from dtrain.trainer.checkpoint import saved
+from dtrain.trainer.checkpoint.manager import saved
 
 FAULTS = '''
 import ctypes
@@ -193,7 +193,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from dtrain.trainer.world import join_world
+from dtrain.trainer.distributed.world import join_world
 
 rank = int(os.environ["RANK"])
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "2" and rank == 1:

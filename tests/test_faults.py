@@ -12,7 +12,7 @@ from faults.history import History, differences, lost_and_repeated
 from faults.job.fault import Fault
 from faults.trial import MOMENTS, Trial, draw, run_trial, unexpected
 
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 SEED, NUMBER = 0, 1767
 KILL, TERM = signal.SIGKILL, signal.SIGTERM

@@ -11,12 +11,12 @@ import sys
 import pytest
 
 from dtrain.errors import UserError
-from dtrain.launcher.scratch import held_folder
-from dtrain.run import RunDir
+from dtrain.launcher.machine.scratch import held_folder
+from dtrain.run.folder import RunDir
 
 HOLD = """
 import fcntl, os, sys
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 def flock(descriptor, operation):
     raise OSError(int(sys.argv[2]), os.strerror(int(sys.argv[2])))

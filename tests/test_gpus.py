@@ -16,11 +16,11 @@ from torch.torch_version import TorchVersion
 
 from dtrain import gpus
 from dtrain.errors import UserError
-from dtrain.launcher import forks
-from dtrain.launcher.devices import choose_processes
-from dtrain.trainer import worker
-from dtrain.trainer.torch_versions import pin_exactly
-from dtrain.trainer.world import own_device
+from dtrain.launcher.machine.devices import choose_processes
+from dtrain.launcher.rank import fork_server
+from dtrain.trainer.distributed.torch_versions import pin_exactly
+from dtrain.trainer.distributed.world import own_device
+from dtrain.trainer.entrypoints import train
 
 HOST = re.escape(socket.gethostname())
 OLD = "The NVIDIA driver on your system is too old (found version 11040)."
@@ -138,10 +138,10 @@ def test_a_rank_finds_its_own_gpu(machine, monkeypatch):
 def test_a_rank_has_its_gpu_before_its_model_is_built(monkeypatch):
     """A constructor may put something on "cuda": that is this rank's then, not the first."""
     chosen: list[str] = []
-    monkeypatch.setattr(worker, "own_device", chosen.append)
-    monkeypatch.setattr(worker, "build_model", raiser(KeyError()))
+    monkeypatch.setattr(train, "own_device", chosen.append)
+    monkeypatch.setattr(train, "build_model", raiser(KeyError()))
     with pytest.raises(KeyError):
-        worker.build_trainer(cast(Any, SimpleNamespace(launch=SimpleNamespace(device="cuda"))))
+        train.build_trainer(cast(Any, SimpleNamespace(launch=SimpleNamespace(device="cuda"))))
     assert chosen == ["cuda"]
 
 
@@ -175,7 +175,7 @@ def test_descriptors_are_closed_however_many_there_may_be(tmp_path):
         code = 1
         try:
             with patch.object(os, "sysconf", return_value=10**9), patch.object(os, "closerange", side_effect=OSError):
-                forks.close_inherited()
+                fork_server.close_inherited()
             code = 0 if len(os.listdir("/proc/self/fd")) == 4 else 2  # the standard ones, and the list's
         finally:
             os._exit(code)

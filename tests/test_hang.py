@@ -10,9 +10,9 @@ import pytest
 from command import Project
 from marks import campaign
 
-from dtrain.heartbeat import Beat, Heartbeat, Phase
-from dtrain.launcher import stacks
-from dtrain.launcher.watchdog import Watchdog
+from dtrain.launcher.agent.watchdog import Watchdog
+from dtrain.launcher.rank import stacks
+from dtrain.run.heartbeat import Beat, Heartbeat, Phase
 
 HANGS = """
 import os

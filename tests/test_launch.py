@@ -14,7 +14,7 @@ from command import JOB, STEPS
 from mlflow import MlflowClient
 
 from dtrain.files import read_json
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 RUN_NAME = r"tiny-\d{8}-\d{6}-[0-9a-f]{4}"
 ACCURACY = "metrics.acc={_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 2}"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import prepare
 
 from dtrain.errors import UserError
-from dtrain.run import RUN_DIR_VARIABLE
+from dtrain.run.folder import RUN_DIR_VARIABLE
 from dtrain.trainer import loop as loops
 from dtrain.trainer.trainer import Trainer
 

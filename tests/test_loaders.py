@@ -36,11 +36,11 @@ from training import prepare
 
 from dtrain import Ranks, Trainer, WeightedMean
 from dtrain.errors import UserError
-from dtrain.run import RUN_DIR_VARIABLE
+from dtrain.run.folder import RUN_DIR_VARIABLE
 from dtrain.trainer.batches import batches_of
-from dtrain.trainer.samples import SampleReading
-from dtrain.trainer.sharding import Indices
-from dtrain.trainer.world import World, join_world
+from dtrain.trainer.data.samples import SampleReading
+from dtrain.trainer.data.sharding import Indices
+from dtrain.trainer.distributed.world import World, join_world
 
 SIZE, BATCH, SEED = 23, 5, 7  # a short last batch of 3
 

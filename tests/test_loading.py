@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import Problem, UserError, nearest
-from dtrain.job import Target, job_json_schema
-from dtrain.loading import LoadedJob, differences, dump_job, load_job
+from dtrain.schema.job import Target, job_json_schema
+from dtrain.schema.loading import LoadedJob, differences, dump_job, load_job
 
 GOOD = """\
 name: digits

@@ -9,11 +9,11 @@ import time
 import pytest
 from marks import campaign
 
-import dtrain.output
+import dtrain.monitoring.rank_output
 from dtrain.files import write_json
-from dtrain.heartbeat import Heartbeat
-from dtrain.output import CHUNK, RankOutput
-from dtrain.run import END_OF_OUTPUT
+from dtrain.monitoring.rank_output import CHUNK, RankOutput
+from dtrain.run.folder import END_OF_OUTPUT
+from dtrain.run.heartbeat import Heartbeat
 
 # -- lines for the screen -------------------------------------------------------------------------
 
@@ -69,8 +69,8 @@ def test_much_output_is_taken_in_parts(tmp_path):
     log.write_bytes(b"\n".join(lines))
     parts = []
     while (part := output.new_lines()) is not None:
-        assert sum(map(len, part)) <= CHUNK + dtrain.output.MAX_LINE
-        assert len(output._rest) <= dtrain.output.MAX_LINE
+        assert sum(map(len, part)) <= CHUNK + dtrain.monitoring.rank_output.MAX_LINE
+        assert len(output._rest) <= dtrain.monitoring.rank_output.MAX_LINE
         parts += part
     parts += output.unfinished()
     assert parts[:2] == lines[:2]
@@ -84,7 +84,7 @@ def test_a_line_that_does_not_end_is_shown_in_time(tmp_path, monkeypatch):
     with log.open("wb", buffering=0) as file:
         file.write(b"loading ...")
         assert output.new_lines() == []
-        monkeypatch.setattr(dtrain.output, "UNFINISHED_S", -1)
+        monkeypatch.setattr(dtrain.monitoring.rank_output, "UNFINISHED_S", -1)
         assert output.new_lines() == [b"loading ..."]
         assert output.new_lines() is None
         file.write(b"\n\nnext\n")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from training import Job, Samples, epoch_order, train
 
 from dtrain.errors import UserError
-from dtrain.trainer.data import MicroBatch
-from dtrain.trainer.losses import FocalLoss, MulticlassFocalLoss, SCELoss
-from dtrain.trainer.step import supervised_step
+from dtrain.trainer.data.indexed import MicroBatch
+from dtrain.trainer.loss.losses import FocalLoss, MulticlassFocalLoss, SCELoss
+from dtrain.trainer.loss.step import supervised_step
 
 SEED, EPOCHS, BATCH, NUM_SAMPLES, CLASSES = 5, 2, 11, 34, 4  # last batch of 1: empty shares
 WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.7])

@@ -17,14 +17,14 @@ from torchmetrics.wrappers import ClasswiseWrapper, MultitaskWrapper
 from training import prepare
 
 from dtrain.errors import UserError
-from dtrain.loading import load_job
-from dtrain.metric_values import named_values
-from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.target import check_job
+from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.schema.instantiate import check_job
+from dtrain.schema.loading import load_job
+from dtrain.schema.metric_values import named_values
 from dtrain.trainer import Trainer
-from dtrain.trainer.metrics import MetricSet, as_metrics
+from dtrain.trainer.metrics.metric_set import MetricSet, as_metrics
+from dtrain.trainer.metrics.reduce import reduce_states
 from dtrain.trainer.ranks import Ranks
-from dtrain.trainer.reduce import reduce_states
 
 NUM = 23
 WORDS = ["the", "cat", "dog", "sat", "on", "mat"]

@@ -28,8 +28,8 @@ from torchmetrics.wrappers import (
 )
 
 from dtrain.errors import UserError
-from dtrain.trainer.metrics import FunctionMetric, MetricSet, as_metrics, keeps_samples
-from dtrain.trainer.reduce import reduce_states
+from dtrain.trainer.metrics.metric_set import FunctionMetric, MetricSet, as_metrics, keeps_samples
+from dtrain.trainer.metrics.reduce import reduce_states
 
 
 class OfPredictions(tm.Metric):

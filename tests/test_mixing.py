@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from training import prepare
 
 from dtrain import Trainer
-from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.trainer.fits import _fits
-from dtrain.trainer.mixing import look_for_mixing
+from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.trainer.fit_folder import _fits
+from dtrain.trainer.sample_mixing import look_for_mixing
 
 
 class Texts(Dataset):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command import DTRAIN, Command, Project
 
-from dtrain.launcher.network import interface_with
+from dtrain.launcher.machine.network import interface_with
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 

@@ -12,7 +12,7 @@ import pytest
 from command import Command, Done, Project
 
 from dtrain.errors import UserError
-from dtrain.launcher import nodes
+from dtrain.launcher.agent import nodes
 
 MODEL = """
 import os

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import prepare
 
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer import fits
-from dtrain.trainer.optimizers import judged
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.schema.job import Fsdp
+from dtrain.trainer import fit_folder
+from dtrain.trainer.checks.optimizer_kinds import judged
 from dtrain.trainer.trainer import Trainer
 
 EPOCHS, BATCH = 3, 8
@@ -146,7 +146,7 @@ def trained(rank: int, world_size: int, folder: str, strategy: Any = "ddp") -> d
             run = RunDir(f"{folder}/{kind}-{name}")
             os.environ[RUN_DIR_VARIABLE] = str(run)
             for epochs in lengths:
-                fits._fits.clear()  # as in another process
+                fit_folder._fits.clear()  # as in another process
                 net, optimizer, loader = parts(kind)
                 trainer = Trainer(*(net, nn.MSELoss(), optimizer), device="cpu", micro_batch_size=3, strategy=strategy)
                 rows = trainer.train(loader, loader, epochs, None, None, "min").rows

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dtrain.trainer.order import BLOCK, Permutation, split_mix
-from dtrain.trainer.seeds import derive_seed
+from dtrain.trainer.data.permutation import BLOCK, Permutation, split_mix
+from dtrain.trainer.distributed.seeds import derive_seed
 
 HUGE = [10**12, 2**61 - 1, 3 * 2**60 + 1, 2**62 - 1, 2**62]
 

@@ -9,8 +9,8 @@ import pytest
 from command import Project
 from marks import campaign
 
-from dtrain import packages
 from dtrain.errors import UserError
+from dtrain.schema import packages
 
 WITHOUT = [
     "mlflow",

@@ -15,20 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from training import Job, Samples, differences, epoch_order, full, prepare
 
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.loading import load_job
-from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.trainer import fits
-from dtrain.trainer.data import Source
-from dtrain.trainer.ema import Ema
-from dtrain.trainer.fsdp import FullySharded
-from dtrain.trainer.given import require_model
-from dtrain.trainer.learned_loss import LearnedLoss
-from dtrain.trainer.modes import begin_training, evaluation_mode
+from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.schema.job import Fsdp
+from dtrain.schema.loading import load_job
+from dtrain.trainer import fit_folder
+from dtrain.trainer.checks.arguments import require_model
+from dtrain.trainer.data.indexed import Source
+from dtrain.trainer.distributed.world import World, join_world
+from dtrain.trainer.entrypoints.train import build_model
+from dtrain.trainer.model.learned_loss import LearnedLoss
+from dtrain.trainer.model.modes import begin_training, evaluation_mode
+from dtrain.trainer.model.weights import load_weights, save_weights
+from dtrain.trainer.optimization.ema import Ema
+from dtrain.trainer.strategies.fsdp import FullySharded
 from dtrain.trainer.trainer import Strategy, Trainer
-from dtrain.trainer.weights import load_weights, save_weights
-from dtrain.trainer.worker import build_model
-from dtrain.trainer.world import World, join_world
 
 BATCH, EPOCHS, SAMPLES, SEED = 7, 2, 20, 3
 
@@ -110,7 +110,7 @@ def trained(rank: int, world_size: int, folder: str) -> list[dict[str, Tensor]]:
         for epochs in parts:
             made = job()
             trainer = Trainer(**made["trainer"], device="cpu", find_unused_parameters=True)
-            fits._fits.clear()  # as in another process
+            fit_folder._fits.clear()  # as in another process
             trainer.fit(Source(made["train"], BATCH, shuffle=True), Source(made["train"], BATCH, False), epochs=epochs)
         assert not trainer.net.norm.training
         assert trainer.net.first.training

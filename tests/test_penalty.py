@@ -11,8 +11,8 @@ from training import Job, Samples, epoch_order, train
 
 from dtrain import Trainer
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.trainer.penalty import Penalty, penalised
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.optimization.regularization import Penalty, penalised
 
 L1, L2 = 0.01, 0.05
 SIZE, BATCH, EPOCHS = 26, 8, 2

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.trainer.precision import Precision
+from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.trainer import Trainer
 
 CPU = torch.device("cpu")

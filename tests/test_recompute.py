@@ -11,8 +11,8 @@ from torch import nn
 from training import Job, Samples, differences, final_state, fit, prepare
 
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.trainer.recompute import recompute_activations
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.model.activation_checkpointing import recompute_activations
 
 calls = 0  # of a block's layer, in this process
 

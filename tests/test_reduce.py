@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import count_collectives, run_ranks
 from torch import Tensor
 
-from dtrain.trainer.reduce import State, reduce_states
+from dtrain.trainer.metrics.reduce import State, reduce_states
 
 
 def reduced(rank, world_size, states):

@@ -6,10 +6,18 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from dtrain.heartbeat import Beat, Phase
-from dtrain.launcher import reports
-from dtrain.launcher.causes import RankEnd, describe, first_cause, headline, last_words, left_early, left_unmet
-from dtrain.run import RunDir
+from dtrain.launcher.agent.root_cause import (
+    RankEnd,
+    describe,
+    first_cause,
+    headline,
+    last_words,
+    left_early,
+    left_unmet,
+)
+from dtrain.launcher.rank import reports
+from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Beat, Phase
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:6576."
 

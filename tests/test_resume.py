@@ -21,13 +21,13 @@ from torchmetrics import Accuracy
 from torchmetrics.wrappers import MinMaxMetric
 from training import Job, Samples, differences, epoch_order, final_state, make_loop, train
 
-from dtrain.heartbeat import Heartbeat
-from dtrain.job import Fsdp
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer import checkpoint
-from dtrain.trainer.checkpoint import Checkpoints
-from dtrain.trainer.ema import Ema
-from dtrain.trainer.manifest import HashedFile
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.checkpoint import manager
+from dtrain.trainer.checkpoint.manager import Checkpoints
+from dtrain.trainer.checkpoint.manifest import HashedFile
+from dtrain.trainer.optimization.ema import Ema
 
 # 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
 NUM_SAMPLES, BATCH, STEPS, EPOCHS, CLASSES, SEED = 35, 9, 4, 3, 3, 6
@@ -145,7 +145,7 @@ def interrupt(options: Options, net: nn.Module, optimizer: torch.optim.Optimizer
         if not module.training and counts["validation"] == options.stop_after_validation:
             ask_to_stop()
 
-    write, close, write_latest, remove = Checkpoints._write, HashedFile.__exit__, checkpoint.write_text, shutil.rmtree
+    write, close, write_latest, remove = Checkpoints._write, HashedFile.__exit__, manager.write_text, shutil.rmtree
 
     def counted_write(*args: Any) -> None:
         counts["save"] += 1
@@ -172,7 +172,7 @@ def interrupt(options: Options, net: nn.Module, optimizer: torch.optim.Optimizer
         remove(path, **others)
 
     Checkpoints._write, HashedFile.__exit__ = counted_write, half_close
-    checkpoint.write_text, shutil.rmtree = late_write_latest, half_remove
+    manager.write_text, shutil.rmtree = late_write_latest, half_remove
     optimizer.register_step_post_hook(after_step)
     net.register_forward_hook(after_forward)
     if options.stop_after_step == 0:

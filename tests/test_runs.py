@@ -9,9 +9,9 @@ import time
 import pytest
 
 from dtrain.files import write_json, write_text
-from dtrain.heartbeat import Heartbeat
-from dtrain.loading import dump_job, load_job
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.schema.loading import dump_job, load_job
 
 HOUR, DAY = 3600, 86400
 ROW = {"epoch": 1, "step": 5, "lr": 0.1, "train_loss": 0.5, "val_loss": 0.25, "val_acc": 0.75}

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from dtrain.errors import UserError
-from dtrain.job import Slurm
-from dtrain.launcher.allocation import located
-from dtrain.launcher.launch import Request
-from dtrain.launcher.submit import dtrain_command
-from dtrain.loading import load
-from dtrain.sbatch import unknown_to
+from dtrain.launcher.commands.allocation import located
+from dtrain.launcher.commands.launch import Request
+from dtrain.launcher.commands.submit import dtrain_command
+from dtrain.schema.job import Slurm
+from dtrain.schema.loading import load
+from dtrain.schema.sbatch import unknown_to
 from dtrain.slurm.command import outside_a_job
 from dtrain.slurm.environment import Place, cpus, expand, is_task, place
 from dtrain.slurm.jobs import QueuedJob, look_up

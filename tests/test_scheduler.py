@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training import prepare
 
 from dtrain.errors import UserError
-from dtrain.loading import load
-from dtrain.run import RUN_DIR_VARIABLE
-from dtrain.trainer import fits
+from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.schema.loading import load
+from dtrain.trainer import fit_folder
 from dtrain.trainer.trainer import Trainer
 
 EPOCHS, STEPS = 3, 4
@@ -92,7 +92,7 @@ def restored_environment(monkeypatch):
 
 def fit(folder: Any, make: Callable[..., Any], epochs: int = EPOCHS, **options: Any) -> list[float]:
     """The learning rate of each epoch's last step."""
-    fits._fits.clear()  # as in another process
+    fit_folder._fits.clear()  # as in another process
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     if not folder.exists():
         prepare(folder, 1)

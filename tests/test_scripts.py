@@ -16,10 +16,10 @@ import yaml
 from mlflow import MlflowClient
 
 from dtrain.errors import UserError
-from dtrain.job import job_json_schema
-from dtrain.loading import differences, dump_job, load, load_job
-from dtrain.run import RunDir
-from dtrain.trainer import world
+from dtrain.run.folder import RunDir
+from dtrain.schema.job import job_json_schema
+from dtrain.schema.loading import differences, dump_job, load, load_job
+from dtrain.trainer.distributed import world
 
 PRINTING = """
 import os, sys

@@ -12,13 +12,13 @@ import pytest
 from command import JOB, Command, processes
 
 from dtrain.errors import UserError
-from dtrain.job import Job
-from dtrain.loading import dump_job
-from dtrain.provenance import environment
+from dtrain.monitoring.tracking_uri import hand_on, resolve_tracking_uri
 from dtrain.redact import hide_in_command, hide_in_job, hide_password
-from dtrain.run import RunDir
-from dtrain.snapshot import MAX_FILE, Snapshot
-from dtrain.tracking_uri import hand_on, resolve_tracking_uri
+from dtrain.run.folder import RunDir
+from dtrain.run.provenance import environment
+from dtrain.run.snapshot import MAX_FILE, Snapshot
+from dtrain.schema.job import Job
+from dtrain.schema.loading import dump_job
 
 URI = "https://bob:hunter2@mlflow.example/x"
 HF = "hf_" + "hunter2" * 5

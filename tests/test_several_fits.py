@@ -16,12 +16,12 @@ from training import Samples, differences, epoch_order, final_state, prepare
 
 from dtrain.errors import UserError
 from dtrain.files import write_json
-from dtrain.heartbeat import Heartbeat
-from dtrain.job import Fsdp
-from dtrain.keeper import Keeper
-from dtrain.launcher.status import status
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer.seeds import derive_seed
+from dtrain.launcher.commands.status import status
+from dtrain.monitoring.run_monitor import Keeper
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.distributed.seeds import derive_seed
 from dtrain.trainer.trainer import Trainer
 
 FOLDS = """

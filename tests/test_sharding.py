@@ -25,9 +25,9 @@ from torch.utils.data import (
 from training import Job, Samples, epoch_order, train
 
 from dtrain.errors import UserError
-from dtrain.trainer.data import IndexedBatches, Source
-from dtrain.trainer.sharding import Shard
-from dtrain.trainer.world import World, join_world
+from dtrain.trainer.data.indexed import IndexedBatches, Source
+from dtrain.trainer.data.sharding import Shard
+from dtrain.trainer.distributed.world import World, join_world
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3])

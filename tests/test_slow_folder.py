@@ -15,9 +15,9 @@ import pytest
 from command import PATIENCE_S
 
 from dtrain.errors import UserError
-from dtrain.run import RunDir
-from dtrain.trainer.checkpoint import saved
-from dtrain.trainer.manifest import read_manifest, verify
+from dtrain.run.folder import RunDir
+from dtrain.trainer.checkpoint.manager import saved
+from dtrain.trainer.checkpoint.manifest import read_manifest, verify
 
 PROGRAM = Path(__file__).with_name("slow_folder.py")
 GATE = 10  # the step that waits for a stop

@@ -14,7 +14,7 @@ from cluster import SIZE, Cluster, Site
 from command import DTRAIN, STEPS, Project
 
 from dtrain.files import read_json
-from dtrain.sweep import Sweep
+from dtrain.run.sweep import Sweep
 
 GATE = 7  # the step that waits for a file, the second one of epoch 2
 TOTAL = 2 * STEPS

@@ -11,13 +11,13 @@ import time
 import pytest
 from test_nodes import free_port
 
-from dtrain.heartbeat import Beat, Heartbeat, Phase
-from dtrain.launcher.agent import GRACE_S, StopRequests
-from dtrain.launcher.awake import AwakeClock
-from dtrain.launcher.beginning import FIRST_S, Beginning
-from dtrain.launcher.nodes import LOST_S, Endpoint, Nodes
-from dtrain.launcher.watchdog import Watchdog
-from dtrain.output import RankOutput, Tail
+from dtrain.launcher.agent.agent import GRACE_S, StopRequests
+from dtrain.launcher.agent.awake_clock import AwakeClock
+from dtrain.launcher.agent.nodes import LOST_S, Endpoint, Nodes
+from dtrain.launcher.agent.slow_start import FIRST_S, Beginning
+from dtrain.launcher.agent.watchdog import Watchdog
+from dtrain.monitoring.rank_output import RankOutput, Tail
+from dtrain.run.heartbeat import Beat, Heartbeat, Phase
 
 LOOK_S = 0.5
 
@@ -104,7 +104,7 @@ STANDS = """
 import sys
 import time
 
-from dtrain.launcher import stacks
+from dtrain.launcher.rank import stacks
 
 stacks.write_on_request()
 

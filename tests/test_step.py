@@ -20,12 +20,12 @@ from torchmetrics import Accuracy
 from training import Job, Samples, make_loop
 
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.trainer.data import MicroBatch
-from dtrain.trainer.samples import read_samples
-from dtrain.trainer.seeds import derive_seed, sample_seeds
-from dtrain.trainer.sharding import Indices
-from dtrain.trainer.step import user_step
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.data.indexed import MicroBatch
+from dtrain.trainer.data.samples import read_samples
+from dtrain.trainer.data.sharding import Indices
+from dtrain.trainer.distributed.seeds import derive_seed, sample_seeds
+from dtrain.trainer.loss.step import user_step
 
 CLASSES, LENGTH = 3, 4
 

@@ -18,9 +18,9 @@ from marks import campaign
 from mlflow import MlflowClient
 
 from dtrain.files import read_json
-from dtrain.heartbeat import Heartbeat
-from dtrain.mirrored import tracker_lock
-from dtrain.trainer.checkpoint import saved
+from dtrain.monitoring.mlflow_mirror import tracker_lock
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.trainer.checkpoint.manager import saved
 
 GATE = 7  # the step that waits, the second one of epoch 2
 SIZE = ("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")

@@ -18,9 +18,9 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dtrain.trainer import manifest, storage
-from dtrain.trainer.manifest import Damaged, read_manifest, verify
-from dtrain.trainer.tree import DTYPES
+from dtrain.trainer.checkpoint import manifest, storage
+from dtrain.trainer.checkpoint.codec import DTYPES
+from dtrain.trainer.checkpoint.manifest import Damaged, read_manifest, verify
 
 ABOUT = {"format": manifest.FORMAT, "job": "test"}
 

@@ -17,15 +17,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 from training import Job, Samples, content, differences, epoch_order, fit, prepare, train
 
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.run import RunDir
-from dtrain.trainer.blocks import of_classes, repeated
-from dtrain.trainer.checkpoint import saved
-from dtrain.trainer.fsdp import FullySharded, build_on_meta
-from dtrain.trainer.precision import Precision
+from dtrain.run.folder import RunDir
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.checkpoint.manager import saved
+from dtrain.trainer.distributed.world import join_world
+from dtrain.trainer.model.blocks import of_classes, repeated
+from dtrain.trainer.optimization.optimizer_step import Update
+from dtrain.trainer.optimization.precision import Precision
+from dtrain.trainer.strategies.fsdp import FullySharded, build_on_meta
 from dtrain.trainer.trainer import Trainer
-from dtrain.trainer.update import Update
-from dtrain.trainer.world import join_world
 
 SEED, BATCH, EPOCHS, CLASSES = 4, 9, 5, 3
 NUM_TRAIN, NUM_VAL = 82, 19  # 10 steps an epoch; last batches of 1, which leave ranks without a sample

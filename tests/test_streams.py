@@ -26,14 +26,14 @@ from torchmetrics import Accuracy
 from training import Job, differences, final_state, train
 
 from dtrain.errors import UserError
-from dtrain.heartbeat import Beat, Heartbeat
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.screen import Rate, Screen
-from dtrain.trainer.data import Source
-from dtrain.trainer.stream import StreamBatches, StreamShares
+from dtrain.monitoring.screen import Rate, Screen
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Beat, Heartbeat
+from dtrain.trainer.checkpoint.codec import flatten
+from dtrain.trainer.data.indexed import Source
+from dtrain.trainer.data.streamed import StreamBatches, StreamShares
+from dtrain.trainer.distributed.world import World, join_world
 from dtrain.trainer.trainer import Trainer
-from dtrain.trainer.tree import flatten
-from dtrain.trainer.world import World, join_world
 
 NUM_SAMPLES, BATCH, SEED, EPOCHS = 38, 9, 3, 2  # the last batch has 2: on three ranks one has none
 STEPS = 5
@@ -621,7 +621,7 @@ def test_progress_without_totals(capsys, monkeypatch):
         rate.add(Beat(epoch=1, epochs=3, step=step, step_in_epoch=step, samples=8.0 * step))
     assert rate.samples_per_s > 0
     assert rate.seconds_left(Beat(epoch=1, epochs=3, step=2, step_in_epoch=2)) is None
-    monkeypatch.setattr("dtrain.screen.PLAIN_LINE_EVERY_S", -1.0)
+    monkeypatch.setattr("dtrain.monitoring.screen.PLAIN_LINE_EVERY_S", -1.0)
     Screen().show_beat(Beat(epoch=1, epochs=3, step=2, step_in_epoch=2, loss=0.5))
     assert capsys.readouterr().err == "epoch 1/3  step 2  loss 0.5  0 samples/s\n"
 

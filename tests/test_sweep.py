@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from dtrain.errors import UserError
 from dtrain.files import read_json
-from dtrain.sweep import Sweep, grid
+from dtrain.run.sweep import Sweep, grid
 
 
 def test_a_grid():

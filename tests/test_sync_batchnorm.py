@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import Samples
 
-from dtrain.trainer.data import Source
+from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.trainer import Trainer
 
 SIZE, BATCH = 8, 3  # the last batch has two samples, and the last of three ranks none

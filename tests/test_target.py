@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import UserError
-from dtrain.job import Target
-from dtrain.loading import load_job
 from dtrain.names import job_path, resolve
-from dtrain.target import bind_function, check_job, check_target, instantiate
+from dtrain.schema.instantiate import bind_function, check_job, check_target, instantiate
+from dtrain.schema.job import Target
+from dtrain.schema.loading import load_job
 
 
 @pytest.fixture(autouse=True)

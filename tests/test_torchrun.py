@@ -14,7 +14,7 @@ import pytest
 from command import DTRAIN, Command
 from launchers import LAUNCHERS, run, start
 
-from dtrain.launcher.launch import PRELOAD_FOR
+from dtrain.launcher.commands.launch import PRELOAD_FOR
 
 OURS = [name for name in LAUNCHERS if name != "torchrun"]
 RANKS = (0, 1)
@@ -574,7 +574,7 @@ def test_a_package_runs_its_main(modules):
 DRIVER = """
 import sys
 
-from dtrain.launcher import launch
+from dtrain.launcher.commands import launch
 
 launch.PRELOAD = (*launch.PRELOAD, *sys.argv[1:])
 assert launch.launch(launch.Request("train.py", gpus="1", run_dir="run")) == 0

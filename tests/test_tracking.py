@@ -18,13 +18,13 @@ import yaml
 
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
-from dtrain.heartbeat import Heartbeat
-from dtrain.keeper import STOPPED_GRACE_S, TRACKER_GRACE_S, Keeper
-from dtrain.launcher.ui import ui
-from dtrain.mirrored import outstanding, tracker_log
+from dtrain.launcher.commands.ui import ui
+from dtrain.monitoring.mlflow_mirror import outstanding, tracker_log
+from dtrain.monitoring.run_monitor import STOPPED_GRACE_S, TRACKER_GRACE_S, Keeper
+from dtrain.monitoring.tracking_uri import resolve_tracking_uri
 from dtrain.redact import hide_password
-from dtrain.run import RunDir
-from dtrain.tracking_uri import resolve_tracking_uri
+from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Heartbeat
 from dtrain.trainer.tracking import flatten, follow
 
 TRACKER = [sys.executable, "-m", "dtrain.trainer.tracking"]
@@ -298,7 +298,7 @@ def test_ui_of_a_server(capsys):
 
 def test_ui_serves_the_store_until_ctrl_c(run, store):
     follow(run, lambda: FINISHED)
-    code = f"import sys; from dtrain.launcher.ui import ui; sys.exit(ui({store!r}, None))"
+    code = f"import sys; from dtrain.launcher.commands.ui import ui; sys.exit(ui({store!r}, None))"
     with process([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as shown:
         address = shown.stdout.readline().strip()
         assert get(f"{address}/health") == "OK"

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dtrain import Fsdp, Trainer, load_weights, summary
 from dtrain.errors import UserError
-from dtrain.trainer import plots
-from dtrain.trainer.export import _differences
-from dtrain.trainer.trained import Rows
+from dtrain.trainer.entrypoints.evaluate import Rows
+from dtrain.trainer.entrypoints.export import _differences
+from dtrain.trainer.metrics import plots
 
 SIZE = 13  # samples to predict, in batches of 8: an uneven one for each of 2 and 3 ranks
 WITH_STEP = """

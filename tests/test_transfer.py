@@ -17,7 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 
 from dtrain.errors import UserError
-from dtrain.trainer.transfer import _stream_of_copies, is_by_rows, map_tensors, num_samples, tensors, to_device
+from dtrain.trainer.data.batch_tensors import (
+    _stream_of_copies,
+    is_by_rows,
+    map_tensors,
+    num_samples,
+    tensors,
+    to_device,
+)
 
 META = torch.device("meta")
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from dtrain.errors import UserError
-from dtrain.trainer.seeds import rng_state
-from dtrain.trainer.tree import TEXT, flatten, unflatten
+from dtrain.trainer.checkpoint.codec import TEXT, flatten, unflatten
+from dtrain.trainer.distributed.seeds import rng_state
 
 
 def same(one: Any, other: Any) -> bool:

@@ -17,10 +17,10 @@ from training import Job, Samples, make_loop
 
 from dtrain import Ranks
 from dtrain.errors import UserError
-from dtrain.trainer.data import MicroBatch
-from dtrain.trainer.step import supervised_step, user_step
-from dtrain.trainer.transfer import num_collated
-from dtrain.trainer.trial import Pairs, try_step
+from dtrain.trainer.data.batch_tensors import num_collated
+from dtrain.trainer.data.indexed import MicroBatch
+from dtrain.trainer.loss.loss_trial import Pairs, try_step
+from dtrain.trainer.loss.step import supervised_step, user_step
 
 CLASSES = 4
 ROWS = (1, 4, 2, 0, 3, 1, 2, 1)  # of each sample, where the batch is ragged; the last rank's first micro-batch has few

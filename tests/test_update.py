@@ -14,14 +14,14 @@ from torch.optim import LBFGS
 from training import Job, Samples, epoch_order, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
-from dtrain.job import Fsdp
-from dtrain.run import RunDir
-from dtrain.trainer.groups import group_parameters
-from dtrain.trainer.parallel import Parallel
-from dtrain.trainer.precision import Precision
+from dtrain.run.folder import RunDir
+from dtrain.schema.job import Fsdp
+from dtrain.trainer.distributed.world import World
+from dtrain.trainer.optimization.optimizer_step import Update
+from dtrain.trainer.optimization.param_groups import group_parameters
+from dtrain.trainer.optimization.precision import Precision
+from dtrain.trainer.strategies.base import Parallel
 from dtrain.trainer.trainer import Trainer
-from dtrain.trainer.update import Update
-from dtrain.trainer.world import World
 
 CPU = torch.device("cpu")
 STRATEGIES: dict[str, Any] = {"ddp": "ddp", "fsdp": Fsdp(wrap=["Linear"])} | {

@@ -24,17 +24,17 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from training import make_loop
 
 from dtrain.errors import UserError
-from dtrain.heartbeat import Phase
+from dtrain.run.heartbeat import Phase
 from dtrain.trainer import loop, trainer
-from dtrain.trainer.metrics import MetricSet
-from dtrain.trainer.optimizer_state import to_parameters
-from dtrain.trainer.parallel import Parallel
-from dtrain.trainer.precision import Precision
+from dtrain.trainer.checkpoint.optimizer_state import to_parameters
+from dtrain.trainer.distributed.world import World, require_cpu_backend
+from dtrain.trainer.metrics.epoch_totals import Tally
+from dtrain.trainer.metrics.metric_set import MetricSet
+from dtrain.trainer.optimization.optimizer_step import Update
+from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.ranks import Ranks
-from dtrain.trainer.tally import Tally
-from dtrain.trainer.update import Update
-from dtrain.trainer.world import World, require_cpu_backend
-from dtrain.trainer.zero import Zero
+from dtrain.trainer.strategies.base import Parallel
+from dtrain.trainer.strategies.deepspeed import Zero
 
 META = torch.device("meta")
 CLASSES, BATCH = 3, 4

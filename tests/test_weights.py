@@ -14,7 +14,7 @@ from training import Job, Samples, train
 
 from dtrain import load_weights
 from dtrain.errors import UserError
-from dtrain.trainer.weights import bare_state_dict, save_weights
+from dtrain.trainer.model.weights import bare_state_dict, save_weights
 
 NUM_SAMPLES, BATCH, SEED = 30, 10, 7
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from training import Job, Samples, epoch_order, fit, prepare, train
 
 from dtrain.errors import UserError
-from dtrain.heartbeat import Heartbeat
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
 from dtrain.trainer.trainer import Trainer
 
 SEED, BATCH, EPOCHS, SIZE = 3, 8, 3, 26

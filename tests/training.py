@@ -15,18 +15,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import Dataset
 
-from dtrain.heartbeat import Heartbeat
-from dtrain.run import RUN_DIR_VARIABLE, RunDir
-from dtrain.trainer import storage
-from dtrain.trainer.best import Best
-from dtrain.trainer.checkpoint import saved
-from dtrain.trainer.data import Source
+from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.trainer.checkpoint import storage
+from dtrain.trainer.checkpoint.codec import unflatten
+from dtrain.trainer.checkpoint.manager import saved
+from dtrain.trainer.checkpoint.manifest import read_manifest
+from dtrain.trainer.data.indexed import Source
+from dtrain.trainer.data.sharding import shuffled
+from dtrain.trainer.distributed.stop import Stopped
 from dtrain.trainer.loop import Loop, Schedule
-from dtrain.trainer.manifest import read_manifest
-from dtrain.trainer.sharding import shuffled
-from dtrain.trainer.stop import Stopped
+from dtrain.trainer.metrics.early_stopping import Best
 from dtrain.trainer.trainer import Trainer
-from dtrain.trainer.tree import unflatten
 
 Job = dict[str, Any]  # net, loss, optimizer, train, val and options; see `fit`
 

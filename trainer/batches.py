@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError
 
-from .agreement import require_same_data
-from .data import Batches, IndexedBatches, Source
-from .ready import ReadyBatches
-from .stream import LoaderShares, StreamBatches, StreamShares
-from .world import World
+from .checks.agreement import require_same_data
+from .data.indexed import Batches, IndexedBatches, Source
+from .data.ready_batches import ReadyBatches
+from .data.streamed import LoaderShares, StreamBatches, StreamShares
+from .distributed.world import World
 
 Data = DataLoader[Any] | Source | Iterable[Any]
 

@@ -23,35 +23,35 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import UserError
-from dtrain.heartbeat import Beat, Heartbeat, Phase
-from dtrain.run import Row, RunDir
+from dtrain.run.folder import Row, RunDir
+from dtrain.run.heartbeat import Beat, Heartbeat, Phase
 
-from .background import Background, Disk, say
-from .best import Best
-from .buffers import shapes_of
-from .checkpoint import Checkpoints, Moment, Snapshot, restore_best
-from .data import Batch, Batches, MicroBatch
-from .ema import Ema
-from .learned_loss import beside
-from .learning import Learning
-from .mixing import warn_of_mixing
-from .modes import begin_training
-from .optimizers import is_two_step, judged, needs_closure, require_rates, start_training, stop_training
-from .parallel import Parallel, matches
-from .precision import Precision
-from .reduce import reduce_states
-from .results import Results
-from .scheduler import Interval, after_epoch, after_step, state_of
-from .seeds import derive_seed, rng_kept, rng_state, seed_everything, set_rng_state
-from .step import Outcome, Step, as_units
-from .stop import DOUBT, StopAgreement, Stopped
-from .tally import Tally
-from .transfer import ways_to_take
-from .tree import require_data
-from .trial import Pairs, standing_still, try_step
-from .update import Update
-from .weights import mismatches
-from .world import World
+from .checkpoint.background import Background, Disk, say
+from .checkpoint.codec import require_data
+from .checkpoint.manager import Checkpoints, Moment, Snapshot, restore_best
+from .checkpoint.results import Results
+from .checks.optimizer_kinds import is_two_step, judged, needs_closure, require_rates, start_training, stop_training
+from .data.batch_tensors import ways_to_take
+from .data.indexed import Batch, Batches, MicroBatch
+from .distributed.seeds import derive_seed, rng_kept, rng_state, seed_everything, set_rng_state
+from .distributed.stop import DOUBT, StopAgreement, Stopped
+from .distributed.world import World
+from .loss.loss_trial import Pairs, standing_still, try_step
+from .loss.step import Outcome, Step, as_units
+from .metrics.early_stopping import Best
+from .metrics.epoch_totals import Tally
+from .metrics.reduce import reduce_states
+from .model.buffers import shapes_of
+from .model.learned_loss import beside
+from .model.modes import begin_training
+from .model.weights import mismatches
+from .optimization.ema import Ema
+from .optimization.learning_check import Learning
+from .optimization.optimizer_step import Update
+from .optimization.precision import Precision
+from .optimization.scheduler import Interval, after_epoch, after_step, state_of
+from .sample_mixing import warn_of_mixing
+from .strategies.base import Parallel, matches
 
 # In the paths of `shared_state`, the section and the name of the parameter.
 _OF_PARAMETER = re.compile(r"(model|ema|optimizer)(?:/held/[^/]+)*(?:/state)?/([^/]+)(?:/[^/]+)?")

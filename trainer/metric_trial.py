@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from dtrain.errors import UserError, among
-from dtrain.monitor import monitor_problem
+from dtrain.schema.monitor import monitor_problem
 
 from .batches import Data
-from .data import IndexedBatches
-from .parallel import Parallel
+from .data.indexed import IndexedBatches
+from .distributed.world import World
+from .loss.step import Step
+from .metrics.epoch_totals import Tally
 from .predict import in_order
-from .step import Step
-from .tally import Tally
-from .world import World
+from .strategies.base import Parallel
 
 SAMPLES = 4
 # Errors that a function raises whatever its samples are; others may be of too few samples, or of a single class.

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError
 
-from .agreement import require_same_data
 from .batches import Data
-from .data import IndexedBatches, MicroBatch, Source
-from .parallel import Parallel
-from .step import Outcome, Step, describe
-from .world import World
+from .checks.agreement import require_same_data
+from .data.indexed import IndexedBatches, MicroBatch, Source
+from .distributed.world import World
+from .loss.step import Outcome, Step, describe
+from .strategies.base import Parallel
 
 
 def in_order(data: Data) -> Source:

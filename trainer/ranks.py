@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from dtrain.errors import UserError
 
 from .batches import Data, batches_of
-from .called import bare_of, called_as
-from .data import Batches, MicroBatch
-from .ddp import DataParallel
-from .given import require_model, unwrapped
-from .reduce import reduce_states
-from .seeds import derive_seed, seed_everything
-from .step import as_units, require_rows
-from .weights import bare_state_dict, save_weights
-from .world import join_world
+from .checks.arguments import require_model, unwrapped
+from .data.indexed import Batches, MicroBatch
+from .distributed.seeds import derive_seed, seed_everything
+from .distributed.world import join_world
+from .loss.step import as_units, require_rows
+from .metrics.reduce import reduce_states
+from .model.call_proxy import bare_of, called_as
+from .model.weights import bare_state_dict, save_weights
+from .strategies.ddp import DataParallel
 
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
-    from dtrain.metric_values import Result
+    from dtrain.schema.metric_values import Result
 
-    from .metrics import Given, MetricSet
+    from .metrics.metric_set import Given, MetricSet
 
 
 class Ranks:
@@ -120,7 +120,7 @@ class Ranks:
         Args:
             metrics: torchmetrics' own, or functions of all samples' arguments; a MetricCollection, or one among them.
         """
-        from .metrics import MetricSet, as_metrics
+        from .metrics.metric_set import MetricSet, as_metrics
 
         made = as_metrics(metrics)
         return {name: Synchronised(self, name, MetricSet({name: made[name]}, {}, self.device)) for name in made}
@@ -141,7 +141,7 @@ class Ranks:
             raise UserError(refused)
 
     def _update(self, metrics: MetricSet, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from .metrics import Arguments
+        from .metrics.metric_set import Arguments
 
         samples = None if self._part is None else self._part.samples
         metrics.update(None, None, {name: Arguments(args, kwargs)}, batch=self._num_batches, samples=samples)

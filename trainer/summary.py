@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dtrain.errors import UserError, first_line
-from dtrain.packages import require
+from dtrain.schema.packages import require
 
-from .seeds import rng_kept
+from .distributed.seeds import rng_kept
 
 if TYPE_CHECKING:
     import torchinfo

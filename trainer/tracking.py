@@ -29,13 +29,13 @@ from typing import Any, cast
 from dtrain import signals
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
-from dtrain.mirrored import note_complete, tracker_lock
-from dtrain.packages import require
+from dtrain.monitoring.mlflow_mirror import note_complete, tracker_lock
+from dtrain.monitoring.tracking_uri import resolve_tracking_uri, sqlite_file
 from dtrain.redact import hide_in_job, hide_password
-from dtrain.run import Row, RunDir
-from dtrain.sweep import Sweep
-from dtrain.tracking_uri import resolve_tracking_uri, sqlite_file
-from dtrain.yamltext import Reader, dump
+from dtrain.run.folder import Row, RunDir
+from dtrain.run.sweep import Sweep
+from dtrain.schema.packages import require
+from dtrain.yaml12 import Reader, dump
 
 POLL_S = 0.5
 RETRY_S = 3.0

@@ -15,20 +15,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import Problem, UserError, first_line
-from dtrain.job import Fsdp
-from dtrain.monitor import monitor_problem
-from dtrain.packages import missing, require
+from dtrain.schema.job import Fsdp
+from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.packages import missing, require
 
-from . import precision as precisions
-from .agreement import require_same_settings
-from .background import say
 from .batches import Data, batches_of
-from .best import Best
-from .data import Batches
-from .ddp import DataParallel
-from .ema import Ema
-from .fits import fit_folder
-from .given import (
+from .checkpoint.background import say
+from .checks.agreement import require_same_settings
+from .checks.arguments import (
     require_loss,
     require_metrics,
     require_model,
@@ -38,28 +32,34 @@ from .given import (
     require_settings,
     unwrapped,
 )
-from .learned_loss import LearnedLoss
+from .checks.optimizer_kinds import require_a_rate, require_rates
+from .data.batch_tensors import bound_on
+from .data.indexed import Batches
+from .distributed.seeds import derive_seed, rng_kept
+from .distributed.world import join_world
+from .fit_folder import fit_folder
 from .loop import Loop, Schedule, evaluate_batch, gather_values
+from .loss.step import Step, UserStep, supervised_step, user_step
 from .metric_trial import require_reported, try_metrics
-from .mixing import look_for_mixing
-from .optimizers import require_a_rate, require_rates
-from .parallel import Parallel, require_uncut
+from .metrics.early_stopping import Best
+from .metrics.epoch_totals import Tally
+from .model.activation_checkpointing import recompute_activations
+from .model.learned_loss import LearnedLoss
+from .optimization import precision as precisions
+from .optimization.ema import Ema
+from .optimization.optimizer_step import OnNonfinite, Update
+from .optimization.scheduler import Interval, check_length, is_fed, require_mode
 from .predict import predict_features, predict_shares
-from .recompute import recompute_activations
-from .scheduler import Interval, check_length, is_fed, require_mode
-from .seeds import derive_seed, rng_kept
-from .step import Step, UserStep, supervised_step, user_step
+from .sample_mixing import look_for_mixing
+from .strategies.base import Parallel, require_uncut
+from .strategies.ddp import DataParallel
 from .summary import summary
-from .tally import Tally
-from .transfer import bound_on
-from .update import OnNonfinite, Update
-from .world import join_world
 
 if TYPE_CHECKING:
     import pandas
     import torchinfo
 
-    from .metrics import AnyMetric, Given
+    from .metrics.metric_set import AnyMetric, Given
 
 Strategy = Literal["ddp"] | Fsdp | Mapping[str, Any]
 
@@ -208,7 +208,7 @@ class Trainer:
         self.scheduler_monitor = scheduler_monitor
         self.metrics: dict[str, AnyMetric] = {}
         if metrics_dict is not None and len(metrics_dict):
-            from .metrics import as_metrics
+            from .metrics.metric_set import as_metrics
 
             self.metrics = as_metrics(metrics_dict)
             if "loss" in self.metrics:
@@ -225,12 +225,12 @@ class Trainer:
 
     def _parallel(self, net: nn.Module, strategy: Strategy, *, sync_batchnorm: bool) -> Parallel:
         if isinstance(strategy, Fsdp):
-            from .fsdp import FullySharded
+            from .strategies.fsdp import FullySharded
 
             dtype = self.precision.dtype
             return FullySharded(net, self.world, strategy, dtype, sync_batchnorm=sync_batchnorm)
         if isinstance(strategy, Mapping):
-            from .zero import with_deepspeed
+            from .strategies.deepspeed import with_deepspeed
 
             said: dict[str, Any] = {"micro_batch_size": self.micro_batch_size, "clip_norm": self.clip_norm}
             said |= {"precision": self.precision.name, "ema": self.ema, "l1": self.l1, "l2": self.l2}
@@ -364,7 +364,7 @@ class Trainer:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
         if not self.world.is_main or (loop.run_dir.plots.exists() and not loop.samples_done):
             return  # what was over before is drawn
-        from .plots import draw
+        from .metrics.plots import draw
 
         confusions = [
             name for name, metric in self.metrics.items() if type(metric).__name__.endswith("ConfusionMatrix")
@@ -449,7 +449,7 @@ class Trainer:
     def _tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
         if not self.metrics:
             return Tally(phase, self.world.device)
-        from .metrics import MetricSet, keeps_samples
+        from .metrics.metric_set import MetricSet, keeps_samples
 
         names = list(self.metrics)
         if phase == "train":

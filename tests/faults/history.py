@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from faults.job.fault import EPOCH_STEPS, EPOCHS, SAMPLES, VAL_SAMPLES
 
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 Pass = tuple[bool, int, int]  # in training (else in validation), optimizer steps done before, rank
 

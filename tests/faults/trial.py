@@ -20,7 +20,7 @@ from faults.history import History, differences, lost_and_repeated
 from faults.job import fault as job
 from faults.job.fault import EPOCH_STEPS, EPOCHS, LAST_STEP, Fault
 
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 JOB = Path(job.__file__).with_name("job.yaml")
 VICTIMS = ("rank", "ranks", "agent", "group")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from command import RANK_VARIABLES, Command, Done
 
-from dtrain.run import RunDir
+from dtrain.run.folder import RunDir
 
 HERE = Path(__file__).parent
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 from dtrain import Trainer
-from dtrain.trainer.background import Copies
+from dtrain.trainer.checkpoint.background import Copies
 
 CLASSES = 16
 Span = tuple[float, float]

@@ -1,0 +1,1 @@
+"""Following a run through what its ranks leave in the run folder."""

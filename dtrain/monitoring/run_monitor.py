@@ -1,0 +1,274 @@
+"""The keeper of a run: keeps status.json true, shows progress, and has it mirrored into MLflow.
+
+It sees only what the ranks leave in the run folder, so it works the same in the agent of `dtrain launch` and
+inside a script that runs by itself. The ranks never wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, Literal, TextIO
+
+from dtrain.files import read_json, refusal, write_json
+from dtrain.monitoring.mlflow_mirror import tracker_log
+from dtrain.monitoring.rank_output import RankOutput
+from dtrain.monitoring.screen import Screen
+from dtrain.monitoring.tracking_uri import VARIABLE, is_off
+from dtrain.run.folder import EXIT_INTERRUPTED, Row, RunDir
+from dtrain.run.heartbeat import Beat, Heartbeat
+from dtrain.schema.packages import missing
+from dtrain.signals import held_back
+
+State = Literal["running", "finished", "failed", "stopped", "killed"]
+
+LOOK_EVERY_S = 0.1
+WRITE_EVERY_S = 1.0
+SHOW_ROWS_EVERY_S = 0.5  # several files are asked for, on what may be a slow file system
+TRACKER_GRACE_S = 60.0  # MLflow gets this long where nothing outlives this process
+STOPPED_GRACE_S = 5.0  # in a job of Slurm's that was stopped: it must end, and be requeued, before its time is up
+
+
+class Keeper:
+    """Keeps a run from its start to its end. A context manager; `finish` says how it ended.
+
+    The run must be locked by the caller, and have its ranks' heartbeats. A thread keeps the status and another one
+    the screen: a terminal that takes nothing more must not make the status untrue.
+
+    Args:
+        echo: where the lines that ranks print into their logs are shown; None where they have no logs.
+        show_ranks: whose lines.
+        quiet: neither to a screen nor to MLflow.
+        wait_mlflow: whether the end waits until MLflow has all of the run, however long that takes.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        echo: TextIO | None = None,
+        show_ranks: Iterable[int] = (0,),
+        *,
+        quiet: bool = False,
+        wait_mlflow: bool = False,
+    ) -> None:
+        self.run = run
+        self.screen = Screen(quiet)
+        self._quiet = quiet
+        self._wait_mlflow = wait_mlflow
+        self._heartbeat = Heartbeat(run.heartbeat(0))
+        self._began = time.time()
+        previous = run.status()
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "exit_code": None,
+            "fit": 1,
+            "epoch": 0,
+            "step": 0,
+            "mlflow_run_id": None,
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "restarts": previous.get("restarts", 0) + 1 if previous else 0,
+            "error": None,
+        }
+        self._status |= {key: previous[key] for key in ("fit", "epoch", "step") if key in previous}
+        self._outputs = [RankOutput(rank, run.rank_log(rank)) for rank in show_ranks] if echo is not None else []
+        self._echo = echo
+        self._trouble: str | None = None  # still to be shown
+        self._was_in_trouble = False
+        self._rows_shown = 0.0
+        self._histories = {each.path: _History(each, shown=True) for each in (run, *run.fits())}
+        self._tracker: subprocess.Popen[bytes] | None = None
+        self._is_untracked = False  # for want of mlflow, which has been said
+        self._over = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="dtrain-keeper", daemon=True)
+        self._showing = threading.Thread(target=self._show, name="dtrain-screen", daemon=True)
+
+    def __enter__(self) -> Keeper:
+        self._write()
+        self._watching.start()
+        self._showing.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._status["state"] == "running":
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self.finish("killed" if interrupted else "failed", EXIT_INTERRUPTED if interrupted else 1)
+
+    def restarted(self) -> None:
+        """The ranks have failed, and are being started again."""
+        self._status["restarts"] += 1
+        # What their logs hold by now is the end of those that failed.
+        self._outputs = [RankOutput(output.rank, self.run.rank_log(output.rank)) for output in self._outputs]
+
+    def finish(self, state: State, exit_code: int, error: dict[str, Any] | None = None) -> None:
+        """The ranks have ended: write and show what is left, and leave MLflow's copy to the tracker."""
+        self._over.set()
+        self._watching.join()
+        self._take_beat()
+        end = {"state": state, "exit_code": exit_code, "error": error}
+        self._status |= end
+        self._end_fit(end)
+        self._write()
+        self._showing.join()
+        self._show_trouble()
+        self.screen.close()
+        if self._tracker is None and self.run.job.exists():
+            self._start_tracker()
+        if self._tracker is not None:
+            self._leave_to(self._tracker)
+            self._write()
+
+    def _end_fit(self, end: dict[str, Any]) -> None:
+        """Say of the fit that has ended with the run why: rank 0, its keeper, was killed or another rank's victim."""
+        with contextlib.suppress(OSError):
+            fits = [fit for fit in self.run.fits() if fit.status_file.stat().st_mtime >= self._began]
+            for fit in fits[-1:]:
+                status = fit.status()
+                if {end["state"], status.get("state")} <= {"failed", "killed"}:
+                    write_json(fit.status_file, {**status, **end})
+
+    # -- while it runs ---------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        last_write = time.monotonic()
+        while not self._over.wait(LOOK_EVERY_S):
+            with contextlib.suppress(OSError):  # a hiccup of the file system must not blind the rest of the run
+                if self._take_beat().step > 0 and self._tracker is None:
+                    self._start_tracker()
+            if time.monotonic() - last_write >= WRITE_EVERY_S:
+                last_write = time.monotonic()
+                self._write()
+
+    def _take_beat(self) -> Beat:
+        beat = self._heartbeat.read()
+        if beat.epochs:
+            self._status |= {"fit": beat.fit, "epoch": beat.epoch, "step": beat.step}
+        return beat
+
+    def _write(self) -> None:
+        mirrored = read_json(self.run.mlflow) or {}
+        self._status["mlflow_run_id"] = mirrored.get("run_id")
+        try:
+            write_json(self.run.status_file, self._status, durable=self._status["state"] != "running")
+        except OSError as error:  # a full disk must not end the training, and leaves no room in logs to say so
+            if not self._was_in_trouble:
+                self._trouble = f"{self.run}: can't write status.json: {refusal(error)}; the run goes on"
+            self._was_in_trouble = True
+
+    # -- on the screen ---------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        more = False
+        while not self._over.wait(0 if more else LOOK_EVERY_S):
+            more = self._show_new()
+        while self._show_new():  # to the last byte: it may be why a rank died
+            pass
+        for output in self._outputs:
+            self._show_lines(output.rank, output.unfinished())
+
+    def _show_new(self) -> bool:
+        """Show what is new; whether there may be more at once."""
+        more = False
+        self._show_trouble()
+        with contextlib.suppress(OSError):
+            for output in self._outputs:
+                lines = output.new_lines()
+                self._show_lines(output.rank, lines or [])
+                more |= lines is not None
+            if time.monotonic() - self._rows_shown > SHOW_ROWS_EVERY_S or self._over.is_set():
+                self._rows_shown = time.monotonic()
+                self._show_new_rows()
+            beat = self._heartbeat.read()
+            if beat.epochs:
+                self.screen.show_beat(beat)
+        return more
+
+    def _show_trouble(self) -> None:
+        if self._trouble is not None:
+            self.screen.print(self._trouble)
+            self._trouble = None
+
+    def _show_lines(self, rank: int, lines: list[bytes]) -> None:
+        if lines and self._echo is not None:
+            self.screen.show_output(rank, lines, self._echo)
+
+    def _show_new_rows(self) -> None:
+        for fit in (self.run, *self.run.fits()):
+            history = self._histories.get(fit.path)
+            if history is None:
+                history = self._histories[fit.path] = _History(fit)
+                self.screen.print(f"run {fit}")
+            for row in history.new():
+                self.screen.show_row(row)
+
+    # -- MLflow ----------------------------------------------------------------------------------
+
+    def _start_tracker(self) -> None:
+        if self._quiet or self._is_untracked or is_off():
+            return
+        if lacking := missing("mlflow"):
+            self._is_untracked = True
+            self.screen.print(f"the run is not recorded in MLflow, which {lacking}; or set {VARIABLE} to nothing")
+            return
+        # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
+        # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.
+        with tracker_log(self.run).open("ab") as log, held_back():
+            self._tracker = subprocess.Popen(
+                [sys.executable, "-m", "dtrain.trainer.tracking", str(self.run)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONSAFEPATH": "1"},  # the user's folder may have an mlflow.py
+                start_new_session=True,
+            )
+
+    def _leave_to(self, tracker: subprocess.Popen[bytes]) -> None:
+        log = tracker_log(self.run)
+        grace_s = self._tracker_grace_s()
+        try:
+            code = tracker.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            if grace_s == STOPPED_GRACE_S:
+                self.screen.print("MLflow has not taken all of the run yet; when it goes on, it gets the rest")
+            else:
+                self.screen.print(f"MLflow is still being sent this run, by process {tracker.pid}; it reports in {log}")
+            return
+        if code != 0 and log.exists():
+            lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+            self.screen.print(f"MLflow does not have all of this run: {lines[-1]}")
+
+    def _tracker_grace_s(self) -> float | None:
+        """How long the end waits for the tracker; None: as long as it takes."""
+        if self._status["slurm_job_id"] is not None:
+            return STOPPED_GRACE_S if self._status["state"] == "stopped" else TRACKER_GRACE_S
+        if self._wait_mlflow:
+            return None
+        # The first process of a container, or a service's, takes all others along when it ends.
+        return TRACKER_GRACE_S if 1 in (os.getpid(), os.getppid()) else 0.0
+
+
+class _History:
+    """A run's rows, each to be shown once: epochs done again after a stop are not shown again."""
+
+    def __init__(self, run: RunDir, *, shown: bool = False) -> None:
+        self._run = run
+        self._changed = 0
+        self._last_epoch = max((row["epoch"] for row in run.rows()), default=0) if shown else 0
+
+    def new(self) -> Iterator[Row]:
+        """The rows that are still to be shown."""
+        changed = self._run.metrics.stat().st_mtime_ns if self._run.metrics.exists() else 0
+        if changed == self._changed:
+            return
+        self._changed = changed
+        for row in self._run.rows():
+            if row["epoch"] > self._last_epoch:
+                self._last_epoch = row["epoch"]
+                yield row

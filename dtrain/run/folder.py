@@ -1,0 +1,362 @@
+"""The run folder: every path of a run, its status, its history, and the lock of its one writer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import UserError
+from dtrain.files import read_json, write_json, write_text
+from dtrain.run import node_disk
+from dtrain.run.filelock import try_lock, warn_of_no_locks
+
+RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
+# In a rank's log: what follows is for its reader, not for the screen.
+END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
+STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # so is what is between them
+EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
+STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
+
+Row = dict[str, Any]  # one epoch: epoch, step, lr, samples_per_s, train_loss, train_*, val_loss, val_*
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The process that keeps a run: an agent, or else a script that was started without one."""
+
+    host: str
+    pid: int
+    is_agent: bool
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+
+class RunDir:
+    """A run's folder. Constructing it touches nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.job = self.path / "job.yaml"
+        self.code = self.path / "code"
+        self.status_file = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.logs = self.path / "logs"
+        self.heartbeats = self.path / "heartbeat"  # a link to a folder of each node's own
+        self.best_weights = self.path / "weights" / "best.pt"
+        self.last_weights = self.path / "weights" / "last.pt"
+        self.ema_weights = self.path / "weights" / "ema.pt"
+        self.plots = self.path / "plots"
+        self.answer = self.path / "answer.txt"  # of ranks that do something beside a run, for their command
+        self.checkpoints = self.path / "checkpoints"
+        self.latest = self.checkpoints / "latest"  # the name of the newest one
+        self.env = self.path / "env.json"
+        self.sbatch = self.path / "job.sbatch"
+        self.slurm = self.path / "slurm.json"
+        self.mlflow = self.path / "mlflow.json"
+        self.fits_file = self.path / "fits.json"
+        self.lock_file = self.path / "lock"
+
+    @classmethod
+    def new(cls, name: str) -> RunDir:
+        """A name that is free under runs/ in the working directory: NAME-YYYYMMDD-HHMMSS-xxxx."""
+        return cls(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def rank_error(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.error.json"
+
+    def last_word(self, rank: int) -> Path:
+        """Where a rank leaves what becomes its `rank_error`, for its node's agent, who looks all the time."""
+        return self.heartbeats / f"rank-{rank}.error.json"
+
+    def agent_log(self, node: int) -> Path:
+        return self.logs / f"agent-{node}.log"
+
+    def heartbeat(self, rank: int) -> Path:
+        return self.heartbeats / f"rank-{rank}"
+
+    def ranks(self) -> list[int]:
+        """The ranks that this run has had, in order."""
+        files = [*self.heartbeats.glob("rank-*"), *self.logs.glob("rank-*.log")]  # the former while it goes on, here
+        names = {file.name.removeprefix("rank-").removesuffix(".log") for file in files}
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def exists(self) -> bool:
+        """Whether something is there that a new run must not overwrite."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def create(self) -> None:
+        """Make the folders; those that are there stay as they are.
+
+        The run is its owner's and their group's (or whose umask says so), with all that it will hold: others can't
+        enter its folder.
+        """
+        self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
+        for folder in (self.logs, self.best_weights.parent, self.checkpoints):
+            if folder.is_symlink() and not folder.exists():  # a fit's, of a script's run that is gone
+                folder.unlink()
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        node_disk.link(self.heartbeats)
+
+    # -- the later fits of a script that was launched --------------------------------------------
+
+    def fit(self, number: int) -> RunDir:
+        """The folder of this script's fit number `number`, where it is given none."""
+        return RunDir(self.path / f"fit-{number}")
+
+    def fits(self) -> list[RunDir]:
+        """The run folders of this script's fits but for that in this one, in their order."""
+        names = (read_json(self.fits_file) or {}).get("fits", [])
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            warn_of_damage(self.fits_file)
+            return []
+        return [RunDir(os.path.normpath(self.path / name)) for name in names]
+
+    def add_fit(self, fit: RunDir) -> None:
+        """Note that a fit of this script has its folder there."""
+        fits = [*self.fits(), fit]
+        names = dict.fromkeys(os.path.relpath(each.path.absolute(), self.path.absolute()) for each in fits)
+        write_json(self.fits_file, {"fits": list(names)})
+
+    def take_heartbeats(self, script: RunDir | None) -> None:
+        """Have the ranks' heartbeats be those of the script's run, where its agent looks; of its own without one.
+
+        So are their logs.
+        """
+        if script is None:
+            node_disk.link(self.heartbeats)
+        else:
+            if self.heartbeats.is_symlink():
+                self.heartbeats.unlink()
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
+            _link(self.heartbeats, script.heartbeats)
+            with contextlib.suppress(OSError):  # it has logs, of a run of its own
+                self.logs.rmdir()
+                _link(self.logs, script.logs)
+
+    # -- history ---------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        """The rows of metrics.jsonl, one for each epoch done; a line that is damaged is said once, and passed over."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), 1):
+            row = _parse_row(line)
+            if row is None:
+                warn_of_damage(f"{self.metrics}:{number}")
+            else:
+                rows.append(row)
+        return rows
+
+    def last_row(self) -> Row | None:
+        """The last of `rows`; the others are read only where the file's end is damaged."""
+        with contextlib.suppress(OSError):
+            row = _parse_row(self.metrics.read_bytes().rstrip().rpartition(b"\n")[2])
+            if row is not None:
+                return row
+        return next(reversed(self.rows()), None)
+
+    def write_rows(self, rows: list[Row]) -> None:
+        """Replace metrics.jsonl. Whole, so that a stop never leaves half a row."""
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    # -- status and lock -------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """status.json as it is true now: "running" without a live writer reads as "killed".
+
+        Empty where there is no run. Where the file is damaged, which is said once, the history tells the place.
+        """
+        status = self._read_status()
+        if status.get("state") == "running" and self.writer() is None:
+            # The writer may have finished between the two looks.
+            status = self._read_status()
+            if status.get("state") == "running":
+                status["state"] = "killed"
+        return status
+
+    def _read_status(self) -> dict[str, Any]:
+        status = read_json(self.status_file) or {}
+        if self.has_damaged_status():
+            warn_of_damage(self.status_file)
+            last = self.last_row() or {}
+            return {"state": "running", "epoch": last.get("epoch", 0), "step": last.get("step", 0)}
+        return status
+
+    def has_damaged_status(self) -> bool:
+        """Whether there is a status.json, and not what is written there."""
+        return self.status_file.exists() and not _is_status(read_json(self.status_file) or {})
+
+    @contextlib.contextmanager
+    def lock(self, *, is_agent: bool = False) -> Iterator[None]:
+        """Be this run's only writer, until the block ends or the process does.
+
+        On a file system without locks the writer before is still found, by its process here or its status elsewhere;
+        but not one that starts at the same moment.
+
+        Raises:
+            UserError: another live process is; the message names it.
+        """
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o640)
+        try:
+            locked = _flock(descriptor)
+            if locked is None:
+                warn_of_no_locks(self.path)
+            if locked is False or (locked is None and self._is_written_here()) or self._has_remote_writer():
+                holder = read_json(self.lock_file) or {}
+                raise UserError(
+                    f"{self} is being written by process {holder.get('pid')} on {holder.get('host')}; "
+                    f"wait for it, or stop it: dtrain cancel {self}"
+                )
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({**_me(), "is_agent": is_agent}).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def last_writer(self) -> Writer | None:
+        """The process that writes this run, or was the last to; None where there was none."""
+        holder = read_json(self.lock_file) or {}
+        host, pid = holder.get("host"), holder.get("pid")
+        if not isinstance(host, str) or not isinstance(pid, int):
+            return None
+        return Writer(host, pid, holder.get("is_agent") is True)
+
+    def writer(self) -> Writer | None:
+        """The live process that writes this run, by what the lock says of it; None where there is none."""
+        writer = self.last_writer()
+        if writer is None:
+            return None
+        is_alive = self._is_locked() if writer.is_here else self._has_remote_writer()
+        return writer if is_alive else None
+
+    @contextlib.contextmanager
+    def process_of(self, writer: Writer) -> Iterator[int]:
+        """A pidfd of this run's writer: whatever becomes of its number, no other process is meant.
+
+        Raises:
+            ProcessLookupError: no process of this number holds this run's lock.
+            OSError: it can't be known: PermissionError, if it is another user's.
+        """
+        descriptor = os.pidfd_open(writer.pid)
+        try:
+            # The number alone proves nothing: it may be used again, or be that of another container.
+            if not self._is_open_in(writer.pid) or has_ended(descriptor):
+                raise ProcessLookupError
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _is_open_in(self, pid: int) -> bool:
+        lock = self.lock_file.stat()
+        with contextlib.suppress(FileNotFoundError):  # the process has ended
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # that one is closed
+                    if os.path.samestat(entry.stat(), lock):
+                        return True
+        return False
+
+    def _is_locked(self) -> bool:
+        descriptor = os.open(self.lock_file, os.O_RDONLY)
+        try:
+            free = try_lock(descriptor, shared=True)
+        finally:
+            os.close(descriptor)
+        return self._is_written_here() if free is None else not free
+
+    def _is_written_here(self) -> bool:
+        """Whether another process of this host that has the lock's file open is the one that it names."""
+        writer = self.last_writer()
+        if writer is None or not writer.is_here or writer.pid == os.getpid():
+            return False
+        try:
+            return self._is_open_in(writer.pid)
+        except PermissionError:  # it is another user's, and may be the one
+            return True
+
+    def _has_remote_writer(self) -> bool:
+        """Another host's flock may not be visible here, but the age of its status is."""
+        holder = read_json(self.lock_file)
+        if holder is None or holder.get("host") == socket.gethostname():
+            return False
+        if holder.get("slurm_job_id") and holder["slurm_job_id"] == os.environ.get("SLURM_JOB_ID"):
+            return False  # this job, before it was requeued: Slurm starts it again once it is over everywhere
+        status = read_json(self.status_file) or {}
+        if status.get("state") != "running":
+            return False
+        return time.time() - self.status_file.stat().st_mtime < STALE_AFTER_S
+
+
+def _link(own: Path, other: Path) -> None:
+    own.symlink_to(os.path.relpath(other.absolute(), own.parent.absolute()))
+
+
+def _parse_row(line: bytes) -> Row | None:
+    """A line of metrics.jsonl; None where it is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and all(isinstance(row.get(key), int) for key in ("epoch", "step"))
+    return row if is_row else None
+
+
+def _is_status(value: dict[str, Any]) -> bool:
+    """Whether it has what status.json always has."""
+    numbers = (value.get("epoch"), value.get("step"), value.get("fit", 1), value.get("restarts", 0))
+    error = value.get("error") or dict.fromkeys(("rank", "type", "message", "traceback"))
+    is_error = isinstance(error, dict) and {"rank", "type", "message", "traceback"} <= error.keys()
+    return isinstance(value.get("state"), str) and all(isinstance(each, int) for each in numbers) and is_error
+
+
+_damaged: set[str] = set()  # what this process has said to be so
+
+
+def warn_of_damage(place: str | Path) -> None:
+    """Say, once, that what stands there is passed over."""
+    if str(place) not in _damaged:
+        _damaged.add(str(place))
+        with contextlib.suppress(OSError):
+            print(f"warning: {place}: is damaged, and passed over", file=sys.stderr)
+
+
+def has_ended(process: int, timeout_s: float = 0.0) -> bool:
+    """Whether the process behind a pidfd has ended, or does within the time."""
+    return bool(select.select([process], [], [], timeout_s)[0])
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _flock(descriptor: int) -> bool | None:
+    # A reader of the status holds the lock for microseconds: ask again before saying no.
+    for _ in range(20):
+        if (locked := try_lock(descriptor)) is not False:
+            return locked
+        time.sleep(0.01)
+    return False

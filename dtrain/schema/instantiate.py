@@ -1,0 +1,304 @@
+"""`_target_`s: what they name is called, their arguments checked before anything is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import Problem, UserError, did_you_mean, nearest
+from dtrain.names import collisions, describe, job_path, load_what_ranks_have, resolve
+from dtrain.schema.job import Job, LoadedJob, MetricTarget, Target
+from dtrain.schema.logits import guesses_logits
+from dtrain.schema.metric_values import values_of_no_sample
+from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.unfit_metrics import why_unfit
+
+_PARTIAL = "_partial_"
+_HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys that Hydra knows beside _target_ and _partial_
+
+
+def instantiate(value: object, *args: object, given: Mapping[str, object] | None = None) -> Any:
+    """Calls a target with `args` and its own arguments, those that are targets built first.
+
+    What is no target is returned as it is, rebuilt where it holds targets.
+
+    A target with `_partial_: true` is not called: it is a function, with the arguments that it has already.
+
+    Args:
+        given: what the target, instead of `args`, and each target within it gets by name, if it takes that.
+    """
+    if isinstance(value, Target):
+        value = {"_target_": value.target, **value.arguments}
+    if isinstance(value, list):
+        return [instantiate(item, given=given) for item in value]
+    if not isinstance(value, dict):
+        return value
+    built = {key: instantiate(item, given=given) for key, item in value.items() if key != "_target_"}
+    if "_target_" not in value:
+        return built
+    function = _resolve_callable(value["_target_"])
+    if built.pop(_PARTIAL, False):
+        return functools.partial(function, **built) if built else function
+    try:
+        if given and (names := _taken_by_name(_signature(function), given, built)):
+            return function(**{name: given[name] for name in names}, **built)
+        return function(*args, **built)
+    except TypeError as error:
+        if str(error) == "'str' object is not callable":
+            error.args = (f"{error}; {_how_to_name_a_function('module.function')}",)
+        raise
+
+
+def bind_function(target: Target) -> Callable[..., Any]:
+    """The target as a function, for `step` and `data.collate`: an object of its class, or it with its arguments."""
+    arguments = target.arguments
+    if not inspect.isclass(_resolve_callable(target.target)):
+        arguments[_PARTIAL] = True
+    function: Callable[..., Any] = instantiate({"_target_": target.target, **arguments})
+    return function
+
+
+def _how_to_name_a_function(name: str) -> str:
+    return f"a function is named by {{_target_: {name}, {_PARTIAL}: true}}"
+
+
+def _resolve_callable(name: object) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise UserError(f"expected an importable name, found {name!r}")
+    found = resolve(name)
+    if not callable(found):
+        raise UserError(f"{name} cannot be called; it is of type {type(found).__name__}")
+    return found
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None where it is written in C, without a signature."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _taken_by_name(
+    signature: inspect.Signature | None, given: Collection[str], arguments: Collection[Any]
+) -> list[str]:
+    """Those of the given names that a callable has as a parameter, and that its own arguments leave free."""
+    parameters = () if signature is None else signature.parameters
+    return [name for name in given if name in parameters and name not in arguments]
+
+
+def check_target(target: Target, positional: int, where: str, given: Collection[str] = ()) -> list[Problem]:
+    """What is wrong with calling the target with so many positional arguments and its own by name.
+
+    `where` is the target's dotted key, from which the problems' paths start. `given`: see `instantiate`.
+    """
+    return _check_call(target.target, target.arguments, positional, where, given)
+
+
+def _check_object(target: Target, positional: int, where: str, given: Collection[str] = ()) -> list[Problem]:
+    """`check_target`, where it is to be called."""
+    problems = check_target(target, positional, where, given)
+    if target.arguments.get(_PARTIAL):
+        message = "names a function, where its result is needed; leave it out"
+        problems.append(Problem(message, f"{where}.{_PARTIAL}"))
+    return problems
+
+
+def _check_function(target: Target, positional: int, where: str) -> list[Problem]:
+    """What is wrong with `bind_function`, for a function that is called with so many arguments."""
+    try:
+        found = _resolve_callable(target.target)
+    except UserError:  # a wrong name, which is told below
+        found = None
+    if not inspect.isclass(found) or target.arguments.get(_PARTIAL):
+        return check_target(target, positional, where)
+    problems = check_target(target, 0, where)
+    call = next((vars(each)["__call__"] for each in found.__mro__ if "__call__" in vars(each)), None)
+    if call is None:
+        message = f"{target.target} is a class, and its objects cannot be called: it has no __call__"
+        return [*problems, Problem(message, where)]
+    if signature := _signature(call):
+        name = f"{target.target}.__call__"
+        problems += _check_arguments(name, signature, {}, positional + 1, where)  # the first is self
+    return problems
+
+
+def _check_call(
+    name: object, arguments: Mapping[Any, object], positional: int, where: str, given: Collection[str]
+) -> list[Problem]:
+    nested = [problem for key, value in arguments.items() for problem in _check_value(value, f"{where}.{key}", given)]
+    arguments = dict(arguments)
+    is_partial = arguments.pop(_PARTIAL, False)
+    if not isinstance(is_partial, bool):
+        nested.append(Problem(f"expected true or false, found {is_partial!r}", f"{where}.{_PARTIAL}"))
+    for key in _HYDRAS:
+        if key in arguments:
+            del arguments[key]
+            message = f"is Hydra's, and not known here, where there are _target_ and {_PARTIAL}"
+            nested.append(Problem(message, f"{where}.{key}"))
+    try:
+        signature = _signature(_resolve_callable(name))
+    except UserError as error:
+        return [replace(problem, path=f"{where}._target_") for problem in error.problems] + nested
+    if signature is None:
+        return nested
+    if not is_partial and (names := _taken_by_name(signature, given, arguments)):
+        arguments, positional = {**arguments, **dict.fromkeys(names)}, 0
+    problems = _check_arguments(str(name), signature, arguments, positional, where, is_partial=bool(is_partial))
+    return [*problems, *nested]
+
+
+def _check_value(value: object, where: str, given: Collection[str]) -> Iterator[Problem]:
+    """Checks the targets inside an argument."""
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _check_value(item, f"{where}.{i}", given)
+    elif isinstance(value, dict) and "_target_" in value:
+        arguments = {key: item for key, item in value.items() if key != "_target_"}
+        yield from _check_call(value["_target_"], arguments, 0, where, given)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str) and re.fullmatch("_.*_", key) and nearest(key, ["_target_"]):
+                yield Problem("unknown key", f"{where}.{key}", hint="did you mean _target_?")
+            yield from _check_value(item, f"{where}.{key}", given)
+
+
+def _check_arguments(
+    name: str,
+    signature: inspect.Signature,
+    arguments: Mapping[Any, object],
+    positional: int,
+    where: str,
+    *,
+    is_partial: bool = False,
+) -> Iterator[Problem]:
+    parameters = list(signature.parameters.values())
+    kinds = {p.kind for p in parameters}
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
+    if len(taken) < positional and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        yield Problem(f"{name} takes {len(taken)} positional arguments, but gets {positional}", where)
+    rest = [p for p in parameters if p not in taken]
+    known = [p.name for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    for key in arguments:
+        if key in {p.name for p in taken}:
+            yield Problem(f"{key} is passed to {name} by dtrain; leave it out", f"{where}.{key}")
+        elif not isinstance(key, str) or not (takes_any or key in known):
+            hint = did_you_mean(str(key), [*known, _PARTIAL])
+            yield Problem(f"{name} takes no argument {key}", f"{where}.{key}", hint=hint)
+    for p in rest:
+        if text := _text_for_a_function(p, arguments.get(p.name)):
+            hint = _how_to_name_a_function(text)
+            yield Problem(f"{name} takes a function here, and {text!r} is text", f"{where}.{p.name}", hint=hint)
+        optional = is_partial or p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if not optional and p.name not in arguments:
+            yield Problem(f"{name} needs the argument {p.name}", where)
+
+
+def _text_for_a_function(parameter: inspect.Parameter, value: object) -> str | None:
+    """The text, or the first of a list, that a parameter is given which by its annotation takes functions, no text."""
+    words = set(re.findall(r"\w+", inspect.formatannotation(parameter.annotation)))
+    if "Callable" not in words or words & {"str", "Any"}:
+        return None
+    return next((each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)), None)
+
+
+def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
+    """What is wrong with the job's targets, each with its place. Builds the loss and the metrics alone.
+
+    `folder` holds the job's own modules.
+    """
+    if problems := collisions(folder):  # nothing can be imported beside them
+        return problems
+    load_what_ranks_have(folder)
+    job_path(folder)
+    job, data = loaded.job, loaded.job.data
+    calls = [
+        ("model", job.model, 0),
+        ("data.train", data.train, 0),
+        ("data.val", data.val, 0),
+        ("data.sampler", data.sampler, 1),
+        ("data.collate", data.collate, 1),
+        ("step", job.step, 2),
+        ("optimizer", job.optimizer, 1),
+    ]
+    for path, target, n in calls:
+        if target:
+            check = _check_function if path in ("data.collate", "step") else _check_object
+            problems += check(target, n, path)
+    if job.scheduler:  # those within it get the optimizer too
+        problems += _check_object(job.scheduler, 1, "scheduler", ["optimizer"])
+    if job.loss:
+        problems += _build(job.loss, "loss")[1]
+    for name, target in job.metrics.items():
+        metric, found = _check_metric(target, f"metrics.{name}")
+        problems += found or _check_monitors(job, name, metric)
+    return [loaded.at(problem) for problem in problems]
+
+
+def _build(target: Target, where: str) -> tuple[object, list[Problem]]:
+    """The target's object, or why there is none."""
+    problems = check_target(target, 0, where)
+    if problems:
+        return None, problems
+    try:
+        return instantiate(target), []
+    except (Exception, SystemExit) as error:  # a constructor's own checks; it may be the user's code
+        return None, [Problem(f"{target.target}: {describe(error)}", where)]
+
+
+def build_metric(target: MetricTarget) -> Any:
+    """A metric; or, of a function of (predictions, target), the function, with its arguments bound."""
+    return bind_function(target) if _num_missing(target) > 1 else instantiate(target)
+
+
+def _num_missing(target: MetricTarget) -> int:
+    """How many arguments a function still wants beside its own: two or more, if it is one of samples; 0 of a class."""
+    function = _resolve_callable(target.target)
+    signature = None if inspect.isclass(function) else _signature(function)
+    parameters = [] if signature is None else signature.parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len([p for p in needed if p.name not in target.arguments])
+
+
+def _check_metric(target: MetricTarget, where: str) -> tuple[object, list[Problem]]:
+    """The metric, None for a function of samples, and what is wrong with it."""
+    try:
+        missing = _num_missing(target)
+    except UserError:  # a wrong name, which is told below
+        missing = 0
+    if missing > 1:
+        return None, check_target(target, missing, where)
+    metric, problems = _build(target, where)
+    return metric, problems or _unfit(metric, target, where)
+
+
+def _unfit(metric: object, target: MetricTarget, where: str) -> list[Problem]:
+    kind = type(metric).__name__
+    if not all(hasattr(metric, each) for each in ("update", "compute", "reset")):
+        return [Problem(f"{kind} is no metric: it lacks update, compute or reset", where)]
+    if reason := why_unfit(metric):
+        return [Problem(reason, where)]
+    if target.activation is None and guesses_logits(metric):
+        message = f"{kind} guesses from each batch whether it was given logits or probabilities"
+        hint = "say activation: sigmoid or softmax (logits), or none (probabilities)"
+        return [Problem(message, where, hint=hint)]
+    return []
+
+
+def _check_monitors(job: Job, name: str, metric: object) -> list[Problem]:
+    """What is wrong with a monitor that means this metric, by the names of its values."""
+    problems = []
+    for path, monitor in job.monitors.items():
+        phase, _, value = monitor.partition("_")
+        if value == name or value.startswith(f"{name}_"):
+            values = values_of_no_sample(monitor[: len(phase) + 1] + name, metric)
+            known = {**job.reported, f"{phase}_{name}": values}
+            if problem := monitor_problem(monitor, known):
+                problems.append(Problem(problem, path))
+    return problems

@@ -1,0 +1,342 @@
+"""From job.yaml and its overrides to a checked Job, and back to text."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dtrain import yaml12
+from dtrain.errors import Problem, UserError, did_you_mean, nearest
+from dtrain.redact import hide_password
+from dtrain.schema.job import (
+    Job,
+    Loaded,
+    LoadedJob,
+    LoadedScript,
+    ScriptJob,
+    Section,
+    contradictions,
+    wrong_slurm_options,
+)
+from dtrain.yaml12 import Place, Reader
+
+__all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
+
+_MAX_BYTES = 1 << 20
+
+# pydantic's kinds of error in plain words: "expected ..., found ...".
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "invalid_key": "a name as the key",
+    "less_than": "a number below {lt}",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "string_pattern_mismatch": "letters, digits, '_', '-' and '.' (the last two not first)",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "text",
+    "string_type": "text",
+}
+
+# Stand where a required value is wrong or missing, so that the rest of the job can be checked all the same.
+_ANY_TARGET = {"_target_": "builtins.dict"}
+_STAND_INS: dict[str, Any] = {
+    "name": "job",
+    "model": _ANY_TARGET,
+    "data": {"train": _ANY_TARGET, "batch_size": 1},
+    "optimizer": _ANY_TARGET,
+    "fit": {"epochs": 1},
+}
+# How much goes where something is wrong: a whole target (of the sections left out, all at the second level).
+_SALVAGE_DEPTHS = {"model": 1, "loss": 1, "step": 1, "optimizer": 1, "scheduler": 1, "fit": 3}
+
+# A contradiction, by its path, says nothing where a value that it is drawn from is wrong itself.
+_DRAWN_FROM = {
+    "loss": ("loss", "step"),
+    "step": ("loss", "step"),
+    "fit.early_stopping.monitor": ("metrics", "data.val", "fit.early_stopping"),
+    "scheduler.monitor": ("metrics", "data.val", "fit.early_stopping", "scheduler"),
+    "scheduler": ("metrics", "data.val", "fit.early_stopping", "scheduler"),
+}
+
+_MAY_DIFFER = re.compile(
+    r"restarts|fit\.(epochs|restarts|strategy)|data\.workers"
+    r"|(fsdp|deepspeed|checkpoint|mlflow|launch|slurm)(\..*)?",
+    re.DOTALL,
+)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedScript:
+    """The job in a file, with `key=value` overrides; raises UserError with all that is wrong.
+
+    Only where something is wrong are the job's targets imported and checked too, for the user to see all
+    mistakes at once. Of a job that loads, `dtrain.schema.instantiate.check_job` tells.
+    """
+    reader = Reader(str(path))
+    document = reader.read(_read_text(Path(path)))
+    if not isinstance(document, dict):
+        message = f"expected a mapping with name, model, data and so on, found {_show(document)}"
+        raise UserError([*reader.problems, Problem(message, file=str(path), line=1)])
+    problems = reader.problems
+    for override in overrides:
+        problems += _apply(override, document, reader.places)
+    problems += _read_deepspeed(document, reader.places, Path(path))
+    if "script" in document:
+        return _load_script(document, Path(path), reader.places, problems)
+    loaded, wrong = _validate(document, Path(path), reader.places)
+    problems += wrong
+    if problems:
+        from dtrain.schema.instantiate import check_job  # imports the user's code
+
+        problems += check_job(loaded, loaded.folder)
+        raise _all(problems)
+    return loaded
+
+
+def load_job(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob:
+    """`load` of a job with a model, as a run's own job.yaml is; raises UserError for one with a script."""
+    loaded = load(path, overrides)
+    if isinstance(loaded, LoadedScript):
+        raise UserError(loaded.at(Problem("expected a job with a model", "script")))
+    return loaded
+
+
+def _load_script(
+    document: dict[Any, Any], path: Path, places: dict[str, Place], problems: list[Problem]
+) -> LoadedScript:
+    errors: list[ErrorDetails] = []
+    try:
+        loaded = LoadedScript(path, places, ScriptJob.model_validate(document))
+    except ValidationError as error:
+        errors = error.errors()
+    where = Loaded(path, places)
+    problems += [where.at(_translate(error, ScriptJob)) for error in errors]
+    if not errors:
+        problems += map(where.at, wrong_slurm_options(loaded.job))
+    if problems:
+        raise _all(problems)
+    return loaded
+
+
+def _all(problems: Iterable[Problem]) -> UserError:
+    """In the order of the file, and what the command line says last."""
+    return UserError(sorted(problems, key=lambda problem: problem.line or float("inf")))
+
+
+def dump_job(job: Job | ScriptJob) -> str:
+    """The job as YAML, defaults and overrides included; loads back to an equal job.
+
+    But for a password in mlflow.tracking_uri: it is for the store alone, see `dtrain.monitoring.tracking_uri`.
+    """
+    values = job.model_dump(by_alias=True)
+    if job.mlflow.tracking_uri is not None:
+        values["mlflow"]["tracking_uri"] = hide_password(job.mlflow.tracking_uri)
+    return yaml12.dump(values)
+
+
+def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:
+    """What keeps `new` from continuing a run of `old`, one line a value."""
+    before, now = dict(_leaves(old.model_dump(by_alias=True))), dict(_leaves(new.model_dump(by_alias=True)))
+    return [
+        f"{path}: {before.get(path, 'absent')} before, {now.get(path, 'absent')} now"
+        for path in dict.fromkeys([*before, *now])
+        if before.get(path) != now.get(path) and not _MAY_DIFFER.fullmatch(path)
+    ]
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Each value by its dotted key, as text: 1 and 1.0 differ, and NaN equals itself."""
+    if value and isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise UserError(Problem("is a folder; name the job file in it", file=str(path)))
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        beside = [each.name for each in path.parent.glob("*.y*ml")]
+        hint = did_you_mean(path.name, beside)
+        raise UserError(Problem("no such file", file=str(path), hint=hint)) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(Problem(f"cannot be read: {reason}", file=str(path))) from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(Problem("larger than 1 MiB, which is no job file", file=str(path)))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(Problem("not text in UTF-8", file=str(path), line=line)) from None
+
+
+def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) -> list[Problem]:
+    """Sets one `key=value` in the document; what is wrong with it, else nothing."""
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    source = f"override {override}"
+    if not equals or not all([*parents, last]):
+        return [Problem("expected key=value, the key dotted such as fit.epochs", file=source)]
+    reader = Reader(source, has_lines=False)
+    try:
+        value = reader.read(text)
+    except UserError as error:
+        return error.problems
+    here: Any = document
+    for depth, part in enumerate([*parents, last]):
+        if isinstance(here, list) and part in map(str, range(len(here))):
+            index: str | int = int(part)
+        elif isinstance(here, dict):
+            index = part
+        else:
+            path = ".".join(parents[:depth])
+            return [Problem(f"{path} is {_show(here)}, which has no {part}", file=source)]
+        if depth == len(parents):
+            here[index] = value
+        elif isinstance(here, dict) and here.get(index) is None:
+            here[index] = {}
+            places[".".join(parents[: depth + 1])] = (source, None)
+        here = here[index]
+    for old in [old for old in places if _is_within(old, key)]:
+        del places[old]
+    places[key] = (source, None)
+    return reader.problems
+
+
+def _read_deepspeed(document: dict[Any, Any], places: dict[str, Place], path: Path) -> list[Problem]:
+    """Puts DeepSpeed's settings where the document has the path of its JSON file; what is wrong with that."""
+    name = document.get("deepspeed")
+    if not isinstance(name, str):
+        return []
+    try:
+        document["deepspeed"] = json.loads(_read_text(Path(name)))
+    except UserError as error:
+        found = error.problems[0]
+    except json.JSONDecodeError as error:
+        found = Problem(f"no JSON: {error.msg}", file=name, line=error.lineno)
+    else:
+        return []
+    del document["deepspeed"]
+    return [Loaded(path, places).at(Problem(str(found), "deepspeed"))]
+
+
+def _validate(document: dict[Any, Any], path: Path, places: dict[str, Place]) -> tuple[LoadedJob, list[Problem]]:
+    """The job, as far as the document is one, and what is wrong with it."""
+    errors: list[ErrorDetails] = []
+    try:
+        job = Job.model_validate(document)
+    except ValidationError as error:
+        errors = error.errors()
+        job = _salvage(document, errors)
+    wrong = [_dotted(error) for error in errors if error["type"] != "extra_forbidden"]
+    problems = [_translate(error) for error in errors]
+    for problem in contradictions(job):
+        roots = _DRAWN_FROM.get(problem.path or "", ())
+        if not any(_is_within(each, root) or _is_within(root, each) for each in wrong for root in roots):
+            problems.append(problem)
+    loaded = LoadedJob(path, places, job)
+    return loaded, [loaded.at(problem) for problem in problems]
+
+
+def _salvage(document: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
+    """The job without what is wrong with it."""
+    rest = copy.deepcopy(document)
+    for error in errors:
+        *parents, last = error["loc"][: _SALVAGE_DEPTHS.get(str(error["loc"][0]), 2)]
+        here, stand_in = rest, _STAND_INS
+        for part in parents:
+            here, stand_in = here.get(part, {}), stand_in.get(str(part), {})
+        for key in [key for key in here if key == last or not isinstance(key, str)]:
+            del here[key]
+        if last in stand_in:
+            here[last] = copy.deepcopy(stand_in[str(last)])
+    return Job.model_validate(rest)
+
+
+def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
+    path, kind, context = _dotted(error), error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return Problem("missing", path, hint=_hint_at_target(error))
+    if kind == "extra_forbidden":
+        *parents, key = map(str, error["loc"])
+        if job is ScriptJob and path in Job.model_fields:
+            hint = "its restarts stand beside script" if path == "fit" and "restarts" in str(error["input"]) else None
+            return Problem("has no effect beside script, which sees to that itself; leave it out", path, hint=hint)
+        known = _fields(job, parents)
+        hint = did_you_mean(key, known) or f"known here: {', '.join(known)}"
+        return Problem("unknown key", path, hint=hint)
+    found = f"found {_show(error['input'])}"
+    if kind == "literal_error":
+        choices = re.findall(r"'(\w+)'", context["expected"])
+        expected = context["expected"].replace("'", "")
+        return Problem(f"expected {expected}, {found}", path, hint=did_you_mean(str(error["input"]), choices))
+    if kind == "value_error":
+        return Problem(f"{context['error']}, {found}", path)
+    if kind in _EXPECTED:
+        expected = _EXPECTED[kind].format(**context)
+        return Problem(f"expected {expected}, {found}", path, hint=_hint_at_target(error))
+    return Problem(f"{error['msg']}, {found}", path)
+
+
+def problems_in(section: type[Section], values: Mapping[str, Any]) -> list[Problem]:
+    """What a section of job.yaml would refuse of these values; for whoever gets them from elsewhere."""
+    try:
+        section.model_validate(values)
+    except ValidationError as error:
+        return [_translate(each, section) for each in error.errors()]
+    return []
+
+
+def _hint_at_target(error: ErrorDetails) -> str | None:
+    """How a target is written, where it is written as something else: `model: net.Net`, or `{target: net.Net}`."""
+    value = error["input"]
+    if isinstance(value, str) and error.get("ctx", {}).get("class_name", "").endswith("Target"):
+        return f"write {{_target_: {value}}}"
+    if isinstance(value, dict) and error["loc"][-1] == "_target_":
+        key = nearest("_target_", [str(key) for key in value])
+        return f"write _target_ for {key}" if key else None
+    return None
+
+
+def _fields(job: type[Section], path: Sequence[str]) -> list[str]:
+    """The keys that the section at this path may have."""
+    section: type[BaseModel] = job
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))
+    return [*section.model_fields, *(["script"] if section is Job else [])]
+
+
+def _dotted(error: ErrorDetails) -> str:
+    return ".".join(str(part) for part in error["loc"] if part != "[key]")
+
+
+def _is_within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root + ".")
+
+
+def _show(value: object) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    return json.dumps(value, default=repr)

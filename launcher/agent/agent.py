@@ -1,0 +1,294 @@
+"""The node agent: starts this node's ranks, passes on requests to stop, reports the end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from dtrain import signals
+from dtrain.monitoring.run_monitor import Keeper, State
+from dtrain.monitoring.screen import say, tolerated
+from dtrain.run import node_disk
+from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
+from dtrain.run.heartbeat import Heartbeat, Phase
+from dtrain.schema.packages import missing
+
+from ..machine.scratch import held_folder
+from ..rank import fork_server
+from ..rank.entry import Task
+from . import root_cause
+from .awake_clock import AwakeClock
+
+if TYPE_CHECKING:
+    from .nodes import Nodes
+    from .supervisor import Supervisor
+
+GRACE_S = 30.0  # for ranks that were asked to stop, beside three steps, and what they save
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+
+
+def run_ranks(
+    task: Task,
+    num_ranks: int,
+    run: RunDir,
+    show_ranks: Iterable[int] = (0,),
+    nodes: Nodes | None = None,
+    *,
+    restarts: int = 0,
+    quiet: bool = False,
+    wait_mlflow: bool = False,
+) -> int:
+    """Run the task on this node's ranks to the end; the exit code. On node 0 the run must be locked by the caller.
+
+    Args:
+        show_ranks: whose output is shown, on node 0's screen.
+        nodes: this node among several.
+        restarts: how often the ranks are started again after a failure, from the last checkpoint.
+        quiet: nothing but a failure is shown, and MLflow gets nothing.
+        wait_mlflow: whether to wait until MLflow has all of the run.
+    """
+    node_rank = 0 if nodes is None else nodes.node_rank
+    ranks = range(node_rank * num_ranks, (node_rank + 1) * num_ranks)
+    echo = sys.stderr if task.is_job else sys.stdout
+    with ExitStack() as stack:
+        stack.enter_context(node_disk.held(run.heartbeats))
+        heartbeats = {rank: Heartbeat(run.heartbeat(rank), create=True) for rank in ranks}
+        requests = StopRequests(heartbeats, is_job=task.is_job)
+        keeper = None
+        if node_rank == 0:  # it has rank 0, and keeps the run's status for all nodes
+            keeper = stack.enter_context(
+                Keeper(run, None if quiet else echo, show_ranks, quiet=quiet, wait_mlflow=wait_mlflow)
+            )
+        scratch = stack.enter_context(_scratch_folder())
+        stack.enter_context(requests.handled())  # from here on: importing torch can take seconds
+        try:
+            with agent_log(run, node_rank):
+                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper, quiet=quiet)
+                requests.agent = agent
+                gc.freeze()  # what was imported is a million objects, and no garbage
+                gc.enable()
+                agent.run()
+        except KeyboardInterrupt:
+            end = End("killed", EXIT_INTERRUPTED, "interrupted; nothing was saved after the last checkpoint")
+        else:
+            end = how_it_ended(agent.cause, requests, run)
+        requests.are_over = True
+        if nodes is not None:
+            nodes.close()
+        return end.report(keeper)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """What torch's agent writes of its own."""
+    with held_folder("scratch") as folder:
+        try:
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _supervisor(
+    task: Task,
+    run: RunDir,
+    nodes: Nodes | None,
+    heartbeats: Mapping[int, Heartbeat],
+    scratch: str,
+    restarts: int,
+    requests: StopRequests,
+    keeper: Keeper | None,
+    *,
+    quiet: bool,
+) -> Supervisor:
+    from .nodes import Endpoint, Nodes
+    from .slow_start import Beginning
+    from .supervisor import Supervisor
+
+    def on_restart(error: root_cause.Error) -> None:
+        saved = ", from the last checkpoint" if task.is_job else ""  # what a script goes on from is its own affair
+        _say(f"{root_cause.headline(error, run)}\nstarting the ranks again{saved}")
+        if keeper is not None:
+            keeper.restarted()
+
+    # Its own handlers would kill at once, where ours ask for a checkpoint first. It wants at least one signal: one
+    # that nobody sends.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGURG"
+    if nodes is not None:
+        if nodes.interface is not None:  # else gloo goes by this host's name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
+    elif task.is_job:  # gloo's ranks listen to each other, else to all that reach this host's address
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if task.forked:
+        fork_server.fork_ranks()
+    return Supervisor(
+        task.command(),
+        run,
+        nodes or Nodes(Endpoint(), {}),
+        heartbeats,
+        scratch,
+        hang_timeout_s=task.hang_timeout_s,
+        restarts=restarts,
+        # A job's ranks leave SIGTERM to the agent, and have nothing to put in order; a script may have a handler.
+        end_by=signal.SIGKILL if task.is_job else signal.SIGTERM,
+        give_up=requests.is_overdue,
+        beginning=Beginning(heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
+        on_restart=on_restart,
+    )
+
+
+class StopRequests:
+    """What signals to the agent mean: the first asks the ranks to stop at a step boundary, Ctrl-C again ends all.
+
+    SIGQUIT ends all at once too (`dtrain cancel --now`).
+
+    A script without a Trainer has nobody who listens to that: it gets the signal itself, as from torchrun.
+    """
+
+    def __init__(self, heartbeats: Mapping[int, Heartbeat], *, is_job: bool) -> None:
+        self.first: int | None = None
+        self.agent: Supervisor | None = None  # once it is made
+        self.are_over = False  # the ranks have ended: it is only being said
+        self._heartbeats = heartbeats
+        self._is_job = is_job
+        self._clock = AwakeClock()
+        self._deadline = float("inf")
+        self._unsent: int | None = None  # for ranks that are still to be started
+
+    @property
+    def are_met(self) -> bool:
+        """Whether ranks have stopped on request, with a checkpoint."""
+        return any(heartbeat.stopped for heartbeat in self._heartbeats.values())
+
+    @property
+    def are_heard(self) -> bool:
+        """Whether the ranks look at a request: a job's do from the start, a script's once its Trainer runs."""
+        return self._is_job or any(heartbeat.read().epochs for heartbeat in self._heartbeats.values())
+
+    def is_overdue(self) -> bool:
+        """Whether the ranks should long have stopped. Asked again and again while they run."""
+        if self._unsent is not None:
+            number, self._unsent = self._unsent, None
+            self._signal_ranks(number)
+        now = self._clock.now()
+        if any(heartbeat.read().phase == Phase.SAVING for heartbeat in self._heartbeats.values()):
+            self._deadline = max(self._deadline, now + GRACE_S)  # how long that takes, nobody knows the first time
+        return now > self._deadline
+
+    def handled(self) -> AbstractContextManager[None]:
+        """Listen to signals, but not to a closed terminal under `nohup`."""
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        return signals.handled(set(STOP_SIGNALS) - ({signal.SIGHUP} if is_nohup else set()), self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.are_over:
+            if number in (signal.SIGINT, signal.SIGQUIT):  # MLflow is not worth waiting for
+                raise KeyboardInterrupt
+            return
+        if number == signal.SIGQUIT or (number == signal.SIGINT and self.first is not None):
+            self._signal_ranks(signal.SIGKILL)
+            raise KeyboardInterrupt
+        if self.first is not None:
+            return
+        self.first = number
+        name, again = signal.Signals(number).name, "; again to end at once" if number == signal.SIGINT else ""
+        for heartbeat in self._heartbeats.values():
+            heartbeat.stop = number
+        if self.are_heard:
+            _say(f"{name}: stopping at the next step, with a checkpoint{again}")
+        else:
+            _say(f"{name}: passed on to the ranks{again}")
+            if self.agent is not None and self.agent.pids:
+                self._signal_ranks(number)
+            else:
+                self._unsent = number
+        if number != signal.SIGUSR2:  # by which Slurm says that the time is nearly over; when it is, Slurm knows
+            longest = max(heartbeat.read().stop_s for heartbeat in self._heartbeats.values())
+            self._deadline = self._clock.now() + GRACE_S + 3 * longest
+
+    def _signal_ranks(self, number: int) -> None:
+        for pid in self.agent.pids.values() if self.agent is not None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _say(line: str) -> None:
+    # Straight to the descriptor: a handler may have interrupted a print to the same stream.
+    with tolerated(sys.stderr):  # the terminal's end may be what the signal is about
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended, for status.json, the screen and the shell."""
+
+    state: State
+    exit_code: int
+    line: str = ""
+    error: root_cause.Error | None = None
+
+    def report(self, keeper: Keeper | None) -> int:
+        """Say it; the exit code."""
+        if keeper is not None:
+            keeper.finish(self.state, self.exit_code, None if self.error is None else root_cause.public(self.error))
+            if self.state in ("finished", "killed") and self.line:
+                keeper.screen.print(self.line)
+        if self.state == "failed" or (keeper is None and self.line):
+            say(self.line)
+        return self.exit_code
+
+
+def how_it_ended(cause: root_cause.Error | None, requests: StopRequests, run: RunDir) -> End:
+    """What the end of this node's ranks means for the run."""
+    asked = requests.first
+    if cause is None and requests.are_met:
+        return End("stopped", EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_STOPPED)
+    if asked not in (None, signal.SIGUSR2) and not requests.are_heard:
+        return End("killed", 128 + asked, "ended on request")
+    if cause is None:
+        found = "weights/best.pt and all else" if run.best_weights.exists() else "logs"  # a script may train by itself
+        compare = "" if missing("mlflow") else "; to compare runs: dtrain ui"
+        return End("finished", 0, f"finished; {found} in {run}{compare}")
+    if cause["type"] == "Timeout":
+        code = 1 if asked is None else 128 + asked  # None: another node was asked
+        return End("killed", code, "the ranks did not stop when they were asked to, and were killed", cause)
+    return End("failed", root_cause.exit_code(cause), root_cause.headline(cause, run), cause)
+
+
+class _AgentLog(logging.FileHandler):
+    """A disk that takes no more must not end the run, nor fill the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+@contextmanager
+def agent_log(run: RunDir, node_rank: int) -> Iterator[None]:
+    """What the supervisor and torch's elastic agent say goes to the agent's log: the screen is for the cause."""
+    import torch  # noqa: F401  # gives its loggers handlers of their own, those replaced here
+
+    handler = _AgentLog(run.agent_log(node_rank))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.distributed", "dtrain")]
+    kept = [(logger.handlers, logger.propagate) for logger in loggers]
+    logging.getLogger("dtrain").setLevel(logging.INFO)
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, kept, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+        handler.close()

@@ -1,0 +1,321 @@
+"""The nodes of a run: how their agents find each other, and what they tell each other while it runs.
+
+Node 0 keeps torch's TCPStore, which the ranks of all nodes use for their own rendezvous too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in their __all__
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from dtrain.errors import UserError
+
+from ..machine.network import interface_with, is_loopback
+from .awake_clock import AwakeClock
+
+GATHER_S = 600.0  # how long the nodes wait for each other: imports on a cold file system differ by minutes
+SAY_EVERY_S = 30.0  # which of them is awaited
+ANSWER_S = 10.0  # how long a connection to node 0 may take
+LEAVE_S = 5.0  # how long node 0 waits for the others in the end
+LOST_S = 15.0  # an agent that has said nothing for so long is gone
+_POLL_S = 0.1
+_silence = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Which node this is, and where node 0 is to be found."""
+
+    num_nodes: int = 1
+    node_rank: int = 0
+    host: str = "localhost"
+    port: int = 0  # 0: any that is free
+    hosts: tuple[str, ...] = ()  # of the nodes, by number, where they are known
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def name(self, *nodes: int) -> str:
+        """`node 1 (gpu07), 2 (gpu08)`."""
+        return "node " + ", ".join(f"{node} ({self.hosts[node]})" if self.hosts else str(node) for node in nodes)
+
+
+class Nodes:
+    """This node among all; what is said here reaches the agents of the others.
+
+    Args:
+        hello: what all nodes must have in common.
+
+    Attributes:
+        interface: the network interface by which the others reach this node; None where that can't be known.
+
+    Raises:
+        UserError: they don't find each other, or don't have it in common.
+    """
+
+    def __init__(self, endpoint: Endpoint, hello: Mapping[str, Any]) -> None:
+        self.num_nodes, self.node_rank = endpoint.num_nodes, endpoint.node_rank
+        self.is_alone = self.num_nodes == 1
+        self.host = endpoint.host
+        self.interface: str | None = None
+        if self.node_rank == 0:
+            self.store = _host_store(endpoint)
+        else:
+            self.store, addresses = _find_store(endpoint)
+            self.store.set(f"addresses/{self.node_rank}", json.dumps(addresses))
+        self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
+        self._clock = AwakeClock()
+        self._spoke = 0.0
+        self._endpoint = endpoint
+        if not self.is_alone:
+            self._greet(endpoint, dict(hello))
+            self.interface = interface_with(self._address())
+
+    def _greet(self, endpoint: Endpoint, hello: dict[str, Any]) -> None:
+        if self.store.add(f"taken/{self.node_rank}", 1) > 1:
+            raise UserError(f"--node-rank {self.node_rank}: another node of {endpoint} has that number already")
+        self.store.set(f"hello/{self.node_rank}", json.dumps(hello))
+        print(f"node {self.node_rank} of {self.num_nodes} at {endpoint}: waiting for the others", file=sys.stderr)
+        missing, wait = list(range(self.num_nodes)), _Wait()
+        while missing := [node for node in missing if not self._has(f"hello/{node}")]:
+            if not wait.goes_on(endpoint.name(*missing)):
+                raise UserError(
+                    f"no sign of {endpoint.name(*missing)} at {endpoint} in {GATHER_S:.0f} s; "
+                    "start the same command there"
+                )
+        hellos = [json.loads(self.store.get(f"hello/{node}")) for node in range(self.num_nodes)]
+        for node, other in enumerate(hellos):
+            for key, value in hellos[0].items():
+                if other.get(key) != value:
+                    self.close()
+                    raise UserError(f"{key} differs between node 0 and node {node}: {value} and {other.get(key)}")
+
+    def _address(self) -> str:
+        """This node's own, as it has met node 0, or been met.
+
+        By its name it may find none but its loopback: Debian's /etc/hosts has 127.0.1.1 for it.
+        """
+        met = [json.loads(self.store.get(f"addresses/{node}")) for node in range(1, self.num_nodes)]
+        own, _ = met[self.node_rank - 1] if self.node_rank > 0 else met[0][::-1]
+        if not is_loopback(own):
+            return str(own)
+        # It is node 0's host, which those elsewhere, if any, have met by another address.
+        return str(next((first for other, first in met if not is_loopback(other)), own))
+
+    def from_first(self, key: str, value: str = "") -> str:
+        """What node 0 gives under that key, on all nodes."""
+        if self.node_rank == 0:
+            self.store.set(f"first/{key}", value)
+            return value
+        first = self._endpoint.name(0)
+        wait = _Wait()
+        while not self._has(f"first/{key}"):
+            if not wait.goes_on(f"{first} to start the run"):
+                raise UserError(f"{first} did not start the run in {GATHER_S:.0f} s: look at its screen")
+        return str(self.store.get(f"first/{key}"), "utf-8")
+
+    def _has(self, key: str) -> bool:
+        try:
+            with _silenced():
+                return bool(self.store.check([key]))
+        except (DistNetworkError, DistStoreError):
+            raise UserError(f"{self._endpoint.name(0)} has ended before the run began: look at its screen") from None
+
+    # -- while it runs ---------------------------------------------------------------------------
+
+    def report(self, attempt: int, end: Mapping[str, Any]) -> None:
+        """How this node's ranks ended."""
+        if not self.is_alone:
+            self.store.set(f"{attempt}/end/{self.node_rank}", json.dumps(end))
+
+    def reports(self, attempt: int) -> dict[int, dict[str, Any]]:
+        """What the other nodes have reported so far."""
+        return dict(self._reports(attempt))
+
+    def _reports(self, attempt: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for node in self._others():
+            key = f"{attempt}/end/{node}"
+            if self.store.check([key]):
+                yield node, json.loads(self.store.get(key))
+
+    def lost(self) -> int | None:
+        """Another node whose agent gives no sign of life; to be called all the time, since it gives this one's."""
+        if self.is_alone:
+            return None
+        now = self._clock.now()
+        if now - self._spoke > 1.0:
+            self._spoke = now
+            self.store.add(f"alive/{self.node_rank}", 1)
+            for node in self._others():
+                count = self.store.add(f"alive/{node}", 0)
+                if node not in self._seen or count != self._seen[node][0]:
+                    self._seen[node] = (count, now)
+        # One that has not begun yet may still be importing.
+        limits = {node: LOST_S if count else GATHER_S for node, (count, _) in self._seen.items()}
+        return next((node for node, (_, when) in self._seen.items() if now - when > limits[node]), None)
+
+    def close(self) -> None:
+        """Leave; node 0 waits for the others, who may still have to hear how it ended."""
+        if self.is_alone:
+            return
+        with suppress(DistNetworkError, DistStoreError):
+            self.store.set(f"left/{self.node_rank}", "")
+            deadline = time.monotonic() + LEAVE_S
+            others = [f"left/{node}" for node in self._others()]
+            while self.node_rank == 0 and not self.store.check(others) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+
+    def _others(self) -> list[int]:
+        return [node for node in range(self.num_nodes) if node != self.node_rank]
+
+
+class Rendezvous(RendezvousHandler):
+    """torch's elastic agent meets here again at each attempt: the nodes are known, and keep their numbers."""
+
+    def __init__(self, nodes: Nodes, run_id: str) -> None:
+        self._nodes = nodes
+        self._run_id = run_id
+        self._attempts = 0
+        self._ranks_store: Any = None  # of the attempt, kept as long as it lasts
+
+    def get_backend(self) -> str:
+        return "static"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True  # so that the ranks need no port of their own, which another process could take
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._attempts += 1
+        nodes = self._nodes
+        port = nodes.store.port
+        if self._attempts > 1:  # the ranks would find each other's addresses of the attempt before
+            if nodes.node_rank == 0:
+                self._ranks_store = _new_store(nodes.host, 0, is_local=nodes.is_alone)
+                port = self._ranks_store.port
+            port = int(nodes.from_first(f"port of attempt {self._attempts}", str(port)))
+        store = PrefixStore(f"attempt-{self._attempts}", nodes.store)
+        return RendezvousInfo(store, nodes.node_rank, nodes.num_nodes, RendezvousStoreInfo(nodes.host, port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """There is no later one to keep anybody from."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def _host_store(endpoint: Endpoint) -> TCPStore:
+    try:
+        with socket.socket(socket.getaddrinfo(endpoint.host, None)[0][0]) as probe:
+            probe.bind((endpoint.host, 0))
+    except OSError as error:
+        raise UserError(
+            f"--rendezvous {endpoint}: node 0 must run on that host, and it is not this one ({error.strerror})"
+        ) from None
+    try:
+        return _new_store(endpoint.host, endpoint.port, is_local=endpoint.num_nodes == 1)
+    except (DistNetworkError, DistStoreError) as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(f"--rendezvous {endpoint}: the port is in use on this machine; choose another") from None
+        raise UserError(f"--rendezvous {endpoint}: node 0 can't listen there: {str(error).splitlines()[0]}") from None
+
+
+def _new_store(host: str, port: int, *, is_local: bool) -> TCPStore:
+    """A store of this process. It obeys whoever reaches it, and torch would have it listen to all: one on several
+    nodes must, a local one listens at the host's own address.
+    """
+    if not is_local:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.create_server(address[:2], family=family, backlog=1024) as listening:
+        port = listening.getsockname()[1]
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
+    """Node 0's store, and the addresses of this node and of node 0 between which it was found."""
+    print(f"node {endpoint.node_rank} of {endpoint.num_nodes}: looking for node 0 at {endpoint}", file=sys.stderr)
+    wait = _Wait()
+    while True:
+        try:
+            with socket.create_connection((endpoint.host, endpoint.port), timeout=5.0) as connection:
+                addresses = connection.getsockname()[0], connection.getpeername()[0]
+            break
+        except socket.gaierror:
+            raise UserError(f"--rendezvous {endpoint}: no host of that name is known here") from None
+        except OSError as error:
+            why = error.strerror or error
+            if not wait.goes_on(f"{endpoint.name(0)} at {endpoint} ({why})"):
+                raise UserError(
+                    f"--rendezvous {endpoint}: nobody answers ({why}), for {GATHER_S:.0f} s: is dtrain running on "
+                    f"{endpoint.name(0)}, with --node-rank 0, and may this node reach that port?"
+                ) from None
+    found: list[TCPStore] = []
+
+    def connect() -> None:
+        with suppress(DistNetworkError, DistStoreError):
+            timeout = timedelta(seconds=ANSWER_S)
+            found.append(TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=timeout))
+
+    # A thread, since torch waits for ever where somebody listens and says nothing.
+    connecting = threading.Thread(target=connect, daemon=True)
+    with _silenced():
+        connecting.start()
+        connecting.join(ANSWER_S)
+    if not found:
+        raise UserError(f"--rendezvous {endpoint}: something else than dtrain's node 0 answers there")
+    found[0].set_timeout(timedelta(minutes=5))
+    return found[0], addresses
+
+
+class _Wait:
+    """For the other nodes, as long as they may take; it says now and then which."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def goes_on(self, awaited: str) -> bool:
+        """Wait a moment; False where that was long enough."""
+        now = time.monotonic()
+        waited = now - self._began
+        if now - self._said > SAY_EVERY_S:
+            self._said = now
+            patience = f"after {waited:.0f} s; giving up at {GATHER_S:.0f} s"
+            print(f"still waiting for {awaited} {patience}", file=sys.stderr)
+        time.sleep(_POLL_S)
+        return waited < GATHER_S
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without what torch logs by itself: each failure with its native stack."""
+    with _silence:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)

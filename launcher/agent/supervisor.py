@@ -1,0 +1,326 @@
+"""torch's elastic agent, with fast teardown and one agreed root cause when a rank, a node or the user ends the run.
+
+It decides once for a whole attempt who is to blame, on all nodes alike, and takes all ranks down within about a
+second. Imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
+from dtrain.files import read_json
+from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Beat, Heartbeat
+from dtrain.signals import held_back
+
+from ..machine.proc import kill_sessions, oom_kills
+from . import root_cause
+from .nodes import Nodes, Rendezvous
+from .slow_start import Beginning
+from .watchdog import Watchdog
+
+logger = logging.getLogger("dtrain.launcher")  # in the agent's log
+
+_TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a job that is lost
+_KILL_S = 5.0  # for the kernel to end them
+_LEAVE_S = 2  # for what still runs when the agent leaves
+_HEAR_S = 2.0  # for the other nodes to say how their ranks ended
+_MONITOR_S = 0.1
+_MISSED_S = 2.0  # a run folder that is not there for so long is gone
+_LOOK_EVERY_S = 0.5  # for it: the file system may be one that many share
+
+
+class Presence:
+    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment.
+
+    A thread looks: one that does not answer must not keep the agent from its ranks, and from the other nodes.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.absolute()
+        self._missed_since: float | None = None
+        threading.Thread(target=self._watch, name="dtrain-presence", daemon=True).start()
+
+    def is_gone(self) -> bool:
+        """Whether it has not been there for a while."""
+        since = self._missed_since
+        return since is not None and time.monotonic() - since > _MISSED_S
+
+    def stays_away(self) -> bool:
+        """Whether it is not there, and does not come back either for a while."""
+        self._look()
+        while not self.is_gone() and self._missed_since is not None:
+            time.sleep(_MONITOR_S)
+        return self.is_gone()
+
+    def _watch(self) -> None:
+        while True:
+            self._look()
+            time.sleep(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        try:
+            self._file.stat()
+        except FileNotFoundError:
+            self._missed_since = self._missed_since or time.monotonic()
+        except OSError:
+            pass
+        else:
+            self._missed_since = None
+
+
+class Supervisor(LocalElasticAgent):
+    """Starts this node's ranks, watches them, starts them again where that was asked for.
+
+    Args:
+        command: what python is called with for each rank.
+        heartbeats: of this node's ranks, by rank.
+        end_by: the signal that ends ranks of an attempt that is lost; after a moment it is SIGKILL for all.
+        give_up: whether the ranks were asked to stop, and should long be gone.
+        beginning: told of the start of each attempt.
+        on_restart: told of the cause of each failure after which the ranks are started again.
+
+    Attributes:
+        cause: of the last attempt's failure, as status.json's `error`; None where it did not fail.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run: RunDir,
+        nodes: Nodes,
+        heartbeats: Mapping[int, Heartbeat],
+        scratch: str,
+        *,
+        hang_timeout_s: float,
+        restarts: int,
+        end_by: signal.Signals,
+        give_up: Callable[[], bool],
+        beginning: Beginning,
+        on_restart: Callable[[dict[str, Any]], None],
+    ) -> None:
+        spec = WorkerSpec(
+            role="default",
+            local_world_size=len(heartbeats),
+            entrypoint=sys.executable,
+            args=tuple(command),
+            rdzv_handler=Rendezvous(nodes, os.path.basename(scratch)),
+            max_restarts=restarts,
+            monitor_interval=_MONITOR_S,
+            local_addr=nodes.host,
+        )
+        super().__init__(spec, DefaultLogsSpecs(log_dir=scratch))
+        self.cause: dict[str, Any] | None = None
+        self._run = run
+        self._nodes = nodes
+        self._heartbeats = heartbeats
+        self._watchdog = Watchdog(heartbeats, hang_timeout_s)
+        self._beginning = beginning
+        self._end_by = end_by
+        self._give_up = give_up
+        self._on_restart = on_restart
+        self._attempt = 0
+        self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
+        self._folder = Presence(run.lock_file)
+        # By rank, on this node's own disk: looked for without a question to the run folder's.
+        self._last_words = {rank: Path(os.path.realpath(run.last_word(rank))) for rank in heartbeats}
+        self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
+        self._logs = {rank: run.rank_log(rank) for rank in heartbeats}
+        self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
+        self._oom_kills = 0
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """This node's ranks' processes; empty before they are started."""
+        started = {} if self._pcontext is None else self._pcontext.pids()
+        return {
+            worker.global_rank: started[worker.local_rank] for worker in self._workers if worker.local_rank in started
+        }
+
+    @property
+    def _workers(self) -> list[Worker]:
+        return self._worker_group.workers
+
+    # -- called by torch's agent -----------------------------------------------------------------
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._attempt += 1
+        self._oom_kills = oom_kills()
+        self.cause = None
+        self._sent.clear()
+        self._ended_at.clear()
+        for rank, heartbeat in self._heartbeats.items():
+            for file in (self._run.rank_error(rank), self._last_words[rank]):  # of an earlier start
+                file.unlink(missing_ok=True)
+            heartbeat.begin(0)
+            log = self._run.rank_log(rank)
+            self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
+        self._beginning.begin()
+        with held_back():  # until the ranks have said what they do at them
+            workers: dict[int, Any] = super()._start_workers(worker_group)
+        return workers
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self.cause is None:
+            self._look()
+        if self.cause is not None:
+            return RunResult(state=WorkerState.FAILED)
+        codes = self._exit_codes()  # torch's own look would end the others at once where one has failed
+        return RunResult(WorkerState.HEALTHY if None in codes.values() else WorkerState.SUCCEEDED, return_values=codes)
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        assert self.cause is not None
+        self._on_restart(self.cause)
+        super()._restart_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **kwargs: Any) -> None:
+        # Each torch has other arguments here; 2.11 and older wait for half a minute, without being asked how long.
+        if self._pcontext is not None:
+            self._pcontext.close(death_sig, _LEAVE_S)
+        super()._shutdown(death_sig, *args, **kwargs)
+
+    def _exit_barrier(self) -> None:
+        """This node is done; whether the run is, the others say."""
+        self._nodes.report(self._attempt, {})
+        while len(reports := self._reports()) < self._nodes.num_nodes - 1:
+            if (lost := self._lost_node()) is not None:
+                self.cause = lost
+                return
+            time.sleep(_MONITOR_S)
+        self.cause = root_cause.first([report for report in reports.values() if report])
+
+    # -- a failure -------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """See whether the attempt is lost, and if so, end it."""
+        ends = self._ends()
+        failed = [end for end in ends if end.has_failed]
+        gone, elsewhere = self._lost_node(), self._reports()
+        if failed:
+            self._take_down()
+            after = [end for end in self._ends() if end.has_failed and not self._ended_as_told(end)]
+            for end in [*failed, *after]:
+                logger.info("%s", end)
+            found = root_cause.first_cause(failed, after)
+            if self._folder.stays_away():
+                self._conclude(root_cause.lost_folder(self._run))
+            else:
+                left = root_cause.left_early(found, ends, self._ended_at)
+                self._conclude(left or root_cause.describe(found, self._oom_kills, self._printed))
+        elif unmet := root_cause.left_unmet(self._beats(), self._exit_codes(), self._ended_at):
+            self._take_down()
+            self._conclude(unmet)
+        elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
+            error = {**self._watchdog.explain(self.pids, self._logs), "host": socket.gethostname()}
+            self._take_down(at_once=True)
+            self._conclude(error)
+        elif any(elsewhere.values()):
+            self._take_down()
+            self._conclude({})
+        elif gone is not None:
+            self._take_down()
+            self.cause = gone
+        elif self._folder.is_gone():
+            self._take_down(at_once=True)
+            self._conclude(root_cause.lost_folder(self._run))
+        elif self._give_up():
+            self._take_down(at_once=True)
+            self._conclude(root_cause.gave_up(min(self._heartbeats)))
+        else:
+            self._beginning.look(self.pids, self._logs)
+        if self.cause is not None and self.cause["type"] in root_cause.FINAL:
+            self._remaining_restarts = 0
+
+    def _conclude(self, own: dict[str, Any]) -> None:
+        """Tell the other nodes how the ranks here ended, hear how theirs did, and choose the first cause."""
+        with suppress(DistNetworkError, DistStoreError):
+            self._nodes.report(self._attempt, own)
+        deadline = time.monotonic() + _HEAR_S
+        while len(reports := self._reports()) < self._nodes.num_nodes - 1 and time.monotonic() < deadline:
+            time.sleep(_MONITOR_S)
+        self.cause = root_cause.first([report for report in (own, *reports.values()) if report])
+
+    def _reports(self) -> dict[int, dict[str, Any]]:
+        try:
+            return self._nodes.reports(self._attempt)
+        except (DistNetworkError, DistStoreError):
+            return {}  # node 0 is gone, see `_lost_node`
+
+    def _lost_node(self) -> dict[str, Any] | None:
+        try:
+            node = self._nodes.lost()
+        except (DistNetworkError, DistStoreError):
+            node = 0  # which keeps the store
+        return None if node is None else root_cause.lost_node(node)
+
+    def _take_down(self, *, at_once: bool = False) -> None:
+        """End this node's ranks and all that they have started."""
+        if not at_once:
+            self._signal(self._end_by, sparing_those_that_end=True)
+            self._await_end(_TERM_S)
+        self._signal(signal.SIGKILL)
+        self._await_end(_KILL_S)
+        kill_sessions(set(self.pids.values()))  # each rank has one of its own, with what it has started
+        for rank, words in self._last_words.items():  # to last, as long as the run folder does
+            with suppress(OSError):
+                shutil.copy(words, self._run.rank_error(rank))
+        logger.info("this node's ranks are down")
+
+    def _signal(self, number: int, *, sparing_those_that_end: bool = False) -> None:
+        for rank, code in self._exit_codes().items():
+            # A rank that has just said what went wrong is ending; its own exit code is worth a moment.
+            if code is not None or (sparing_those_that_end and self._is_ending(rank)):
+                continue
+            if not self._is_ending(rank):
+                self._sent[rank] = number
+            with suppress(ProcessLookupError):
+                os.kill(self.pids[rank], number)
+
+    def _ended_as_told(self, end: root_cause.RankEnd) -> bool:
+        """Whether the rank has ended since we told it to, and not for a reason of its own."""
+        number = self._sent.get(end.rank)
+        return number is not None and (end.exit_code == -number or end.suspicion > 1)
+
+    def _is_ending(self, rank: int) -> bool:
+        record = read_json(self._last_words[rank])
+        return record is not None and not record["victim"]
+
+    def _await_end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while None in self._exit_codes().values() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _printed(self, rank: int) -> str:
+        return root_cause.last_words(self._run.rank_log(rank), self._log_sizes[rank])
+
+    def _ends(self) -> list[root_cause.RankEnd]:
+        return root_cause.read_ends(self._last_words, self._exit_codes())
+
+    def _beats(self) -> dict[int, Beat]:
+        return {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}
+
+    def _exit_codes(self) -> dict[int, int | None]:
+        """By rank; None for those that run."""
+        context: Any = self._pcontext
+        polled = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
+        codes = {worker.global_rank: polled[worker.local_rank] for worker in self._workers}
+        for rank, code in codes.items():
+            if code is not None:
+                self._ended_at.setdefault(rank, time.time())
+        return codes

@@ -1,0 +1,115 @@
+"""`dtrain launch` in an allocation of Slurm's that the user has made: salloc, sbatch with a script of their own, srun.
+
+A task that srun started takes its place among the others. Elsewhere, in a shell on the first node or on the machine
+where salloc was called, this command starts itself by srun, one task on each node.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dtrain.errors import UserError
+from dtrain.slurm.command import ask, outside_a_job
+from dtrain.slurm.environment import Place, is_task, place
+from dtrain.slurm.partition import parse_gpus
+
+from ..agent.subcommand import Subcommand, own_command
+from ..machine.devices import visible_gpus
+from .launch import Request
+
+# srun kills at SIGTERM; what it passes on as it comes has the ranks save a checkpoint.
+_FOR_SRUN: Mapping[int, int] = {signal.SIGTERM: signal.SIGUSR2, signal.SIGHUP: signal.SIGUSR2}
+
+
+def located(request: Request, nodes: int | None, *, started_by_srun: bool) -> Request:
+    """The request of this process's part of the run, where srun has started it as one of several tasks.
+
+    Args:
+        nodes: as the user said it.
+        started_by_srun: known to be so: a job that dtrain has submitted.
+
+    Raises:
+        UserError: what was said does not fit the tasks that there are.
+    """
+    if not started_by_srun and not _is_part(nodes):
+        return replace(request, nodes=nodes or 1)
+    here = place(os.environ)
+    if nodes is not None and nodes != len(here.hosts):
+        raise UserError(f"--nodes {nodes}: srun has started this on {len(here.hosts)}; leave it out, or say --nodes 1")
+    if here.local_size > 1:
+        request = _share(request, here)
+    return replace(request, nodes=here.tasks, node_rank=here.rank, place=here)
+
+
+def _is_part(nodes: int | None) -> bool:
+    """Whether this process is a task among several that are to be one run, which --nodes 1 denies.
+
+    `srun --pty bash` on several nodes has tasks too, but its shell is the only one that a person speaks to.
+    """
+    return nodes != 1 and is_task(os.environ) and not sys.stdin.isatty()
+
+
+def nodes_elsewhere(nodes: int | None) -> int | None:
+    """On how many nodes of the allocation this command is to run, where that is not just here; else None.
+
+    Raises:
+        UserError: there are fewer than were asked for.
+    """
+    there = os.environ.get("SLURM_NNODES", "")
+    if "SLURM_JOB_ID" not in os.environ or not there.isdecimal() or _is_part(nodes):
+        return None
+    wanted = nodes or int(there)
+    if wanted > int(there):
+        raise UserError(f"--nodes {wanted}: Slurm job {os.environ['SLURM_JOB_ID']} has {there}")
+    is_on_a_node = "SLURMD_NODENAME" in os.environ  # salloc leaves its shell where it was called
+    return None if wanted == 1 and is_on_a_node else wanted
+
+
+def start(nodes: int) -> int:
+    """Run this command again, on so many nodes of the allocation; the exit code.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    # Of the job's own options (tasks, CPUs or GPUs for each of them) none is to hold for this step.
+    command = ["srun", f"--jobid={job}", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap"]
+    if gpus := _gpus_per_node(job):
+        command.append(f"--gres=gpu:{gpus}")
+    # The agents end by themselves, and hear of Ctrl-C at once.
+    command += ["--kill-on-bad-exit=0", "--wait=120", "--unbuffered", "--input=none", "--export=ALL"]
+    command += ["--disable-status", *own_command(), *sys.argv[1:]]
+    with Subcommand.passing_signals_on(_FOR_SRUN) as srun:
+        return srun.run(command, outside_a_job(os.environ), end_by=signal.SIGTERM)
+
+
+def _gpus_per_node(job: str) -> int:
+    """How many GPUs the job has on each of its nodes, or on the one that has fewest."""
+    shown = ask("scontrol", "--oneliner", "--details", "show", "job", job).stdout
+    resources = re.findall(r" CPU_IDs=\S+ Mem=\S+ GRES=(\S*)", shown)
+    return min((sum(parse_gpus(each).values()) for each in resources), default=0)
+
+
+def _share(request: Request, here: Place) -> Request:
+    """This task's part of its node's processes and GPUs."""
+    count = here.local_size
+    if request.gpus != "auto":
+        if int(request.gpus) % count:
+            raise UserError(
+                f"--gpus {request.gpus} is per node, and srun has started {count} tasks on this one: leave it out, "
+                f"or say --gpus {count}, or start one task a node"
+            )
+        request = replace(request, gpus=str(int(request.gpus) // count))
+    gpus, given = visible_gpus(), os.environ.get("SLURM_GPUS_ON_NODE")
+    if given is not None and len(gpus) != int(given):  # Slurm shows each task its own
+        return request
+    if given is not None and len(gpus) < count:
+        raise UserError(f"srun has started {count} tasks on a node with {given} GPUs: one a GPU, or one a node")
+    if each := len(gpus) // count:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[here.local_rank * each :][:each])
+    return request

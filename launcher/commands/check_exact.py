@@ -1,0 +1,143 @@
+"""`dtrain check --exact`: see on a job's own first steps what dtrain promises of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import UserError
+from dtrain.files import read_json
+from dtrain.run.folder import EXIT_STOPPED, RunDir
+from dtrain.schema.job import Job, LoadedJob
+
+from ..agent.scratch_run import new_run, run_module, scratch_folder
+from ..machine.devices import choose_processes, threads_per_rank
+from ..rank.fork_server import start_fork_server
+from .launch import preload_for
+
+SIZES = (1, 2, 3)
+STOP_AFTER = 3  # steps, of 6 in an epoch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest one between two rehearsals: of a weight, in parts of its tensor's largest, or of a value."""
+
+    size: float
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.size:.1e} ({self.where})" if self.size else "none"
+
+
+def prepare(loaded: LoadedJob) -> None:
+    """What comes before the job's modules are imported, which may use CUDA: see `start_fork_server`."""
+    from dtrain.schema.loading import dump_job
+
+    start_fork_server(preload_for(dump_job(loaded.job)), threads_per_rank(max(SIZES)))
+
+
+def check_exact(loaded: LoadedJob) -> int:
+    """Rehearse a job that is right, on 1, 2 and 3 processes and through a stop, and print what differs.
+
+    After `prepare`.
+
+    0 if all was as promised, 1 if the stop left a trace on the CPU.
+
+    Raises:
+        RanksFailed: a rehearsal failed.
+    """
+    from dtrain.schema.loading import dump_job
+
+    job = _on_enough_devices(loaded.job)
+    with scratch_folder() as scratch:
+        return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.folder)))
+
+
+def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
+    print(f"{loaded.path}: two epochs of its first batches, on {job.launch.device}")
+    runs = [rehearsals.run(f"{size}-ranks", size) for size in SIZES]
+    for size, run in zip(SIZES[1:], runs[1:], strict=True):
+        weights, values = _difference(_weights(runs[0]), _weights(run)), _difference(_values(runs[0]), _values(run))
+        print(f"{size} processes beside 1: largest difference in weights {weights}, in reported values {values}")
+    stopped = rehearsals.run("stopped", 2, stop_after=STOP_AFTER)
+    trace = max(
+        _difference(_weights(runs[1]), _weights(stopped)),
+        _difference(_values(runs[1]), _values(stopped)),
+        key=lambda difference: difference.size,
+    )
+    what = f"largest difference {trace}" if trace.size else "not a bit differs"
+    print(f"2 processes, stopped after {STOP_AFTER} steps and continued: {what}")
+    if apart := (read_json(runs[0].path / "rehearsal.json") or {}).get("apart"):
+        print(f"each process has its own {' and '.join(apart)}: their runs are alike, not equal (docs/exactness.md)")
+    return int(trace.size > 0 and job.launch.device == "cpu")
+
+
+def _on_enough_devices(job: Job) -> Job:
+    """The job on GPUs where there is one for each process, else on the CPU."""
+    try:
+        _, device = choose_processes(str(max(SIZES)), job.launch.device)
+    except UserError as error:
+        print(f"on the CPU instead: {error}", file=sys.stderr)
+        device = "cpu"
+    # torch has no SyncBatchNorm on the CPU.
+    fit = job.fit if device == "cuda" else job.fit.model_copy(update={"sync_batchnorm": False})
+    return job.model_copy(update={"launch": job.launch.model_copy(update={"device": device}), "fit": fit})
+
+
+class _Rehearsals:
+    """Runs of `dtrain.trainer.entrypoints.rehearsal` in a folder that is thrown away."""
+
+    def __init__(self, folder: Path, job: str, code: str) -> None:
+        self._folder = folder
+        self._job = job
+        self._code = code
+
+    def run(self, name: str, num_ranks: int, stop_after: int = 0) -> RunDir:
+        """Rehearse to the end, through a stop where one is asked for."""
+        run = new_run(self._folder / name, self._job)
+        if not stop_after or self._start(run, num_ranks, stop_after) == EXIT_STOPPED:
+            self._start(run, num_ranks, 0)
+        return run
+
+    def _start(self, run: RunDir, num_ranks: int, stop_after: int) -> int:
+        arguments = (self._code, str(stop_after))
+        # As many threads whatever the number of ranks: torch's sums depend on it.
+        num_threads = threads_per_rank(max(SIZES))
+        code = run_module(
+            run, "dtrain.trainer.entrypoints.rehearsal", arguments, num_ranks, num_threads, (EXIT_STOPPED,)
+        )
+        if code == EXIT_STOPPED and not stop_after:
+            raise KeyboardInterrupt
+        return code
+
+
+def _weights(run: RunDir) -> dict[str, Any]:
+    import torch
+
+    weights: dict[str, Any] = torch.load(run.last_weights, weights_only=True)
+    return {name: value.double() for name, value in weights.items() if value.numel()}
+
+
+def _values(run: RunDir) -> dict[str, Any]:
+    """What the rows report, but for how fast it went."""
+    import torch
+
+    return {
+        f"{name} of epoch {row['epoch']}": torch.tensor(value, dtype=torch.float64)
+        for row in run.rows()
+        for name, value in row.items()
+        if name != "samples_per_s" and value is not None
+    }
+
+
+def _difference(ones: Mapping[str, Any], others: Mapping[str, Any]) -> Difference:
+    found = [Difference(0.0, "")]
+    for name, one in ones.items():
+        apart = (one - others[name]).abs().max()
+        if apart > 0 or apart.isnan() != one.isnan().any():
+            found.append(Difference(float(apart / one.abs().max().clamp(min=1e-12)), name))
+    return max(found, key=lambda difference: difference.size)

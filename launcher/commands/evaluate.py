@@ -1,0 +1,174 @@
+"""`dtrain evaluate`, `predict`, `export` and `summary`: what a model is put to, after training or before it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.errors import Problem, UserError, did_you_mean
+from dtrain.run.folder import RunDir
+from dtrain.schema.job import Fsdp, LoadedJob, LoadedScript
+from dtrain.schema.loading import dump_job, load
+from dtrain.schema.packages import require
+
+from ..agent.scratch_run import new_run, run_module, scratch_folder
+from ..machine.devices import expected_ranks, threads_per_rank
+from ..rank.fork_server import start_fork_server
+from .launch import check_and_choose, preload_for, resolved
+
+HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
+WEIGHTS = ("best", "last", "ema")
+TABLES = (".npy", ".csv")
+NEEDED_FOR = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), ".csv": ("pandas",)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's weights, and its job with overrides: what `data.val.split=test` makes of it."""
+
+    run: str
+    overrides: tuple[str, ...] = ()
+    weights: str = "best"
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.run)
+
+    @property
+    def file(self) -> Path:
+        """The weights.
+
+        Raises:
+            UserError: there are none.
+        """
+        run = self.run_dir
+        files = dict(zip(WEIGHTS, (run.best_weights, run.last_weights, run.ema_weights), strict=True))
+        if not run.job.exists():
+            raise UserError(f"{run} holds no run: expected a run folder, such as those under runs/")
+        if not files[self.weights].exists():
+            found = [name for name, file in files.items() if file.exists()]
+            hint = f"there are {', '.join(found)}: --weights {found[0]}" if found else "it has not finished an epoch"
+            raise UserError(f"{files[self.weights]} does not exist; {hint}")
+        return files[self.weights].absolute()
+
+    def load(self) -> LoadedJob:
+        """The run's job, for whatever devices there are here.
+
+        Raises:
+            UserError: what is wrong with it now.
+        """
+        loaded = load(self.run_dir.job, (*HERE, *self.overrides))
+        if isinstance(loaded, LoadedScript):
+            raise UserError(f"{self.run} is the run of a script, which alone knows its model: {loaded.job.program}")
+        return loaded
+
+
+def evaluate(trained: Trained, gpus: str) -> int:
+    """Print loss and metrics of a run's model on its validation set, as JSON."""
+    weights, loaded = trained.file, trained.load()
+    if loaded.job.data.val is None:
+        raise UserError("the job has no data.val to evaluate on; say one: data.val._target_=data.test")
+    print(_ask("dtrain.trainer.entrypoints.evaluate", loaded, trained.run_dir.code, gpus, {"weights": str(weights)}))
+    return 0
+
+
+def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
+    """Write a run's model's predictions of its training or validation set, or of a file of features."""
+    weights, loaded = trained.file, trained.load()
+    if data not in ("train", "val"):
+        file = Path(data)
+        if file.suffix not in TABLES:
+            hint = did_you_mean(data, ["train", "val"]) or "or the job's sets: train, val"
+            raise UserError(f"{data}: expected features in a file, {' or '.join(TABLES)}, {hint}")
+        if not file.is_file():
+            raise UserError(f"{data}: no such file")
+        require(f"to read {data}, dtrain", *NEEDED_FOR.get(file.suffix, ()))
+        data = str(file.absolute())
+    elif data == "val" and loaded.job.data.val is None:
+        raise UserError("the job has no data.val; say one: data.val._target_=data.test")
+    target = Path(out) if out is not None else trained.run_dir.path / "predictions.npy"
+    if target.suffix not in TABLES:
+        raise UserError(f"--out {target}: expected a name that ends in {' or '.join(TABLES)}")
+    with _new_file(target) as filled:
+        asked = {"weights": str(weights), "data": data, "out": str(filled)}
+        _ask("dtrain.trainer.entrypoints.evaluate", loaded, trained.run_dir.code, gpus, asked)
+    print(target)
+    return 0
+
+
+def export(trained: Trained, form: str, out: str | None) -> int:
+    """Write a run's model in a format for others."""
+    weights, loaded = trained.file, trained.load()
+    require(f"--format {form}", *NEEDED_FOR.get(form, ()))
+    target = Path(out or f"{loaded.job.name}.{form}")
+    with _new_file(target) as filled:
+        asked = {"weights": str(weights), "format": form, "out": str(filled)}
+        if says := _ask("dtrain.trainer.entrypoints.export", _whole(loaded), trained.run_dir.code, "1", asked):
+            print(says, file=sys.stderr)
+    print(target)
+    return 0
+
+
+def summary(path: str, overrides: Sequence[str]) -> int:
+    """Print a job's layers, their output shapes and parameters."""
+    require("dtrain summary", "torchinfo")
+    loaded = load(path, (*HERE, *overrides))
+    if isinstance(loaded, LoadedScript):
+        raise UserError(loaded.at(Problem("builds its own model: dtrain.summary(net, ...) in it sums it up", "script")))
+    print(_ask("dtrain.trainer.entrypoints.summarize", _whole(loaded), loaded.folder, "1"))
+    return 0
+
+
+def _whole(loaded: LoadedJob) -> LoadedJob:
+    """The job for one process on the CPU, which has the model whole and in float32."""
+    job = loaded.job
+    fit = job.fit.model_copy(update={"strategy": "ddp", "precision": "fp32", "sync_batchnorm": False})
+    launch = job.launch.model_copy(update={"device": "cpu"})
+    update = {"fit": fit, "fsdp": Fsdp(), "deepspeed": {}, "launch": launch}
+    return LoadedJob(loaded.path, loaded.places, job.model_copy(update=update))
+
+
+def _ask(module: str, loaded: LoadedJob, code: Path, gpus: str, asked: Mapping[str, str] | None = None) -> str:
+    """What the module has answered, run on so many ranks beside the run whose modules are in `code`.
+
+    Raises:
+        UserError: the job is wrong.
+        RanksFailed: a rank failed, which has been said.
+    """
+    start_fork_server(preload_for(dump_job(loaded.job)), threads_per_rank(expected_ranks(gpus)))
+    num_ranks, device = check_and_choose(loaded, code, gpus)
+    arguments = (str(code.absolute()), *([] if asked is None else [json.dumps(asked)]))
+    with scratch_folder() as scratch:
+        run = new_run(scratch / "run", resolved(loaded.job, device))
+        run_module(run, module, arguments, num_ranks, threads_per_rank(num_ranks))
+        return run.answer.read_text(encoding="utf-8") if run.answer.exists() else ""
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[Path]:
+    """Where to write what becomes the target once the block is done. Nothing that is there is overwritten.
+
+    Raises:
+        UserError: there is something, or no folder to write to.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists; name another file with --out")
+    try:
+        folder = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise UserError(f"{target} can't be written: {error.strerror}; name another file with --out") from None
+    try:
+        filled = folder / target.name
+        yield filled
+        if target.exists():
+            raise UserError(f"{target} has come to exist meanwhile; name another file with --out")
+        filled.chmod(0o644)
+        filled.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

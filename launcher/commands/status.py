@@ -1,0 +1,78 @@
+"""`dtrain status`: how a run stands, in a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain.errors import UserError
+from dtrain.monitoring.mlflow_mirror import outstanding
+from dtrain.monitoring.screen import row_line
+from dtrain.run.folder import RunDir
+from dtrain.run.sweep import Sweep
+from dtrain.slurm.jobs import job_of, look_up
+
+from ..agent.root_cause import headline
+from .runs import print_runs
+
+
+def status(path: str) -> int:
+    """Print state, place, last epoch and cause of failure.
+
+    Raises:
+        UserError: there is no run in that folder.
+    """
+    run = RunDir(path)
+    if sweep := Sweep.read(run.path):
+        print_runs(sweep.runs)
+        return 0
+    found = read_status(run)
+    print(f"run       {run}")
+    print(f"state     {found['state']}" + _exit_code(found.get("exit_code")))
+    if job_id := job_of(run):
+        print(f"slurm     job {job_id}, {_in_queue(job_id)}")
+    print(f"epoch     {_in_fit(found)}{found['epoch']}, step {found['step']}")
+    known = [found.get("mlflow_run_id"), outstanding(run) if found["state"] != "running" else ""]
+    if any(known):
+        print("mlflow    " + ", ".join(filter(None, known)))
+    if row := run.last_row():
+        print("last      " + ("fit 1, " if run.fits() else "") + row_line(row))
+    if found.get("error"):
+        print(headline(found["error"], run))
+    print_runs(run.fits())
+    return 0
+
+
+def read_status(run: RunDir) -> dict[str, Any]:
+    """How the run stands now.
+
+    Raises:
+        UserError: there is no run in that folder.
+    """
+    status = run.status()
+    if not status:
+        if job_of(run) is None:
+            raise UserError(f"{run} holds no run (there is no status.json)")
+        return {"state": "submitted", "epoch": 0, "step": 0}
+    return status
+
+
+def place(status: dict[str, Any]) -> str:
+    """How far a run is, in words."""
+    return f"{_in_fit(status)}epoch {status['epoch']}, step {status['step']}"
+
+
+def _in_fit(status: dict[str, Any]) -> str:
+    number = status.get("fit", 1)
+    return f"fit {number}, " if number > 1 else ""
+
+
+def _in_queue(job_id: str) -> str:
+    try:
+        queued = look_up(job_id)
+    except UserError as error:
+        return str(error)
+    return "over, and gone from the queue" if queued is None else queued.describe()
+
+
+def _exit_code(code: int | None) -> str:
+    return "" if code is None else f" (exit code {code})"

@@ -1,0 +1,194 @@
+"""`dtrain sweep`: one job with several values, run here one after the other, or on Slurm as one array job.
+
+All run folders are filled at the start: what a sweep trains is what was there when it began.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.errors import Problem, UserError
+from dtrain.files import write_text
+from dtrain.monitoring.tracking_uri import hand_on
+from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
+from dtrain.run.sweep import Sweep, grid
+from dtrain.schema.job import Job, LoadedJob
+from dtrain.schema.loading import dump_job, load
+from dtrain.slurm.jobs import job_of, look_up, set_job, submit
+from dtrain.slurm.render import Array
+
+from ..agent.subcommand import Subcommand, own_command
+from .launch import fill, is_done
+from .runs import print_runs
+from .submit import LOOK_EVERY_S, Submittable, mark_submitted, parse_gpus, refuse_second, whole_or_as_before
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """The command line of `dtrain sweep`."""
+
+    job: str
+    overrides: tuple[str, ...]
+    gpus: str = "auto"
+    nodes: int = 1
+    run_dir: str | None = None
+    resume: bool = False
+    dry_run: bool = False
+    slurm: bool = False
+    wait: bool = False
+    max_parallel: int | None = None
+
+
+def sweep(request: SweepRequest) -> int:
+    """Run all points, or submit them; 0 if all runs have finished, or were submitted.
+
+    Raises:
+        UserError: the request is wrong; nothing was started or written.
+    """
+    if not request.slurm and (request.nodes > 1 or request.wait or request.max_parallel):
+        raise UserError("--nodes, --wait and --max-parallel go with --slurm: here the runs go one after the other")
+    common, points = grid(request.overrides)
+    loaded = [_load(request.job, [*common, *point]) for point in points]
+    jobs = [each.job for each in loaded]
+    found = Sweep(_folder(request, jobs[0]).absolute(), tuple(points))
+    left = _unfinished(found, jobs) if request.resume else found.runs
+    for run in left:
+        refuse_second(run)
+    if request.dry_run:
+        print("".join(f"{run.path.name}: {found.point(run)}\n" for run in left), end="")
+    if request.slurm:
+        return _submit(request, found, loaded, left)
+    if request.dry_run:
+        return 0
+    if request.resume:  # the launch sees to what may differ from before
+        return _run(request, found, [(run, [request.job, *common, *found.points[int(run.path.name)]]) for run in left])
+    with whole_or_as_before(found.folder):
+        _fill(found, loaded, left, is_new=True)
+    return _run(request, found, [(run, [str(run.job)]) for run in left])
+
+
+def _load(path: str, overrides: Sequence[str]) -> LoadedJob:
+    loaded = load(path, overrides)
+    hand_on(loaded.job.mlflow.tracking_uri)
+    if not isinstance(loaded, LoadedJob):
+        raise UserError(loaded.at(Problem("trains by itself: sweeps are for jobs with a model", "script")))
+    return loaded
+
+
+def _folder(request: SweepRequest, job: Job) -> Path:
+    """The sweep's folder; one that holds anything is only for --resume."""
+    if request.resume:
+        if request.run_dir is None:
+            raise UserError("--resume needs --run-dir, the folder of the sweep")
+        if Sweep.read(Path(request.run_dir)) is None:
+            raise UserError(f"{request.run_dir} holds no sweep to resume")
+        return Path(request.run_dir)
+    if request.run_dir is None:
+        return RunDir.new(f"{job.name}-sweep").path
+    if RunDir(request.run_dir).exists():
+        raise UserError(f"{request.run_dir} exists and is not empty; --resume continues the sweep in it")
+    return Path(request.run_dir)
+
+
+def _unfinished(asked: Sweep, jobs: Sequence[Job]) -> list[RunDir]:
+    """The runs of the sweep in that folder that have something left to do."""
+    before = Sweep.read(asked.folder)
+    if before != asked:
+        raise UserError(f"{asked.folder} was begun with other values; say the same ones to continue it")
+    return [run for run, job in zip(asked.runs, jobs, strict=True) if not is_done(run, job)]
+
+
+def _fill(found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir], *, is_new: bool) -> None:
+    for run in runs:
+        each = loaded[int(run.path.name)]
+        run.create()
+        with run.lock(is_agent=True):
+            fill(run, each.folder if is_new else None, dump_job(each.job))
+    found.write()
+
+
+# -- here ----------------------------------------------------------------------------------------
+
+
+def _run(request: SweepRequest, found: Sweep, runs: Sequence[tuple[RunDir, list[str]]]) -> int:
+    """One run with its job after the other: each a `dtrain launch`, which is asked what this process is asked."""
+    failed = False
+    with Subcommand.passing_signals_on() as command:
+        for count, (run, job) in enumerate(runs, 1):
+            print(f"run {run.path.name} ({count} of {len(runs)}): {found.point(run)}", file=sys.stderr)
+            words = ["launch", "--nodes", "1", "--gpus", request.gpus, "--resume", "--run-dir", str(run), *job]
+            code = command.run([*own_command(), *words])
+            if code in (EXIT_STOPPED, EXIT_INTERRUPTED) or (command.asked and count < len(runs)):
+                print(f"the sweep has stopped; continue with: {_continuation(request, found)}", file=sys.stderr)
+                return code or EXIT_STOPPED
+            if code == 2:
+                if not any(each.status() for each in found.runs):
+                    shutil.rmtree(found.folder)
+                raise UserError(f"the sweep ends here: {found.point(run)} could not be started")
+            failed |= code != 0
+    print_runs(found.runs)
+    return int(failed)
+
+
+def _continuation(request: SweepRequest, found: Sweep) -> str:
+    size = ["--gpus", request.gpus] if request.gpus != "auto" else []
+    words = ["dtrain", "sweep", *size, "--resume", "--run-dir", str(found.folder), request.job, *request.overrides]
+    return shlex.join(words)
+
+
+# -- on Slurm ------------------------------------------------------------------------------------
+
+
+def _submit(request: SweepRequest, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]) -> int:
+    """Submit the runs as one array."""
+    if len({str(each.job.slurm) + each.job.launch.device for each in loaded}) > 1:
+        raise UserError("slurm and launch.device can't be swept with --slurm: all runs of an array ask for the same")
+    if not runs:
+        print(f"{found.folder} is finished; nothing to resume", file=sys.stderr)
+        return 0
+    job, origin = loaded[0].job, loaded[0].folder
+    wanted = Submittable(job.name, job, origin, request.nodes, parse_gpus(request.gpus))
+    array = Array([int(run.path.name) for run in runs], request.max_parallel)
+    submission = wanted.render(found.folder, array)
+    script = found.folder / "job.sbatch"
+    if request.dry_run:
+        print(f"\n{submission.command} {script}\n\n{submission.script}", end="")
+        return 0
+    files = [file for run in runs for file in (run.job, run.status_file)]
+    with whole_or_as_before(found.folder, *files):
+        _fill(found, loaded, runs, is_new=not request.resume)
+        for run in runs:
+            mark_submitted(run)
+        write_text(script, submission.script)
+        job_id = submit(submission, script)
+    for run in runs:
+        set_job(run, f"{job_id}_{run.path.name}")
+    print(f"sweep {found.folder}, {len(runs)} runs\nSlurm job {job_id}", file=sys.stderr)
+    if request.wait:
+        return _follow(found)
+    folder = found.folder
+    print(f"monitor with: dtrain status {folder}; dtrain cancel {folder}", file=sys.stderr)
+    return 0
+
+
+def _follow(found: Sweep) -> int:
+    """Wait until all runs are over, and say how each ended."""
+    left = found.runs
+    while left:
+        time.sleep(LOOK_EVERY_S)
+        for run in list(left):
+            queued = look_up(job_of(run) or "")
+            if queued is None or queued.is_over:
+                left.remove(run)
+                print(
+                    f"run {run.path.name}, {found.point(run)}: {run.status().get('state', 'not begun')}",
+                    file=sys.stderr,
+                )
+    print_runs(found.runs)
+    return int(any(run.status().get("state") != "finished" for run in found.runs))

@@ -1,0 +1,1 @@
+"""What this machine offers: cores, devices, network interfaces, processes, scratch folders."""

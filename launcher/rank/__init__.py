@@ -1,0 +1,1 @@
+"""A rank's process around its program: how it starts, where its output goes, how it ends."""

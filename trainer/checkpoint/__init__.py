@@ -1,0 +1,1 @@
+"""Checkpoints, metrics.jsonl and weights/: written in the background, and read back."""

@@ -1,0 +1,321 @@
+"""The checkpoints of a run: what they are called, which are kept, and which one the run continues from.
+
+    checkpoints/step-000000120/               in mid-epoch
+    checkpoints/step-000000120-epoch-0003/    at the end of an epoch, after its validation
+    checkpoints/latest                        the name of the newest
+    checkpoints/damaged-step-000000100/       what was found damaged, and passed over
+
+A folder is there when all of it is on disk. It holds the state of each rank, and once what is the same on all; see
+storage.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import heapq
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dtrain import __version__
+from dtrain.errors import Problem, ResumeError, first_line
+from dtrain.files import hidden_name, write_atomic, write_text
+from dtrain.run.folder import RunDir
+
+from ..distributed.world import World, collective_timeout
+from ..model.learned_loss import beside
+from .background import Copies, Disk, say
+from .codec import TEXT, flatten, unflatten
+from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"step-(\d+)(?:-epoch-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a checkpoint is made. Its name sorts in the order of time, and belongs to one state of the run."""
+
+    step: int  # optimizer steps since the run began
+    epoch: int | None = None  # that has just ended; None in the middle of one
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:09d}" + ("" if self.epoch is None else f"-epoch-{self.epoch:04d}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's content, as it is needed on one rank."""
+
+    path: Path
+    world_size: int  # of the run that saved it
+    shared: dict[str, Any]
+    ranks: dict[int, dict[str, Any]]  # at the same size this rank's own state, else that of every rank
+
+
+class Checkpoints:
+    """A run's checkpoints. All ranks take part in all of it; rank 0 reports.
+
+    Args:
+        room: to read this rank's part of a tensor of that name into, which was saved like that; None: all of it, on the
+            CPU. A state need not fit into the memory of a node once for each of its ranks.
+
+    Attributes:
+        failed: whether the last one is not on disk, once it has been written.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        world: World,
+        keep: int,
+        disk: Disk,
+        room: Callable[[str, Tensor], Tensor | None] = lambda *_: None,
+    ) -> None:
+        self._run = run
+        self._world = world
+        self._keep = keep
+        self._disk = disk
+        self._room = room
+        # Of its own, since its messages are on their way while the training sends others.
+        alone = world.world_size == 1
+        self._group = (
+            None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=collective_timeout()))
+        )
+        self._copies = Copies()
+        self._foreign: set[str] = set()  # names under which something stands that is not this run's
+        self.failed = False
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def snapshot(
+        self,
+        moment: Moment,
+        best_epoch: int,
+        shared: Mapping[str, Any],
+        own: Mapping[str, Any],
+        of_rank_0: Collection[str] = (),
+    ) -> Callable[[], None]:
+        """Copy the state; what is returned writes it, and is to be called on another thread, on all ranks.
+
+        The one before must have been written. A disk that refuses is reported and passed over.
+
+        Args:
+            shared: what is the same on all ranks; each of its tensors is copied and written by one of them, a DTensor
+                in its parts by all.
+            of_rank_0: places in it of which rank 0's tensors count, such as "model/norm.running_mean".
+
+        Raises:
+            UserError: something is no data, and can't be saved.
+        """
+        from . import storage  # imports DCP, once there is something to save
+
+        folder = self._run.checkpoints / moment.name
+        self.failed = not self._world.from_main(self._is_saved(folder) if self._world.is_main else False)
+        if not self.failed:
+            return lambda: None  # a run does the same again after a stop
+        tensors = flatten(shared)
+        whole = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+        writers = assign(whole, self._world.world_size)
+        first = {*of_rank_0, TEXT}
+        writers |= {name: 0 for name in tensors if not first.isdisjoint((name, "/".join(name.split("/")[:2])))}
+        own_rank = self._world.rank
+        mine = {name: tensor for name, tensor in tensors.items() if writers.get(name, own_rank) == own_rank}
+        copies = self._copies.of({**mine, **flatten(own, f"rank-{own_rank}/")})
+        about = self._describe(moment) if self._world.is_main else {}
+        best = self._run.best_weights
+        attached = {path.name: path for path in (best, beside(best))}
+        write = functools.partial(storage.save, folder, copies, about, attached, self._group)
+        return functools.partial(self._write, write, folder, best_epoch)
+
+    def _write(self, write: Callable[[], None], folder: Path, best_epoch: int) -> None:
+        if not self._world.is_main:
+            with contextlib.suppress(OSError):  # rank 0 has it too, and reports it
+                write()
+                self.failed = False
+            return
+        with self._disk.tolerated("write checkpoint", folder.name):
+            try:
+                write()
+            except OSError:
+                shutil.rmtree(hidden_name(folder), ignore_errors=True)
+                raise
+            self.failed = False
+        if not self.failed:
+            with self._disk.tolerated("write checkpoints/latest"):
+                write_text(self._run.latest, f"{folder.name}\n")
+            with self._disk.tolerated("remove old checkpoints"):
+                self._drop_old(best_epoch)
+
+    def _is_saved(self, folder: Path) -> bool:
+        if folder.name in self._foreign:
+            self._set_aside(folder, "foreign")
+        return folder.exists()
+
+    def _describe(self, moment: Moment) -> dict[str, Any]:
+        versions = {"dtrain": __version__, "torch": torch.__version__}
+        about = {"format": FORMAT, "job": self._job, "step": moment.step, "epoch": moment.epoch}
+        return {**about, "world_size": self._world.world_size, "versions": versions}
+
+    @functools.cached_property
+    def _job(self) -> str | None:
+        """The job's name. Rank 0 only: it may have only just written the file."""
+        job = yaml.safe_load(self._run.job.read_text())
+        return job["name"] if isinstance(job, dict) else None
+
+    def _drop_old(self, best_epoch: int) -> None:
+        """Keep the newest ones, and the one at the end of the best epoch so far."""
+        own = [path for path in saved(self._run) if path.name not in self._foreign]
+        for path in own[: -self._keep]:
+            if not path.name.endswith(f"-epoch-{best_epoch:04d}"):
+                outdated = path.rename(hidden_name(path))  # a stop must not leave half of it under its name
+                shutil.rmtree(outdated)
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        self._foreign.add(path.name)
+        with contextlib.suppress(OSError):  # whoever needs the name will report it
+            path.rename(path.with_name(f"{why}-{path.name}"))
+            self._foreign.remove(path.name)
+
+    # -- continuing ------------------------------------------------------------------------------
+
+    def load(self, misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot | None:
+        """The newest checkpoint that is whole and fits, or None where there is none at all.
+
+        Each one passed over is reported; damaged ones get another name, and are kept. What runs that were killed
+        left half written is removed.
+
+        Args:
+            misfit: says why a shared state is not one of this run, if it is not.
+
+        Raises:
+            ResumeError: there are checkpoints, and none that can be used.
+        """
+        names = self._world.from_main(self._tidy() if self._world.is_main else [])
+        problems: dict[str, Unusable] = {}
+        found = None
+        while names and found is None:
+            path = self._run.checkpoints / names.pop()
+            found, problem = self._try(path, misfit)
+            if problem is not None:
+                problems[path.name] = problem
+        if problems and found is None:
+            lines = [Problem(str(each), file=str(self._run.checkpoints / name)) for name, each in problems.items()]
+            raise ResumeError([*lines, Problem("no other checkpoint is left to continue from", file=str(self._run))])
+        if found is not None and self._world.is_main:
+            self._settle_on(found.path, problems)
+        return found
+
+    def _tidy(self) -> list[str]:
+        for folder, pattern in (
+            (self._run.checkpoints, ".*"),
+            (self._run.best_weights.parent, ".*"),
+            (self._run.path, f".{self._run.metrics.name}.*"),
+        ):
+            for path in folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [path.name for path in saved(self._run)]
+
+    def _try(
+        self, path: Path, misfit: Callable[[dict[str, Any]], str | None]
+    ) -> tuple[Snapshot | None, Unusable | None]:
+        index, problem = self._agreed(functools.partial(self._check, path))
+        if index is None:
+            return None, problem
+        return self._agreed(functools.partial(self._read, path, index, misfit))
+
+    def _check(self, path: Path) -> dict[str, Any]:
+        """The checkpoint's index, after a look at this rank's share of its bytes."""
+        index, sums = read_manifest(path)
+        if self._world.is_main and index["job"] != self._job:
+            raise Unusable(f"index.json: a checkpoint of another job, {index['job']}; this one is {self._job}")
+        share = sorted(sums)[self._world.rank :: self._world.world_size]
+        verify(path, sums, share, index["files"])
+        return index
+
+    def _read(self, path: Path, index: dict[str, Any], misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot:
+        from . import storage
+
+        size = index["world_size"]
+        ranks = [self._world.rank] if size == self._world.world_size else range(size)
+        prefixes = {rank: f"rank-{rank}/" for rank in ranks}
+        wanted = [n for n in index["tensors"] if not n.startswith("rank-") or n.startswith(tuple(prefixes.values()))]
+        tensors = {}
+        for name in wanted:
+            described = index["tensors"][name]
+            room = self._room(name, storage.empty_tensor(described, "meta"))
+            tensors[name] = storage.empty_tensor(described) if room is None else room
+        storage.load(path, index, tensors)
+        own = {rank: unflatten(tensors, prefix) for rank, prefix in prefixes.items()}
+        snapshot = Snapshot(path, size, unflatten(tensors), own)
+        if problem := misfit(snapshot.shared):
+            raise Unusable(problem)
+        return snapshot
+
+    def _agreed(self, function: Callable[[], T]) -> tuple[T | None, Unusable | None]:
+        """The function's result, if no rank has a problem. All ranks take part."""
+        result, problem = None, None
+        try:
+            result = function()
+        except Unusable as error:
+            problem = error
+        except OSError as error:
+            problem = Unusable(f"can't be read: {error.strerror}")
+        except MemoryError:
+            raise
+        except Exception as error:  # what is in the files may be anything
+            problem = Damaged(f"its content makes no sense: {type(error).__name__}: {first_line(error)}")
+        problems = [each for each in self._world.gather(problem) if each is not None]
+        return (None, problems[0]) if problems else (result, None)
+
+    def _settle_on(self, path: Path, problems: Mapping[str, Unusable]) -> None:
+        """Report what was passed over, and have `latest` name what was not. Rank 0 only."""
+        with self._disk.tolerated("write checkpoints/latest"):
+            write_text(self._run.latest, f"{path.name}\n")
+        for name, problem in problems.items():
+            say(f"checkpoint {self._run.checkpoints / name} is passed over: {problem}; continuing from {path.name}")
+            self._foreign.add(name)
+            if isinstance(problem, Damaged):
+                self._set_aside(self._run.checkpoints / name, "damaged")
+
+
+def saved(run: RunDir) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    found = {path: match for path in run.checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)))
+
+
+def restore_best(path: Path, run: RunDir) -> None:
+    """Put the best weights back to what they were at the checkpoint. Rank 0 only."""
+    for best in (run.best_weights, beside(run.best_weights)):
+        _restore(path / best.name, best)
+
+
+def _restore(saved: Path, best: Path) -> None:
+    if saved.exists():
+        write_atomic(best, lambda temporary: shutil.copyfile(saved, temporary))
+    else:
+        best.unlink(missing_ok=True)
+
+
+def assign(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Which rank writes which tensor: nearly equal shares of the bytes. The same on all ranks, without a message."""
+    loads = [(0, rank) for rank in range(world_size)]
+    writers = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, writers[name] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[name], writers[name]))
+    return writers

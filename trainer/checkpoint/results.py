@@ -1,0 +1,67 @@
+"""What a run is for: metrics.jsonl, weights/last.pt and weights/best.pt, written by rank 0 behind the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dtrain.errors import UserError
+from dtrain.run.folder import Row, RunDir
+
+from ..data.batch_tensors import map_tensors
+from ..model.buffers import copied, is_extra
+from ..model.weights import save_weights
+from .background import Copied, Copies, Disk
+
+
+class Results:
+    """Rank 0's. What a disk refuses is reported and kept, and written with what follows."""
+
+    def __init__(self, run: RunDir, disk: Disk) -> None:
+        self._run = run
+        self._disk = disk
+        self._copies = Copies()
+        self._rows: list[Row] | None = None  # those still to be written, as the weights
+        self._weights: dict[Path, dict[str, Any]] = {}
+
+    def snapshot(self, weights: Mapping[Path, Mapping[str, Any]], rows: Sequence[Row]) -> None:
+        """Copy the weights, for `write`; the ones before must have been written, or refused.
+
+        Args:
+            weights: whole state_dicts, by the files that are to hold them.
+        """
+        if self._weights.keys() - weights.keys():
+            self._copies = Copies()  # the old ones are still to be written
+        live = {path: each for path, each in weights.items() if not isinstance(each, Copied)}
+        named = {(path, name): value for path, each in live.items() for name, value in each.items()}
+        extra = {place: value for place, value in named.items() if is_extra(place[1])}
+        copies: dict[Any, Any] = self._copies.of({place: named[place] for place in named if place not in extra})
+        copies |= {place: map_tensors(Tensor.cpu, copied(value)) for place, value in extra.items()}
+        self._rows = list(rows)
+        self._weights |= {path: {name: copies[path, name] for name in each} for path, each in live.items()}
+        self._weights |= {path: each for path, each in weights.items() if isinstance(each, Copied)}
+
+    def write(self) -> None:
+        """Write what is still to be written."""
+        if self._rows is not None:
+            with self._disk.tolerated("write metrics.jsonl"):
+                self._run.write_rows(self._rows)
+                self._rows = None
+        for path, weights in list(self._weights.items()):
+            with self._disk.tolerated(f"write weights/{path.name}"):
+                save_weights(weights, path)
+                del self._weights[path]
+
+    def finish(self) -> None:
+        """Try again at what is still to be written, at the end of the training.
+
+        Raises:
+            UserError: it can't be: the run is not what it claims to be.
+        """
+        self.write()
+        missing = [path.name for path in self._weights] + ["metrics.jsonl"] * (self._rows is not None)
+        if missing:
+            raise UserError(f"training is done, but {', '.join(missing)} could not be written in {self._run}")

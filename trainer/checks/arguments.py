@@ -1,0 +1,192 @@
+"""What a Trainer is given, looked at before it is used: is it of the kind that is meant?
+
+The problems' paths are job.yaml's keys, which a script's arguments are close to.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from dtrain.errors import Problem, UserError, among
+from dtrain.schema.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
+from dtrain.schema.loading import problems_in
+
+from ..checkpoint.codec import flatten
+from ..model.buffers import extra_states
+from ..model.call_proxy import bare_of
+from ..model.weights import without_shape
+
+# By name: to import all of them takes time.
+_WRAPPERS = (
+    *("torch.DataParallel", "torch.DistributedDataParallel", "torch.FullyShardedDataParallel", "torch.FSDPModule"),
+    "deepspeed.DeepSpeedEngine",
+)
+
+
+class _Settings(Section):
+    """Those of job.yaml's settings that a Trainer has."""
+
+    fit: Fit
+    checkpoint: Checkpoint
+    launch: Launch
+    seed: Seed
+
+
+def require_settings(
+    fit: Mapping[str, Any], checkpoint: Mapping[str, Any], device: Any, seed: Any, interval: Any, strategy: Any
+) -> None:
+    """Raise UserError for settings that job.yaml would refuse, by its own rules."""
+    values = {"fit": {"epochs": 1, **fit}, "checkpoint": checkpoint, "launch": {"device": device}, "seed": seed}
+    problems = problems_in(_Settings, {key: _plain(value) for key, value in values.items()})
+    problems += problems_in(SchedulerTarget, {"_target_": "scheduler", "interval": interval})
+    if strategy != "ddp" and not isinstance(strategy, Fsdp | Mapping):
+        hint = "Fsdp(...) from dtrain is FSDP2, a dict is DeepSpeed's configuration"
+        problems.append(Problem(f"expected 'ddp', Fsdp or a dict, found {strategy!r}", "strategy", hint=hint))
+    if problems:
+        raise UserError(problems)
+
+
+def _plain(value: Any) -> Any:
+    """The value with numpy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def require_names(kind: str, asked: Collection[str] | None, metrics: Collection[str]) -> None:
+    """Raise UserError for names under which there is no metric."""
+    for name in asked or ():
+        if name not in metrics:
+            hint = among(name, list(metrics)) if metrics else "there are no metrics"
+            raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
+
+
+def require_model(net: Any, *, may_be_lazy: bool = False) -> None:
+    """Raise UserError for what is no torch.nn.Module, or none that can be trained and saved."""
+    _require_instance(net, "model", "give it an object of that class")
+    if not isinstance(net, nn.Module):
+        raise UserError(Problem(f"{_name(net)} is no model: it is no torch.nn.Module", "model"))
+    if wrapped := next((_name(module) for module in unwrapped(net).modules() if _is_wrapper(module)), None):
+        message = f"{wrapped} is around it, or a part of it, already: give the model itself, without it"
+        raise UserError(Problem(message, "model"))
+    if not may_be_lazy:
+        _require_shapes(net, "model", "call the model once with a batch when it is made, before the optimizer")
+    for name, value in extra_states(net).items():
+        _require_savable(name, value, net.get_submodule(name.rpartition(".")[0]))
+
+
+def _require_shapes(module: nn.Module, path: str, mend: str) -> None:
+    if lazy := without_shape(module):
+        message = f"{lazy[0]} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or"
+        raise UserError(Problem(f"{message} {mend}", path))
+
+
+def _require_savable(name: str, value: Any, module: nn.Module) -> None:
+    """Raise UserError for an extra state that a checkpoint or a file of weights can't hold."""
+    kind = _name(module)
+    if type(module).set_extra_state is nn.Module.set_extra_state:
+        raise UserError(Problem(f"{kind} has get_extra_state, and no set_extra_state to load what it gives", "model"))
+    hint = f"{kind}.get_extra_state may give numbers, strings, lists, dicts and tensors"
+    try:
+        flatten(value, f"{name}/")
+        with io.BytesIO() as file:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+    except UserError as error:
+        raise UserError(Problem(str(error), "model", hint=hint)) from None
+    except Exception:  # torch.load raises whatever its parser met
+        message = f"{name} is no plain data: a file of weights with it could be loaded by executing what it says alone"
+        raise UserError(Problem(message, "model", hint=hint)) from None
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The model in a DataParallel, a DistributedDataParallel or what Ranks has returned; others as they are."""
+    while isinstance(net, (DataParallel, DistributedDataParallel)):
+        net = net.module
+    return bare_of(net)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it computes on several devices by itself."""
+    return any(f"{kind.__module__.partition('.')[0]}.{kind.__name__}" in _WRAPPERS for kind in type(module).__mro__)
+
+
+def require_loss(loss_fn: Any) -> None:
+    """Raise UserError for what can't be called as loss(predictions, target)."""
+    if loss_fn is None:
+        return
+    _require_instance(loss_fn, "loss", f"give it an object, such as {getattr(loss_fn, '__name__', '')}()")
+    if not callable(loss_fn):
+        message = f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)"
+        raise UserError(Problem(message, "loss"))
+    if isinstance(loss_fn, nn.Module):
+        _require_shapes(loss_fn, "loss", "call the loss once when it is made, before the optimizer")
+
+
+def require_metrics(metrics: Any) -> None:
+    """Raise UserError for metrics that are not by name. A MetricCollection is a ModuleDict."""
+    if metrics is not None and not isinstance(metrics, Mapping | nn.ModuleDict):
+        message = f"a {_name(metrics)} of metrics has no names to report them under: give a dict, " + "{'acc': metric}"
+        raise UserError(Problem(message, "metrics"))
+
+
+def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
+    """Raise UserError for what is no optimizer of this model's parameters, or its loss's, or has only frozen ones."""
+    if optimizer is None:
+        return
+    example = f"{getattr(optimizer, '__name__', '')}(net.parameters(), lr=...)"
+    _require_instance(optimizer, "optimizer", f"give it an object, such as {example}")
+    _require_methods(optimizer, "optimizer", ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups"))
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = [*net.parameters(), *(loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ())]
+    if not {id(parameter) for parameter in held} & {id(parameter) for parameter in own}:
+        raise UserError(
+            Problem(
+                f"none of the {len(held)} parameters of this {_name(optimizer)} is one of the {_name(net)}'s that "
+                "is to be trained: make the optimizer of its parameters, after the last change to the model",
+                "optimizer",
+            )
+        )
+    if not any(parameter.requires_grad for parameter in held):
+        message = f"all parameters of this {_name(optimizer)} are frozen (requires_grad is False): nothing is trained"
+        raise UserError(Problem(message, "optimizer"))
+
+
+def require_scheduler(scheduler: Any, optimizer: Any) -> None:
+    """Raise UserError for what is no scheduler of this optimizer."""
+    if scheduler is None:
+        return
+    _require_instance(scheduler, "scheduler", "give it an object, made of the optimizer")
+    if isinstance(scheduler, Optimizer):
+        raise UserError(Problem(f"{_name(scheduler)} is an optimizer, no scheduler of one", "scheduler"))
+    _require_methods(scheduler, "scheduler", ("step", "state_dict", "load_state_dict"))
+    if optimizer is None:
+        raise UserError(Problem(f"missing; {_name(scheduler)} changes the learning rates of one", "optimizer"))
+    own = getattr(scheduler, "optimizer", optimizer)
+    # By its groups, which an optimizer that wraps another one shares with it.
+    if {id(group) for group in own.param_groups}.isdisjoint(id(group) for group in optimizer.param_groups):
+        message = f"this {_name(scheduler)} changes the learning rates of another optimizer than the one that trains"
+        raise UserError(Problem(f"{message} ({_name(optimizer)}): make it of that one", "scheduler"))
+
+
+def _require_instance(value: Any, path: str, instead: str) -> None:
+    if isinstance(value, type):
+        raise UserError(Problem(f"{value.__name__} is given as a class: {instead}", path))
+
+
+def _require_methods(value: Any, kind: str, names: tuple[str, ...]) -> None:
+    if lacking := [name for name in names if not hasattr(value, name)]:
+        raise UserError(Problem(f"{_name(value)} is no {kind}: it lacks {', '.join(lacking)}", kind))
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__

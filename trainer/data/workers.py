@@ -1,0 +1,153 @@
+"""A rank's loading processes: what a DataLoader says of them, how they begin, and what they are asked for.
+
+Their rank ends them, not a signal that a cluster sends to all processes of a run.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
+from torch.utils.data._utils.worker import WorkerInfo
+
+from dtrain.signals import outlive
+
+from ..distributed.seeds import derive_seed, loading_apart
+from ..distributed.world import World
+from .loading_failures import Failure
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What a DataLoader says of its processes, by its own names. `in_order` is kept whatever it says."""
+
+    timeout: float = 0
+    worker_init_fn: Callable[[int], None] | None = None
+    multiprocessing_context: Any = None
+    prefetch_factor: int | None = None
+    persistent_workers: bool = False
+
+
+DEFAULT = Processes()
+
+
+class Reading(Dataset[Any]):
+    """What a loading process does for its rank, or the rank itself: it answers requests, in their order.
+
+    A failure is handed over like an answer: torch would send a text in place of the user's exception.
+    """
+
+    def __init__(self, dataset: Any, worker_init_fn: Callable[[int], None] | None) -> None:
+        self.dataset = dataset  # the user's
+        self._worker_init_fn = worker_init_fn
+        self._process: int | None = None  # its number, where this is one
+        self._failed: Failure | None = None
+
+    def answer(self, request: Any) -> Any:
+        """What was asked for."""
+        raise NotImplementedError
+
+    def info(self, info: WorkerInfo) -> WorkerInfo:
+        """What `get_worker_info()` is to answer in this process, in place of torch's."""
+        return WorkerInfo(id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self.dataset)
+
+    def begin(self) -> None:
+        """In a loading process, at its start."""
+        torchs = cast(WorkerInfo, get_worker_info())
+        self._process = torchs.id
+        info = self.info(torchs)
+        show(info)
+        if self._worker_init_fn is not None:
+            try:
+                self._worker_init_fn(info.id)
+            except (Exception, SystemExit) as error:
+                self._failed = Failure.of(error, torchs.id)
+
+    def __getitem__(self, request: Any) -> Any:
+        if self._process is None:
+            return self.answer(request)
+        try:
+            return self._failed or self.answer(request)
+        except (Exception, SystemExit) as error:
+            return Failure.of(error, self._process)
+
+
+class Loader:
+    """Answers of a Reading, from processes of this rank or from the rank itself.
+
+    Args:
+        seed: of what torch seeds a loading process with at its start, beside epoch and rank.
+    """
+
+    def __init__(self, reading: Reading, workers: int, processes: Processes, world: World, seed: int) -> None:
+        self._workers = workers
+        self._requests = Requests()
+        self._seed = seed
+        self._rank = world.rank
+        self._loader: DataLoader[Any] = DataLoader(
+            reading,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=_begin,
+            # A loader draws from its generator at each start: from the training's, a resumed epoch would go on with
+            # other numbers.
+            generator=torch.Generator(),
+            timeout=processes.timeout,
+            multiprocessing_context=processes.multiprocessing_context if workers else None,
+            prefetch_factor=processes.prefetch_factor if workers else None,
+            persistent_workers=processes.persistent_workers and workers > 0,
+        )
+
+    def read(self, requests: Iterable[Any], epoch: int) -> Iterator[Any]:
+        """The answers to an epoch's requests, in their order. What the rank itself draws for them leaves no trace."""
+        self._requests.of_epoch = requests
+        self._loader.generator.manual_seed(derive_seed("process", self._seed, epoch, self._rank))
+        loaded = iter(self._loader)
+        for process in getattr(loaded, "_workers", ()):
+            process._popen.terminate = process._popen.kill  # how torch ends those that don't end when they are told
+        while True:
+            with nullcontext() if self._workers else loading_apart():
+                try:
+                    answer = next(loaded)
+                except StopIteration:
+                    return
+            if isinstance(answer, Failure):
+                answer.again()
+            yield answer
+
+
+class Requests(Sampler[Any]):
+    """What a DataLoader's processes are asked for, in turn."""
+
+    def __init__(self) -> None:
+        self.of_epoch: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.of_epoch)
+
+
+def show(info: WorkerInfo | None) -> WorkerInfo | None:
+    """Have `get_worker_info()` answer this from now on; what it answered before."""
+    before = torch_worker._worker_info
+    torch_worker._worker_info = info
+    return before
+
+
+def _begin(worker: int) -> None:
+    # torch has set a handler just before, which ends the process: the rank would fail, when it is asked to stop with
+    # a checkpoint. The other signals are ignored as in the rank.
+    signal.signal(signal.SIGTERM, outlive)
+    cast(Reading, cast(WorkerInfo, get_worker_info()).dataset).begin()
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer

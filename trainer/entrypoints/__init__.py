@@ -1,0 +1,1 @@
+"""What a job's ranks run with `python -m`."""

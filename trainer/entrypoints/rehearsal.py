@@ -1,0 +1,131 @@
+"""One rank of a rehearsal: a job's first batches, trained on for two epochs as the job would be.
+
+`dtrain check --exact` compares rehearsals at several numbers of ranks, and one that is stopped and continued. Run as
+`python -m dtrain.trainer.entrypoints.rehearsal CODE STOP`: as dtrain.trainer.entrypoints.train, but that a process
+stops after STOP steps (0: never), as on a signal. Beside metrics.jsonl and weights/ it leaves rehearsal.json: what each
+rank has to itself, layers or data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import IterableDataset, Sampler, Subset
+
+from dtrain.files import write_json
+from dtrain.run.folder import EXIT_STOPPED, RunDir
+from dtrain.run.heartbeat import Heartbeat
+from dtrain.schema.job import Job
+
+from ..data.indexed import Source
+from ..distributed.stop import Stopped
+from .train import begin, build_source, build_trainer
+
+BATCHES = 5  # whole ones in an epoch, and a half one
+EPOCHS = 2
+
+
+def main() -> int:
+    """Rehearse this rank's part; the exit code."""
+    run, job = begin()
+    try:
+        rehearse(job, run, stop_after=int(sys.argv[2]))
+    except Stopped:
+        return EXIT_STOPPED
+    return 0
+
+
+def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
+    """Train on the first batches. All ranks take part."""
+    trainer = build_trainer(job)
+    assert trainer.optimizer is not None
+    rank, steps = trainer.world.rank, itertools.count(1)
+
+    def stop(*_: Any) -> None:
+        if next(steps) == stop_after:
+            Heartbeat(run.heartbeat(rank)).stop = signal.SIGTERM
+
+    trainer.optimizer.register_step_post_hook(stop)
+    loop = trainer.train(
+        beginning(build_source(job, job.data.train, training=True)),
+        None if job.data.val is None else beginning(build_source(job, job.data.val, training=False)),
+        epochs=EPOCHS,
+        patience=None,
+        monitor=job.monitor,
+        mode=job.monitor_mode,
+    )
+    if trainer.world.is_main:
+        splits = loop.train_batches.state_dict().get("splits")
+        apart = [*layers_apart(trainer.net), *["part of the stream"] * bool(splits)]
+        write_json(run.path / "rehearsal.json", {"apart": apart})
+
+
+def beginning(source: Source) -> Source:
+    """The source's first samples, an odd number of them: some batches, and an uneven one."""
+    assert source.batch_size is not None  # a job says it
+    samples = BATCHES * source.batch_size + source.batch_size // 2 + 1
+    if source.is_stream:
+        return replace(source, dataset=FirstOfStream(source.dataset, samples))
+    if source.sampler is not None:
+        return replace(source, sampler=First(source.sampler, samples))
+    samples = min(len(cast(Sized, source.dataset)), samples)
+    return replace(source, dataset=Subset(source.dataset, range(samples)))
+
+
+class First(Sampler[Any]):
+    """The first samples that a sampler draws."""
+
+    def __init__(self, sampler: Iterable[Any], samples: int) -> None:
+        self._sampler = sampler
+        self._samples = samples
+
+    def __getattr__(self, name: str) -> Any:  # its generator, or set_epoch
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._sampler, self._samples)
+
+    def __len__(self) -> int:
+        return min(len(cast(Sized, self._sampler)), self._samples)
+
+
+class FirstOfStream(IterableDataset[Any]):
+    """The first samples of a stream, or of each part of one that splits itself. Without its state: it is read again."""
+
+    def __init__(self, stream: Any, samples: int) -> None:
+        self._stream = stream
+        self._samples = samples
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._stream, "set_epoch"):
+            self._stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._stream, self._samples)
+
+
+def layers_apart(net: nn.Module) -> list[str]:
+    """The types of the layers that do something else on each rank: statistics and masks of its own share."""
+    synchronised = nn.SyncBatchNorm
+    found = {
+        type(layer).__name__
+        for layer in net.modules()
+        if (isinstance(layer, _BatchNorm) and not isinstance(layer, synchronised))
+        or (isinstance(layer, _DropoutNd) and layer.p > 0)
+        or (isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0)
+    }
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""One rank that sums up a job's model, with the job's first samples.
+
+Run as `python -m dtrain.trainer.entrypoints.summarize CODE`, as dtrain.trainer.entrypoints.train is. Its answer is the
+table.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from dtrain.errors import UserError
+from dtrain.files import write_text
+
+from ..summary import summary
+from .first_samples import call_of, first_samples
+from .train import begin, build_source, build_trainer
+
+SAMPLES = 1
+
+
+def main() -> int:
+    """Write the summary; the exit code."""
+    run, job = begin()
+    trainer = build_trainer(job)
+    batch, samples = first_samples(build_source(job, job.data.train, training=False), SAMPLES)
+    args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)
+    if kwargs or len(args) != 1:
+        raise UserError("the model is called with several arguments; a summary is of models that take one")
+    write_text(run.answer, str(summary(trainer.net, features=args[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

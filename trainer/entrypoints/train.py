@@ -1,0 +1,201 @@
+"""One rank of a job: builds what the run's job.yaml names, and trains it. An ordinary torchrun script.
+
+Run as `python -m dtrain.trainer.entrypoints.train CODE`, with DTRAIN_RUN_DIR naming the run folder and torchrun's
+variables naming the rank. CODE is the folder that holds the job's own modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dtrain.errors import Problem, UserError
+from dtrain.names import job_path
+from dtrain.run.folder import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
+from dtrain.schema.instantiate import bind_function, build_metric, instantiate
+from dtrain.schema.job import Job, Target
+from dtrain.schema.loading import load_job
+
+from ..checks.arguments import require_model
+from ..data.indexed import Source
+from ..distributed.seeds import derive_seed, rng_kept, seed_everything
+from ..distributed.stop import Stopped
+from ..distributed.world import own_device
+from ..loss.step import user_step
+from ..model.weights import load_weights, without_shape
+from ..optimization.param_groups import group_parameters
+from ..predict import predict_features
+from ..trainer import Strategy, Trainer
+from .lazy_shapes import give_shapes
+
+
+def main() -> int:
+    """Train this rank's part of the run; the exit code."""
+    _, job = begin()
+    try:
+        fit(job)
+    except Stopped:
+        return EXIT_STOPPED
+    return 0
+
+
+def begin() -> tuple[RunDir, Job]:
+    """The run of which this process is a rank, and its job, whose modules can be imported from here on."""
+    run = RunDir(os.environ[RUN_DIR_VARIABLE])
+    job = load_job(run.job).job
+    job_path(Path(sys.argv[1]))
+    return run, job
+
+
+def fit(job: Job) -> None:
+    """Build the job's parts and train. All ranks take part."""
+    trainer = build_trainer(job)
+    stopping = job.fit.early_stopping
+    loop = trainer.train(
+        build_source(job, job.data.train, training=True),
+        None if job.data.val is None else build_source(job, job.data.val, training=False),
+        epochs=job.fit.epochs,
+        patience=stopping.patience if stopping else None,
+        monitor=job.monitor,
+        mode=job.monitor_mode,
+    )
+    trainer.draw(loop)
+
+
+def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
+    """The job's model, loss, optimizer, scheduler and metrics in a Trainer.
+
+    Args:
+        trained: weights to load, in a Trainer that is to evaluate and predict: it has no optimizer.
+    """
+    own_device(job.launch.device)  # before what is built puts something on a GPU
+    net = build_model(job, trained)
+    # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
+    seed_everything(derive_seed("built", job.seed))
+    loss = None if job.loss is None else cast(Any, instantiate(job.loss))
+    optimizer = None if trained is not None else build_optimizer(job, net, loss)
+    metrics = {name: build_metric(target) for name, target in job.metrics.items()}
+    strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
+    return Trainer(
+        net,
+        loss,
+        optimizer,
+        metrics,
+        step=None if job.step is None else bind_function(job.step),
+        scheduler=None if job.scheduler is None or optimizer is None else build_scheduler(job.scheduler, optimizer),
+        scheduler_interval=job.scheduler.interval if job.scheduler else "epoch",
+        scheduler_monitor=job.scheduler.monitor if job.scheduler else None,
+        activations={name: target.activation for name, target in job.metrics.items()},
+        train_metrics=_train_metrics(job, metrics),
+        seed=job.seed,
+        device=job.launch.device,
+        micro_batch_size=job.fit.micro_batch_size,
+        deterministic=job.fit.deterministic,
+        sync_batchnorm=job.fit.sync_batchnorm,
+        find_unused_parameters=job.fit.find_unused_parameters,
+        strategy=strategies[job.fit.strategy],
+        activation_checkpointing=job.fit.activation_checkpointing,
+        precision=job.fit.precision,
+        clip_norm=job.fit.clip_norm,
+        clip_value=job.fit.clip_value,
+        l1=job.fit.l1,
+        l2=job.fit.l2,
+        on_nonfinite=job.fit.on_nonfinite,
+        ema=job.fit.ema,
+        checkpoint_every=job.checkpoint.every,
+        keep=job.checkpoint.keep,
+    )
+
+
+def build_model(job: Job, trained: Path | None) -> nn.Module:
+    """The job's model; where ranks keep parts of it, without values on all but rank 0, from which they get theirs.
+
+    Args:
+        trained: weights to load.
+    """
+
+    def build(*, may_be_lazy: bool = False) -> nn.Module:
+        seed_everything(job.seed)  # the same weights on all ranks, and for any number of them
+        net: nn.Module = instantiate(job.model)
+        require_model(net, may_be_lazy=may_be_lazy)
+        return net
+
+    if job.fit.strategy == "fsdp" and int(os.environ["RANK"]) > 0:
+        from ..strategies.fsdp import build_on_meta
+
+        if (net := build_on_meta(build)) is not None:
+            return net
+    net = build(may_be_lazy=True)
+    if trained is not None:
+        load_weights(net, trained)
+    elif without_shape(net):
+        step = predict_features if job.step is None else user_step(bind_function(job.step))
+        with rng_kept(torch.device("cpu")):
+            source = build_source(job, job.data.train, training=True)
+        give_shapes(net, step, source)
+        require_model(net)
+    return net
+
+
+def build_optimizer(job: Job, net: nn.Module, loss: Any) -> Any:
+    """The job's optimizer, of the model's parameters and the loss's, in their groups."""
+    groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
+    with _refusals("optimizer", job.optimizer):
+        return instantiate(job.optimizer, group_parameters(net, groups, loss))
+
+
+def build_scheduler(target: Target, optimizer: Any) -> Any:
+    """The scheduler, which may be made of others: each gets the optimizer."""
+    with _refusals("scheduler", target):
+        return instantiate(target, optimizer, given={"optimizer": optimizer})
+
+
+@contextlib.contextmanager
+def _refusals(path: str, target: Target) -> Iterator[None]:
+    """Around the making of a part of torch's: where it refuses its arguments, that is said with their key."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if target.target.startswith("torch."):
+            raise UserError(Problem(f"{target.target}: {type(error).__name__}: {error}", path)) from error
+        raise
+
+
+def build_source(job: Job, target: Target, *, training: bool) -> Source:
+    """A dataset of the job, with the job's way of reading it.
+
+    What it draws (a random_split) is the same for training and validation, on all ranks and in `dtrain evaluate`.
+    """
+    seed_everything(derive_seed("data", job.seed))
+    collate = None if job.data.collate is None else bind_function(job.data.collate)
+    dataset: Any = instantiate(target)
+    if isinstance(dataset, DataLoader):
+        message = (
+            "makes a DataLoader, and a job wants the dataset in it: data.batch_size, shuffle and workers say the rest"
+        )
+        raise UserError(Problem(message, "data.train" if training else "data.val"))
+    sampler: Any = instantiate(job.data.sampler, dataset) if training and job.data.sampler else None
+    return Source(dataset, job.data.batch_size, training and job.data.shuffle, job.data.workers, collate, sampler)
+
+
+def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:
+    """The metrics that run on training too: as asked, else those that do not keep all samples."""
+    if not metrics:
+        return []
+    from ..metrics.metric_set import as_metrics, keeps_samples
+
+    asked = {name: target.train for name, target in job.metrics.items()}
+    made = as_metrics(metrics)
+    return [name for name, want in asked.items() if want or (want is None and not keeps_samples(made[name]))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

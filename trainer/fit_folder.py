@@ -1,0 +1,129 @@
+"""A fit's run folder: which one it is, and who keeps its status.
+
+Under `dtrain launch` a script's first fit has the folder of the run itself, whose agent keeps it, so that a script with
+one fit is a run like any other. Each later fit has a folder inside it:
+
+    RUN/            the first fit, and what belongs to the script: logs, heartbeat, code
+    RUN/fit-2/      the second: a whole run folder, kept by rank 0
+    RUN/fits.json   where the later fits are, also those that were given a `run_dir`
+
+All of them show where they are by the run's own heartbeats: there the agent looks, and asks for a stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+from dtrain.errors import UserError
+from dtrain.files import write_text
+from dtrain.monitoring.run_monitor import Keeper
+from dtrain.names import is_users
+from dtrain.run import node_disk
+from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
+from dtrain.run.heartbeat import Heartbeat
+
+from .distributed.stop import Stopped, signals_left_to_agent
+from .distributed.world import World
+
+_fits: dict[str | None, list[Path]] = {}  # the folders of this process's fits, by the launched run; None without one
+
+
+@contextlib.contextmanager
+def fit_folder(
+    world: World, given: str | os.PathLike[str] | None, *, resume: bool, describe: Callable[[str], str]
+) -> Iterator[RunDir]:
+    """The run folder of the fit that begins, with somebody who keeps its status. All ranks take part.
+
+    Args:
+        given: by the script, in place of the one that it would have.
+        resume: whether `given` may hold a run already.
+        describe: the text of its job.yaml, by the script's name.
+
+    Raises:
+        UserError: the folder can't be used.
+    """
+    launched = os.environ.get(RUN_DIR_VARIABLE)
+    script = None if launched is None else RunDir(Path(launched).absolute())
+    before = _fits.setdefault(launched, [])
+    number = len(before) + 1
+    if given is not None:
+        run = RunDir(given)
+    elif script is None:
+        run = RunDir(world.from_main(str(RunDir.new(_script_name()))))
+    else:
+        run = script.fit(number) if script.path in before else script
+    path = run.path.absolute()
+    if path in before:
+        raise UserError(f"{run} already holds a fit of this script; give each fit a run_dir of its own")
+    before.append(path)
+    is_agents = script is not None and path == script.path
+    with contextlib.ExitStack() as stack:
+        if script is not None:
+            stack.enter_context(signals_left_to_agent())
+            if world.is_main and not script.job.exists():
+                name = _script_name()
+                write_text(script.job, describe(name) if is_agents else yaml.safe_dump({"name": name}))
+        if world.is_main and not is_agents:
+            _prepare(run, script, stack, may_exist=resume or given is None, text=describe(_script_name()))
+        world.barrier()  # the folder is there
+        if script is None:
+            stack.enter_context(node_disk.held(run.heartbeats))
+        Heartbeat(run.heartbeat(world.rank), create=script is None).begin(number)
+        if world.is_main and not is_agents:
+            _keep(run, script, stack)
+        yield run
+
+
+def _prepare(run: RunDir, script: RunDir | None, stack: contextlib.ExitStack, *, may_exist: bool, text: str) -> None:
+    """Make the run folder, and lock it until the stack ends. Rank 0 only."""
+    own = [] if script is None else [fit.path for fit in script.fits()]  # from before a stop of the script
+    if run.exists() and not may_exist and run.path.absolute() not in own:
+        raise UserError(f"{run} exists already: give another run_dir, or resume=True to continue it")
+    run.create()
+    stack.enter_context(run.lock())
+    run.take_heartbeats(script)
+    if not run.job.exists():
+        write_text(run.job, text)
+
+
+def _keep(run: RunDir, script: RunDir | None, stack: contextlib.ExitStack) -> None:
+    """Keep the run's status until the stack ends. The agent shows the fit and has it mirrored. Rank 0 only."""
+    keeper = stack.enter_context(Keeper(run, quiet=script is not None))
+    stack.push(lambda *failure: _report_end(keeper, failure[1]))
+    if script is not None:
+        script.add_fit(run)
+
+
+def _report_end(keeper: Keeper, failure: BaseException | None) -> None:
+    if failure is None:
+        keeper.finish("finished", 0)
+    elif isinstance(failure, Stopped):
+        keeper.finish("stopped", EXIT_STOPPED)
+    elif isinstance(failure, KeyboardInterrupt):
+        keeper.finish("killed", EXIT_INTERRUPTED)
+    else:
+        lines = "" if isinstance(failure, UserError) else _users_lines(failure)
+        error = {"rank": 0, "host": socket.gethostname(), "type": type(failure).__name__, "message": str(failure)}
+        error |= {"traceback": lines}
+        keeper.finish("failed", 1, error)
+
+
+def _users_lines(failure: BaseException) -> str:
+    """The frames of the user's own code; all where there are none."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    here = os.path.join(os.path.dirname(__file__), "")
+    users = [frame for frame in frames if is_users(frame.filename) and not frame.filename.startswith(here)]
+    return "".join(traceback.format_list(users or frames))
+
+
+def _script_name() -> str:
+    name = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
+    return name if name and not name.startswith("-") else "run"

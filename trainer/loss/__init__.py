@@ -1,0 +1,1 @@
+"""A micro-batch's predictions, and its loss as a sum over units."""

@@ -1,0 +1,1 @@
+"""What an epoch accumulates: totals, metrics, their single synchronisation, the best epoch."""

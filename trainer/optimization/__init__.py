@@ -1,0 +1,1 @@
+"""From a batch's gradient to the next weights."""

@@ -1,0 +1,143 @@
+"""Whether a run still learns something: seen from its losses, and from the weights where a loss is no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dtrain.errors import UserError
+from dtrain.run.folder import Row
+
+from ..checks.optimizer_kinds import require_rates
+from ..strategies.base import Parallel
+
+_MEND = "a smaller learning rate or fit.clip_norm may help, fit.on_nonfinite: stop names the first such step"
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+
+
+class Learning:
+    """Ends a run whose weights are no numbers any more, or that has nothing to learn from.
+
+    A loss that is not finite doesn't yet mean that: fp16's scaler leaves such steps out, and a sample may be at fault.
+
+    Args:
+        report: told of losses that are not finite while the run goes on.
+        scales: whether steps are left out until a scale for the loss is found (fp16).
+    """
+
+    def __init__(
+        self, model: Parallel, optimizer: Optimizer, report: Callable[[str], None], *, scales: bool = False
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._report = report
+        self._scales = scales
+        self._norm = math.nan  # of the weights with which the epoch began
+        self._untouched: int | None = None  # the checksum of those with which the run began, until they have changed
+        self._first_step = 1
+        self._seen = self._in_doubt = False
+
+    def see(self, loss: float) -> None:
+        """Take in a loss that this rank happens to know."""
+        if not (math.isfinite(loss) or self._seen):
+            self._seen = self._in_doubt = True
+
+    def take_doubt(self) -> bool:
+        """Whether the weights should be looked at, by all ranks together: once an epoch."""
+        in_doubt, self._in_doubt = self._in_doubt, False
+        return in_doubt
+
+    def begin(self, step: int) -> None:
+        """Begin an epoch, after so many steps. All ranks take part.
+
+        Raises:
+            UserError: a scheduler has made a learning rate that nothing can be trained with.
+        """
+        require_rates(self._optimizer, step)
+        self._first_step = step + 1
+        self._seen = self._in_doubt = False
+        self._norm = self._weights()
+        if step == 0:
+            self._untouched = self._checksum()
+
+    def require_finite(self, step: int) -> None:
+        """Raise UserError where the weights after so many steps are not finite. All ranks take part."""
+        require_rates(self._optimizer, step)
+        if not math.isfinite(self._weights()):
+            raise UserError(f"the weights are not finite after {self._steps(step)}, and with them the loss; {_MEND}")
+
+    def judge(self, row: Row, *, is_last: bool) -> None:
+        """Look at what an epoch has done. All ranks take part, with the same row.
+
+        Args:
+            is_last: whether no epoch follows.
+
+        Raises:
+            UserError: the run learns nothing, or can't be judged.
+        """
+        self._judge_losses(row)
+        if self._untouched is not None:
+            self._judge_weights(row, self._untouched, is_last=is_last)
+
+    def _judge_losses(self, row: Row) -> None:
+        losses = {name: row.get(name) for name in ("train_loss", "val_loss", "ema_loss")}
+        odd = {name: value for name, value in losses.items() if isinstance(value, float) and not math.isfinite(value)}
+        if not odd:
+            return
+        step = int(row["step"])
+        self.require_finite(step)
+        said = f"epoch {row['epoch']}, {self._steps(step)}: " + ", ".join(f"{n} is {v}" for n, v in odd.items())
+        if "train_loss" in odd and self._weights() == self._norm:
+            raise UserError(f"{said}, and the weights are what they were before: nothing is learned")
+        if untrue := [name for name, value in odd.items() if name != "train_loss" and math.isnan(value)]:
+            cause = (
+                "its samples, or statistics that batch norm keeps, hold nan or inf, or a rank had none that counts, "
+            )
+            cause += "as with ignore_index: a step then returns its `weight`"
+            raise UserError(f"{said}; the weights are finite, so it is {untrue[0]} itself that is at fault: {cause}")
+        self._report(f"{said}; the weights are finite, and training goes on")
+
+    def _judge_weights(self, row: Row, untouched: int, *, is_last: bool) -> None:
+        """Look whether any step since the run began has changed a weight. All ranks take part."""
+        world = self._model.world
+        if world.sum(torch.tensor(float(self._checksum() != untouched), device=world.device)):
+            self._untouched = None
+            return
+        said = f"epoch {row['epoch']}, {self._steps(int(row['step']))}: the weights are what they were before"
+        if row["train_loss"] == 0:
+            self._report(f"{said}, and train_loss is 0: there is nothing to learn")
+        elif is_last or not self._may_begin_later(row):
+            raise UserError(
+                f"{said}: nothing is learned; the loss has no gradient (a sign, a round, a factor of 0), it depends on "
+                f"none of what the optimizer has, or the learning rate ({row['lr']:.4g}) is too small"
+            )
+
+    def _may_begin_later(self, row: Row) -> bool:
+        """Whether this epoch's steps may have changed nothing, and later ones do: a warm-up, a scale to be found."""
+        return self._scales or row["lr"] == 0
+
+    def _weights(self) -> float:
+        """The norm of all that is trained. All ranks take part where each has a part; waits for the device."""
+        with torch.no_grad():
+            weights = [weight.detach() for weight in self._model.trained(self._optimizer)]
+            return float(self._model.norm([each for each in weights if each.is_floating_point() or each.is_complex()]))
+
+    def _checksum(self) -> int:
+        """Another number where any bit of what this rank has of what is trained is another. Waits for the device."""
+        sums = [_sum_of_bits(weight) for weight in self._model.trained(self._optimizer)]
+        return int(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0
+
+    def _steps(self, step: int) -> str:
+        return f"steps {self._first_step} to {step}" if step > self._first_step else f"step {step}"
+
+
+def _sum_of_bits(weight: Tensor) -> Tensor:
+    """The sum of its numbers' bits, read as integers: exact, whatever the order."""
+    own = (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+    numbers = torch.view_as_real(own) if own.is_complex() else own
+    return numbers.view(_INTEGERS[numbers.element_size()]).sum(dtype=torch.int64)

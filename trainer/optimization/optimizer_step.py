@@ -1,0 +1,128 @@
+"""From a batch's gradient to the next weights: looked at, clipped, applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dtrain.errors import UserError
+
+from ..checks.optimizer_kinds import needs_closure, refused_without_closure
+from ..strategies.base import Parallel, has_sparse_gradients
+from .precision import Precision
+from .regularization import Penalty
+
+OnNonfinite = Literal["stop", "skip"]
+_NO_LIMIT = (
+    "fit.clip_value limits each number of a gradient, and one is sparse, or complex, for which torch has no such "
+    "limit: clip_norm, Embedding(sparse=False)"
+)
+
+
+class Update:
+    """An optimizer's step. All ranks see the same gradients, or the same norm of them, and so decide alike.
+
+    Args:
+        clip_norm: the gradients' Euclidean norm, over all parameters, is scaled down to it where it is larger.
+        clip_value: each gradient's every number is limited to it, up and down.
+        l1, l2: see `Penalty`; a part of the gradient that is clipped.
+        on_nonfinite: what to do with a batch whose gradients hold inf or nan: end the run, or leave it out.
+        report: told of each batch that was left out.
+
+    Raises:
+        UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it; or gradients whose
+            numbers can't be limited or added to one by one.
+    """
+
+    def __init__(
+        self,
+        model: Parallel,
+        optimizer: Optimizer,
+        precision: Precision,
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        l1: float | None = None,
+        l2: float | None = None,
+        on_nonfinite: OnNonfinite | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        asked: dict[str, object] = {"fit.clip_norm": clip_norm, "fit.clip_value": clip_value}
+        asked |= {"fit.l1": l1, "fit.l2": l2, "fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
+        given = [name for name, value in asked.items() if value is not None]
+        if given and needs_closure(optimizer):
+            name = type(optimizer).__name__
+            raise UserError(f"{name} asks for gradients as often as it likes: {', '.join(given)} can't go with it")
+        is_sparse = any(map(has_sparse_gradients, (model.bare, model.loss.module)))
+        if clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
+            raise UserError(_NO_LIMIT)
+        self._model = model
+        self._optimizer = optimizer
+        self._scaler = precision.scaler
+        self._clip_norm = clip_norm
+        self._clip_value = clip_value
+        self._penalty = Penalty(model.bare, l1, l2)
+        self._on_nonfinite = on_nonfinite
+        self._report = report
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether batches are left out, of which the epoch's loss and metrics are to know nothing either."""
+        return self._on_nonfinite == "skip"
+
+    def apply(self, step: int) -> bool:
+        """Make the optimizer's step number `step`; False where `on_nonfinite` leaves it out. All ranks take part.
+
+        Raises:
+            UserError: the gradients are not finite, and `on_nonfinite` is stop.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        self._penalty.add()
+        gradients = self._model.gradients(self._optimizer)
+        if self._clip_norm is not None or self._on_nonfinite is not None:
+            norm = self._model.norm(gradients)
+            if self._on_nonfinite is not None and self._leaves_out(norm, step):
+                return False
+            if self._clip_norm is not None and gradients:
+                scale = torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0)
+                torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # which may be offloaded
+        if self._clip_value is not None and gradients:
+            if any(gradient.is_sparse or gradient.is_complex() for gradient in gradients):
+                raise UserError(_NO_LIMIT)  # one that functional.embedding has made
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
+        if self._scaler is not None:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            return True
+        try:
+            is_done = self._model.step(self._optimizer)
+        except Exception as error:  # an optimizer of the user's own may raise anything
+            if (refused := refused_without_closure(self._optimizer, error)) is not None:
+                raise refused from error
+            raise
+        if not is_done:
+            self._report_skipped(step)
+        return is_done
+
+    def _leaves_out(self, norm: Tensor, step: int) -> bool:
+        if bool(torch.isfinite(norm)):
+            return False
+        if self._on_nonfinite == "stop":
+            raise UserError(
+                f"the gradients of step {step} are not finite, their norm is {float(norm)}; a smaller learning rate "
+                "or fit.clip_norm may help, and fit.on_nonfinite: skip leaves such batches out"
+            )
+        self._report_skipped(step)
+        self._model.drop_gradients()
+        if self._scaler is not None:
+            self._scaler.update()
+        return True
+
+    def _report_skipped(self, step: int) -> None:
+        self._report(f"step {step} is left out: its gradients are not finite")

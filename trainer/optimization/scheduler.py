@@ -1,0 +1,152 @@
+"""The learning-rate scheduler: what it is fed, what of it is saved, and whether it lasts as long as the run."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from dtrain.errors import Problem, UserError, first_line
+from dtrain.run.folder import Row
+
+Interval = Literal["epoch", "step"]
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial, type)
+
+
+def is_fed(scheduler: Any) -> bool:
+    """Whether its `step` wants a reported value, as ReduceLROnPlateau's does.
+
+    Raises:
+        UserError: it wants something else.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return True
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1 or (needed and any(word in needed[0] for word in ("epoch", "step", "iter", "update"))):
+        name = type(scheduler).__name__
+        message = f"{name}.step needs {', '.join(needed)}: dtrain calls step(), or step(value) with what is monitored"
+        raise UserError(Problem(message, "scheduler"))
+    return bool(needed)
+
+
+def after_step(scheduler: LRScheduler, step: int) -> None:
+    """The step of a scheduler that steps with the optimizer, after its step of that number.
+
+    Raises:
+        UserError: the schedule has ended, in a run whose length nobody knew before.
+    """
+    try:
+        scheduler.step()
+    except ValueError as error:
+        ending = next((part for part, _ in _parts(scheduler, sys.maxsize) if isinstance(part, OneCycleLR)), None)
+        if ending is None:
+            raise
+        message = f"{type(ending).__name__} has ended before the run has, with step {step}: {first_line(error)}"
+        raise UserError(Problem(message, "scheduler", hint="total_steps: as many as all epochs have")) from error
+
+
+def after_epoch(scheduler: Any, row: Row, monitor: str) -> None:
+    """An epoch's step, of a scheduler that steps once an epoch."""
+    if not is_fed(scheduler):
+        scheduler.step()
+    elif isinstance(value := row.get(monitor), float):
+        scheduler.step(value)
+    else:
+        raise UserError(
+            Problem(f"{monitor} is no single number, and {type(scheduler).__name__} needs one", "scheduler")
+        )
+
+
+def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
+    """Raise UserError where a scheduler takes a better value for a worse one.
+
+    Args:
+        known: min or max: whether less or more of `monitor` is better; None where nobody has said.
+    """
+    mode = getattr(scheduler, "mode", None)
+    if is_fed(scheduler) and known is not None and mode in ("min", "max") and mode != known:
+        name, better = type(scheduler).__name__, "less" if known == "min" else "more"
+        message = f"the mode of {name} is {mode}, and it looks at {monitor}, of which {better} is better"
+        hint = f"mode: {known}, or another value to look at (scheduler.monitor, scheduler_monitor)"
+        raise UserError(Problem(message, "scheduler", hint=hint))
+
+
+def state_of(scheduler: Any) -> Any:
+    """Its state_dict, without what is code.
+
+    torch's own state_dict of a scheduler is all of its attributes. A function among them is no state: it is there
+    again when the scheduler is made again, and stays there when the rest is loaded.
+    """
+    state = scheduler.state_dict()
+    kind = type(scheduler)
+    if kind.state_dict is LRScheduler.state_dict and kind.load_state_dict is LRScheduler.load_state_dict:
+        return {key: value for key, value in state.items() if not isinstance(value, _CODE)}
+    return state
+
+
+def check_length(
+    scheduler: Any, interval: Interval, epochs: int, num_steps: int | None, warn: Callable[[str], None]
+) -> None:
+    """Compare a schedule with the run. No collective.
+
+    Args:
+        num_steps: optimizer steps of an epoch, where that is known.
+        warn: told of schedules that do something unlikely to be meant.
+
+    Raises:
+        UserError: the scheduler would raise in the middle of the run.
+    """
+    by_interval = {"epoch": epochs, "step": None if num_steps is None else epochs * num_steps}
+    if (calls := by_interval[interval]) is None:
+        for part, _ in _parts(scheduler, sys.maxsize):
+            if isinstance(part, OneCycleLR):
+                ends = f"{type(part).__name__} ends after total_steps {part.total_steps}"
+                warn(f"{ends}, and with it the run, if {epochs} epochs have more: how many is not known before")
+        return
+    unit = f"{interval}s"
+    other = "step" if interval == "epoch" else "epoch"
+    for part, steps in _parts(scheduler, getattr(scheduler, "last_epoch", 0) + calls):
+        name = type(part).__name__
+        if isinstance(part, OneCycleLR) and steps > part.total_steps:
+            mend = f"total_steps: {steps}"
+            if part.total_steps == by_interval[other]:
+                mend = f"scheduler.interval: {other} (scheduler_interval)"
+            message = f"{name} ends after total_steps {part.total_steps}, and this run makes {steps} {unit}: {mend}"
+            raise UserError(Problem(message, "scheduler"))
+        if isinstance(part, OneCycleLR) and steps < part.total_steps and part.total_steps == by_interval[other]:
+            warn(f"{name} makes {steps} of its total_steps {part.total_steps}: is scheduler.interval {other} meant?")
+        if isinstance(part, CosineAnnealingLR) and steps > part.T_max:
+            warn(f"{name} turns back up after T_max {part.T_max} of {steps} {unit}; T_max: {steps} ends with the run")
+        if isinstance(part, PolynomialLR) and steps > part.total_iters:
+            warn(f"{name}: the learning rate is 0 after total_iters {part.total_iters} of {steps} {unit}")
+
+
+def _parts(scheduler: Any, calls: int) -> Iterator[tuple[Any, int]]:
+    """The schedulers that one is made of, itself where it is none of others, and how many steps each makes."""
+    inner = getattr(scheduler, "_schedulers", [])  # which torch gives no other name
+    if isinstance(scheduler, SequentialLR):
+        starts = [0, *scheduler._milestones]
+        last = bisect_right(scheduler._milestones, calls)
+        for part, start, end in zip(inner, starts, [*(each - 1 for each in starts[1:]), calls], strict=True):
+            if start <= starts[last]:
+                yield from _parts(part, min(calls, end) - start)
+    elif isinstance(scheduler, ChainedScheduler):
+        for part in inner:
+            yield from _parts(part, calls)
+    else:
+        yield scheduler, calls

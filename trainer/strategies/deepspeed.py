@@ -1,0 +1,370 @@
+"""DeepSpeed's ZeRO: the optimizer's states in parts (stage 1), the gradients too (2), the parameters too (3).
+
+Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, SC 2020. Here are the places
+where DeepSpeed's engine meets the loop, and how its flat parts become whole tensors by name, and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor as dtensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
+
+from dtrain.errors import Problem, UserError, first_line
+from dtrain.schema import deepspeed_config
+from dtrain.schema.packages import require
+
+from ..checkpoint.background import Copied, to_cpu
+from ..checkpoint.optimizer_state import held, parameter_groups
+from ..checks.optimizer_kinds import has_modes, needs_closure
+from ..data.indexed import MicroBatch
+from ..distributed.world import World, ensure_group, require_cpu_backend
+from ..loss.step import Outcome, Step
+from ..model.buffers import extra_states
+from ..model.weights import bare_tensors
+from .base import Parallel, Stepping, require_all_used, require_divisible, run_within
+
+# Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
+_NOT_BY_NUMBER = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """What of a parameter this rank's optimizer has: `length` of its numbers from `begin` on, at `flat[start]` on.
+
+    `flat` is what the optimizer trains: float32 numbers of a group's parameters, one after the other.
+    """
+
+    flat: Tensor
+    start: int
+    begin: int
+    length: int
+
+
+def with_deepspeed(
+    net: nn.Module, world: World, config: Mapping[str, Any], said: Mapping[str, Any], *, sync_batchnorm: bool
+) -> Parallel:
+    """The model under DeepSpeed with the stage that its section asks for; arguments and errors as of `Engine`."""
+    kind = Zero if deepspeed_config.stage(config) else Engine
+    return kind(net, world, config, said, sync_batchnorm=sync_batchnorm)
+
+
+class Engine(Parallel):
+    """A model that DeepSpeed trains, whole on each rank: stage 0. All ranks take part in `adopt`.
+
+    Args:
+        config: DeepSpeed's own settings.
+        said: what the job says already, for `zero_config.disagreements`.
+
+    Raises:
+        UserError: settings that DeepSpeed or the job doesn't agree with, or a model that can't be cut.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        world: World,
+        config: Mapping[str, Any],
+        said: Mapping[str, Any],
+        *,
+        sync_batchnorm: bool = False,
+    ) -> None:
+        super().__init__(net, world, sync_batchnorm=sync_batchnorm)
+        if problems := list(deepspeed_config.disagreements(config, **said)):
+            raise UserError(problems)
+        require_divisible(self.bare)
+        if others := list(extra_states(self.bare)):
+            raise UserError(f"{others[0]} (get_extra_state) can't be kept by DeepSpeed: use ddp, or fsdp")
+        self._config = deepspeed_config.filled(config, said["precision"])
+        self._stage = deepspeed_config.stage(config)
+        self._engine: Any = None
+        self._groups: list[list[str]] = []  # the names of the optimizer's parameters, before the engine exchanges them
+        ensure_group(world)
+        require_cpu_backend("DeepSpeed")
+
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            self.bare.to(self.world.device)
+            for parameter in self.bare.parameters():
+                dist.broadcast(parameter.data, src=0)
+            return
+        name = type(optimizer).__name__
+        if name != "LBFGS" and (needs_closure(optimizer) or has_modes(optimizer) or held(optimizer)):
+            wants = "wants a closure, or train() and eval(), or leaves its steps to another optimizer"
+            raise UserError(f"{name} {wants}, and DeepSpeed knows none of it: use ddp")
+        if name in _NOT_BY_NUMBER:
+            raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
+        self._groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
+        if unknown := [name for group in self._groups for name in group if name not in known]:
+            raise UserError(f"the optimizer has parameters that are not the model's ({len(unknown)}): use ddp, or fsdp")
+        deepspeed = _deepspeed(self.world.device)
+        self.cut()
+        try:
+            self._bring(deepspeed)
+            self._engine, *_ = deepspeed.initialize(model=Stepping(self.bare), optimizer=optimizer, config=self._config)
+        except pydantic.ValidationError as error:
+            raise UserError([_problem(each) for each in error.errors()]) from None
+        except (AssertionError, ValueError) as error:  # how it says that settings contradict each other
+            raise UserError(Problem(first_line(error), "deepspeed")) from None
+        self.module = self._engine
+        self.share_buffers()  # it has shared the parameters itself
+
+    def _bring(self, deepspeed: Any) -> None:
+        """Bring the model to the device before the engine is made, where that is not left to it."""
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        if self._engine is None:
+            return super().run(step, micro_batch)
+        return run_within(self._engine, step, micro_batch)
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
+        require_all_used(self.bare, loss)  # it would take zeros for gradients, and decay the weights
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        """Nothing: DeepSpeed drops gradients when it has made its step."""
+
+    def step(self, optimizer: Optimizer) -> bool:
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def drop_gradients(self) -> None:
+        self._engine.zero_grad()
+
+    def own_optimizer_state(self, optimizer: Optimizer) -> Any:
+        return list(optimizer.state.values())  # whose keys are no parameters of the model any more
+
+    def parameter_groups(self, optimizer: Optimizer) -> list[list[str]]:
+        return self._groups
+
+
+class Zero(Engine):
+    """A model of which DeepSpeed leaves each rank a part to train: ZeRO's stages 1 to 3."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._group_of: dict[str, int] = {}
+        self._parameters = dict(self.bare.named_parameters(remove_duplicate=False))
+        self._fragments: dict[nn.Parameter, _Fragment] = {}
+        self._mesh = init_device_mesh("cpu", (self.world.world_size,))  # of what a checkpoint has in parts
+        self.forwards_together = self._stage == 3
+
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        super().adopt(optimizer)
+        if optimizer is None:
+            return
+        if self._zero.optimizer is not optimizer:
+            name = type(optimizer).__name__
+            raise UserError(f"DeepSpeed exchanges {name} for one of its own, without its groups: use ddp, or fsdp")
+        self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
+        self._fragments = dict(self._find_fragments())
+
+    def _bring(self, deepspeed: Any) -> None:
+        if self._stage == 3:  # a parameter at a time: the device never holds the whole model
+            deepspeed.zero.Init(module=self.bare, config_dict_or_path=self._config)
+            for buffer in self.bare.buffers():
+                buffer.data = buffer.data.to(self.world.device)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's wrapper around the optimizer."""
+        return self._engine.optimizer
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def trained(self, optimizer: Optimizer) -> list[Tensor]:
+        return list({id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values())
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        if self._zero.offload_optimizer if self._stage == 3 else self._zero.cpu_offload:
+            self.world.await_device()  # for the gradients to have come to the CPU's memory: not all of them have
+            return [flat.grad for flat in self.trained(optimizer) if flat.grad is not None]
+        return [part for parts in self._zero.averaged_gradients.values() for part in parts]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        own = super().norm(gradients)
+        return self.world.sum(own.to(self.world.device).square()).sqrt()
+
+    def drop_gradients(self) -> None:
+        self._engine.step()  # which leaves out what is not finite, and is the only one who can drop it
+
+    # -- what is saved ---------------------------------------------------------------------------
+
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+        if self._stage < 3 or self._engine is None:
+            return super().weights(instead)
+        whole = Copied()
+        for name, value in bare_tensors(self.bare).items():
+            with self._whole(value) as gathered:
+                if self.world.is_main:
+                    whole[name] = to_cpu(gathered.detach())
+        return whole
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().state_dict()
+        state = {}
+        for name, value in self.bare.state_dict(keep_vars=True).items():
+            with self._whole(value) as gathered:
+                is_parameter = isinstance(value, nn.Parameter)
+                state[name] = self._part_of(gathered.detach()) if is_parameter else gathered
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._stage < 3:
+            super().load_state_dict(state)
+        else:
+            for name, value in self.bare.state_dict(keep_vars=True).items():
+                whole = _full(state[name])
+                with self._whole(value, modified=True) as gathered, torch.no_grad():
+                    gathered.copy_(whole)
+        self._zero.refresh_fp32_params()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        values = self.bare.state_dict(keep_vars=True).items()
+        return {name: getattr(value, "ds_shape", value.shape) for name, value in values}
+
+    @contextlib.contextmanager
+    def _whole(self, value: Tensor, *, modified: bool = False) -> Iterator[Tensor]:
+        """The tensor with its values, gathered where ranks have parts. All ranks take part."""
+        if not hasattr(value, "ds_id"):
+            yield value
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value], modifier_rank=0 if modified else None):
+            yield value
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._trained():
+            fragment = self._fragments[parameter]
+            found = optimizer.state.get(fragment.flat, {})
+            state |= {name: {}} if found else {}
+            for key, value in found.items():
+                if isinstance(value, Tensor) and value.shape == fragment.flat.shape:
+                    state[name][key] = self._part_of(self._gathered(value, fragment, parameter))
+                elif isinstance(value, Tensor) and value.dim():
+                    raise UserError(
+                        f"{type(optimizer).__name__} keeps {key} in another shape than its parameters', which can't be "
+                        "put together from ZeRO's flat parts: use ddp"
+                    )
+                else:
+                    state[name][key] = value
+        groups = zip(optimizer.param_groups, self._groups, strict=True)
+        return {"state": state, "param_groups": [{**group, "params": names} for group, names in groups]}
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        for name, parameter in self._trained():
+            fragment = self._fragments[parameter]
+            for key, value in state["state"].get(name, {}).items():
+                own = optimizer.state.setdefault(fragment.flat, {})
+                if isinstance(value, Tensor) and value.shape == self._shape(parameter):
+                    whole = _full(value).reshape(-1)
+                    flat = own.setdefault(key, torch.zeros_like(fragment.flat, dtype=whole.dtype, requires_grad=False))
+                    mine = whole[fragment.begin : fragment.begin + fragment.length]
+                    flat[fragment.start : fragment.start + fragment.length] = mine
+                else:
+                    group = optimizer.param_groups[self._group_of[name]]
+                    on_device = isinstance(value, Tensor) and (group.get("fused") or group.get("capturable"))
+                    own[key] = value.to(fragment.flat.device) if on_device else value
+
+    def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
+        known = self._parameters.get(name)
+        is_cut = self._stage == 3 or section == "optimizer"
+        if not is_cut or known is None or self._shape(known) != like.shape:
+            return None
+        return dtensor.empty(*like.shape, dtype=like.dtype, device_mesh=self._mesh, placements=[Shard(0)])
+
+    # -- flat parts ------------------------------------------------------------------------------
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        known = self._parameters
+        return [(name, known[name]) for name in self._group_of if known[name].requires_grad]
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _find_fragments(self) -> Iterator[tuple[nn.Parameter, _Fragment]]:
+        zero: Any = self._zero
+        if self._stage == 3:  # each rank has as many numbers of each parameter; the last ones' end is padding
+            for _, parameter in self._trained():
+                number, start, length = zero.grad_position[zero.get_param_id(parameter)]
+                numel = self._shape(parameter).numel()
+                begin = min(self.world.rank * length, numel)
+                flat = zero.fp32_partitioned_groups_flat[number]
+                yield parameter, _Fragment(flat, start, begin, min(length, numel - begin))
+            return
+        # A group's parameters stand in a row, which is cut into as many parts as there are ranks.
+        groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+        for flat, (parameters, offsets) in zip(zero.single_partition_of_fp32_groups, groups, strict=True):
+            first, end = self.world.rank * flat.numel(), (self.world.rank + 1) * flat.numel()
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                here = min(max(offset, first), end)
+                length = max(min(offset + parameter.numel(), end) - here, 0)
+                yield parameter, _Fragment(flat, here - first, here - offset if length else 0, length)
+
+    def _gathered(self, flat: Tensor, fragment: _Fragment, parameter: nn.Parameter) -> Tensor:
+        """The whole of what ranks have of it in flat tensors like this one. All ranks take part."""
+        shape = self._shape(parameter)
+        whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.world.device)
+        mine = flat[fragment.start : fragment.start + fragment.length]
+        whole[fragment.begin : fragment.begin + fragment.length] = mine
+        dist.all_reduce(whole.view(torch.uint8))  # of bytes: each is zero on all ranks but one
+        return whole.view(shape)
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        """What this rank has of it in a checkpoint. No collective."""
+        part = distribute_tensor(whole.cpu(), self._mesh, [Shard(0)], src_data_rank=None)
+        return part.clone()  # else it would keep the whole one
+
+
+def _full(value: Tensor) -> Tensor:
+    """All of what a checkpoint has in parts. All ranks take part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _problem(error: Any) -> Problem:
+    path = ".".join(["deepspeed.zero_optimization", *map(str, error["loc"])])
+    return Problem("unknown key" if error["type"] == "extra_forbidden" else error["msg"], path)
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The library, imported for this device. Not before it is needed: it takes seconds, and looks for GPUs."""
+    if device.index is not None:  # which may be another number than this rank's
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    require("fit.strategy: deepspeed", "deepspeed")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:  # it is of another torch, or CUDA
+        raise UserError(f"fit.strategy: deepspeed can't be imported: {first_line(error)}") from None
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for half a minute
+    return deepspeed

@@ -1,0 +1,262 @@
+"""torch's FSDP2: each rank keeps a part of each parameter, of its gradient and of what the optimizer has of it.
+
+The model's blocks are gathered one at a time, when it is their turn to compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dtrain.errors import UserError
+from dtrain.schema.job import Fsdp
+
+from ..checkpoint.background import Copied, to_cpu
+from ..checkpoint.optimizer_state import held
+from ..data.batch_tensors import map_tensors
+from ..data.indexed import MicroBatch
+from ..distributed.world import World, ensure_group, require_cpu_backend
+from ..loss.step import Outcome, Step
+from ..model.blocks import of_classes, repeated
+from ..model.buffers import copied
+from ..model.weights import bare_state_dict
+from .base import Parallel, Stepping, require_divisible, run_within, shortened
+
+
+class FullySharded(Parallel):
+    """A part of the model on each rank. All ranks take part in making it.
+
+    On ranks other than 0 the model may be on the meta device: the values are rank 0's. No rank's device ever holds
+    more of it than its part and one block.
+
+    Args:
+        net: its parameters are exchanged for parts of them, see `adopt`.
+        dtype: in which blocks are gathered and computed; None for the parameters' own. Gradients are summed in float32.
+
+    Raises:
+        UserError: a model that FSDP2 can't cut, or no module of a class to wrap.
+    """
+
+    forwards_together = True
+
+    def __init__(
+        self, net: nn.Module, world: World, settings: Fsdp, dtype: torch.dtype | None, *, sync_batchnorm: bool = False
+    ) -> None:
+        super().__init__(net, world, sync_batchnorm=sync_batchnorm)
+        if settings.offload and world.device.type == "cpu":
+            raise UserError("fsdp.offload keeps in the CPU's memory what a GPU has no room for; there is no GPU here")
+        if world.world_size > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise UserError(
+                f"fsdp on several ranks needs a newer torch than {torch.__version__} (2.15 was tried): in this one "
+                "ranks that use different parameters would add up each other's; use ddp or deepspeed"
+            )
+        require_divisible(self.bare)
+        blocks = of_classes(self.bare, settings.wrap, "fsdp.wrap") if settings.wrap else repeated(self.bare)
+        _require_apart(self.bare, blocks)
+        self.cut()
+        # By the original parameters, as long as an optimizer has them.
+        self._names = WeakIdKeyDictionary({parameter: name for name, parameter in self.bare.named_parameters()})
+        ensure_group(world)
+        if settings.offload:
+            require_cpu_backend("fsdp.offload")
+        self._mesh = init_device_mesh(world.device.type, (world.world_size,))
+        if any(isinstance(module, _BatchNorm) for module in self.bare.modules()):
+            dtype = None  # torch's batch norm has its statistics and its parameters in one type
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
+        self.module = Stepping(self.bare)
+        if dtype is not None:  # FSDP2 casts what blocks are given, and of its root's arguments knows only a step
+            self.bare.register_forward_pre_hook(functools.partial(_cast, dtype), with_kwargs=True)
+        for block in [*reversed(blocks), self.module]:
+            self._fill(block)
+            fully_shard(
+                block,
+                mesh=self._mesh,
+                # The root's own are needed first in the backward pass: they stay.
+                reshard_after_forward=settings.reshard_after_forward and block is not self.module,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
+        for module in self.bare.modules():
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                setattr(module, name, _real(buffer, world.device))
+        self.share_buffers()
+        self._used: set[str] = set()  # parameters that this batch has given a gradient
+        self._unused: set[str] | None = None  # those that the first one has given none
+
+    def _fill(self, block: nn.Module) -> None:
+        """Bring the block's parameters to the device, with rank 0's values. All ranks take part."""
+        made: dict[nn.Parameter, nn.Parameter] = {}  # those that are shared stay shared
+        for module in block.modules():
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if not isinstance(parameter, DTensor):  # of a block within
+                    filled = nn.Parameter(_real(parameter.detach(), self.world.device), parameter.requires_grad)
+                    setattr(module, name, made.setdefault(parameter, filled))
+        for parameter in made.values():
+            dist.broadcast(parameter.data, src=0)
+
+    def adopt(self, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            return
+        if isinstance(optimizer, LBFGS):
+            raise UserError("LBFGS takes all parameters as one vector, and fsdp leaves each rank a part: use ddp")
+        if type(optimizer).__name__ == "Adafactor":
+            raise UserError("torch's Adafactor can't compute with parts of parameters: use ddp")
+        if any(each.param_groups is not optimizer.param_groups for each in held(optimizer).values()):
+            name = type(optimizer).__name__
+            raise UserError(f"{name} holds an optimizer with parameter groups of its own: share them, or use ddp")
+        parts = dict(self.bare.named_parameters())
+        for parameter, state in list(optimizer.state.items()):  # some have it before their first step
+            if (name := self._names.get(parameter)) is not None:
+                del optimizer.state[parameter]
+                optimizer.state[parts[name]] = {key: self._part_of(value, parts[name]) for key, value in state.items()}
+        for group in optimizer.param_groups:
+            names = [self._names.get(parameter) for parameter in group["params"]]
+            whole = zip(names, group["params"], strict=True)
+            group["params"] = [parameter if name is None else parts[name] for name, parameter in whole]
+        if self.world.world_size > 1:
+            self._watch_use()
+
+    def _watch_use(self) -> None:
+        """See which parameters get a gradient on this rank. All ranks take part, in gathering each block once.
+
+        A rank that has none for a parameter sums zeros instead: ranks that sum different parameters would abort, or
+        take each other's numbers for their own.
+        """
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_reduce_scatter_unused_params(True)
+        for block in self.module.modules():
+            if isinstance(block, FSDPModule):
+                block.unshard()
+                for name, whole in self.bare.named_parameters():
+                    if whole.requires_grad and not isinstance(whole, DTensor):
+                        whole.register_post_accumulate_grad_hook(functools.partial(_add_name, self._used, name))
+                block.reshard()
+
+    def require_averaged(self, loss: Tensor, step: int) -> None:
+        if self.world.world_size == 1:
+            return
+        unused = self._trainable.keys() - self._used
+        self._used.clear()
+        if self._unused is None:  # in this process's first step: all ranks take part
+            self._unused = self.world.from_main(unused)
+        if changed := sorted(unused ^ self._unused):
+            raise UserError(
+                f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. fsdp needs "
+                "the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
+                "chance, or use ddp with fit.find_unused_parameters: true"
+            )
+        parts = dict(self.bare.named_parameters())
+        for name in unused:  # by any rank: as in one process, it has no gradient
+            parts[name].grad = None
+
+    def _part_of(self, value: Any, part: nn.Parameter) -> Any:
+        """Of a state that has its parameter's shape, what belongs to this rank's part. All ranks take part."""
+        if not isinstance(value, Tensor) or value.shape != part.shape:
+            return value
+        whole = _real(value, self.world.device)
+        dist.broadcast(whole, src=0)
+        mine: Any = torch.empty_like(part.detach(), dtype=whole.dtype)
+        return mine.copy_(distribute_tensor(whole, self._mesh, mine.placements, src_data_rank=None))
+
+    def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
+        return run_within(self.module, step, micro_batch)
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last)
+        yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with super().evaluating():
+            yield
+        self._reshard()
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        with super().trying():
+            yield
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Cut the root again, which without a backward pass stays gathered, with the parameters that it had."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def weights(self, instead: Mapping[int, Tensor] | None = None) -> dict[str, Any]:
+        whole = Copied()
+        for name, kept in bare_state_dict(self.bare, instead).items():
+            if not isinstance(kept, Tensor):
+                whole[name] = map_tensors(to_cpu, copied(kept))
+                continue
+            value: Any = kept.to(self.world.device)
+            gathered = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.world.is_main:
+                whole[name] = to_cpu(gathered)
+        return whole
+
+    def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
+        part = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
+        return None if part is None or part.shape != like.shape else torch.empty_like(part.detach(), dtype=like.dtype)
+
+
+def _add_name(names: set[str], name: str, parameter: Tensor) -> None:
+    names.add(name)
+
+
+def _cast(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The arguments of a forward pass, its floating-point numbers of this type."""
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs))
+
+
+def _real(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device; its values are undefined where it was on the meta device."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+
+def _require_apart(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Raise UserError where two blocks share a parameter: each would gather a copy of its own."""
+    block_of: dict[nn.Module, nn.Module] = {}
+    for block in [net, *blocks]:  # inner ones last
+        block_of |= dict.fromkeys(block.modules(), block)
+    users: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{own}" if path else own
+            first, block = users.setdefault(id(parameter), (name, block_of[module]))
+            if block is not block_of[module]:
+                raise UserError(
+                    f"fsdp.wrap: {first} and {name} are one parameter, used in two blocks ({type(block).__name__} and "
+                    f"{type(block_of[module]).__name__}); name classes of modules that share nothing"
+                )
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
+    """A model without values, for ranks that get them from rank 0; None where its class can't be built so.
+
+    A constructor that computes with values (`.item()`), or keeps tensors that are neither parameters nor buffers,
+    needs them.
+    """
+    try:
+        with torch.device("meta"):
+            net = build()
+    except Exception:  # whatever it meets; rank 0 meets it too where it is no matter of the device
+        return None
+    attributes = [{**vars(module), "_parameters": None, "_buffers": None} for module in net.modules()]
+    return None if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(attributes)) else net
