@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,18 +17,45 @@ from torchmetrics import MeanSquaredError
 
 from dtrain import Trainer
 from dtrain.errors import UserError
+from dtrain.schema.job import Checkpoint, Fit, Launch
+from dtrain.schema.loading import load_job
+from dtrain.trainer.checks.arguments import OF_THE_RUN
 
-REFUSED = {
-    "strategy": ({"strategy": "fsdp"}, "strategy: expected 'ddp', Fsdp or a dict, found 'fsdp'"),
-    "precision": ({"precision": "bfloat16"}, "fit.precision: .* found 'bfloat16'; did you mean bf16"),
-    "interval": ({"scheduler_interval": "batch"}, "interval: expected epoch or step, found 'batch'"),
-    "on_nonfinite": ({"on_nonfinite": "ignore"}, "fit.on_nonfinite: expected stop or skip"),
-    "every": ({"checkpoint_every": "epochs"}, "checkpoint.every: expected epoch or a number"),
-    "keep": ({"keep": 0}, "checkpoint.keep: expected at least 1, found 0"),
-    "device": ({"device": "gpu"}, "launch.device: expected auto, cpu or cuda"),
-    "seed": ({"seed": None}, "seed: expected a whole number"),
-    "ema": ({"ema": 2.0}, "fit.ema: expected a number below 1"),
-    "micro-batch": ({"micro_batch_size": 2.5}, "fit.micro_batch_size: expected a whole number"),
+# By what it is called in job.yaml: what Trainer calls it, and values that both refuse.
+BOTH = {
+    "fit.strategy": ("strategy", ["fsdpp", 3]),
+    "fit.precision": ("precision", ["bfloat16", 16]),
+    "fit.micro_batch_size": ("micro_batch_size", [0, 2.5]),
+    "fit.deterministic": ("deterministic", ["of", 3]),
+    "fit.sync_batchnorm": ("sync_batchnorm", ["maybe"]),
+    "fit.find_unused_parameters": ("find_unused_parameters", ["some"]),
+    "fit.clip_norm": ("clip_norm", [-1, "a lot"]),
+    "fit.clip_value": ("clip_value", [0]),
+    "fit.l1": ("l1", [-0.5]),
+    "fit.l2": ("l2", ["much"]),
+    "fit.ema": ("ema", [2, 0]),
+    "fit.on_nonfinite": ("on_nonfinite", ["ignore"]),
+    "checkpoint.every": ("checkpoint_every", ["epochs", 0]),
+    "checkpoint.keep": ("keep", [0]),
+    "launch.device": ("device", ["gpu"]),
+    "seed": ("seed", [-1, "a"]),
+    "scheduler.interval": ("scheduler_interval", ["batch"]),
+}
+TOGETHER = {
+    "clipped twice": {"clip_norm": 1.0, "clip_value": 1.0},
+    "unused": {"find_unused_parameters": True, "strategy": "fsdp"},
+    "fp16": {"precision": "fp16", "on_nonfinite": "stop"},
+}
+JOB = """
+name: settings
+model: {_target_: torch.nn.Linear, in_features: 2, out_features: 1}
+data: {train: {_target_: data.points}, batch_size: 8}
+loss: {_target_: torch.nn.MSELoss}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+scheduler: {_target_: torch.optim.lr_scheduler.StepLR, step_size: 1}
+fit: {epochs: 1}
+"""
+NAMES = {
     "activations": ({"activations": {"mes": "none"}}, "activations: names the metric mes.* did you mean mse"),
     "train_metrics": ({"train_metrics": ["mes"]}, "train_metrics: names the metric mes.* did you mean mse"),
 }
@@ -33,13 +67,50 @@ def trainer(**settings):
     return Trainer(net, nn.MSELoss(), optimizer, {"mse": MeanSquaredError()}, **settings)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_job_yaml_refuses(name):
-    settings, says = REFUSED[name]
-    with pytest.raises(UserError, match=says):
+def said_of_job(folder: Path, settings: Mapping[str, Any]) -> str:
+    path = folder / "job.yaml"
+    path.write_text(JOB)
+    with pytest.raises(UserError) as refused:
+        load_job(path, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    return str(refused.value)
+
+
+def said_of_trainer(settings: Mapping[str, Any]) -> str:
+    with pytest.raises(UserError) as refused:
         trainer(**settings)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", BOTH)
+def test_both_doors_refuse_in_the_same_words(key, tmp_path):
+    keyword, values = BOTH[key]
+    for value in values:
+        said = said_of_trainer({keyword: value})
+        assert said_of_job(tmp_path, {key: value}).endswith(said), (value, said)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_both_doors_refuse_what_contradicts_itself(name, tmp_path):
+    settings = TOGETHER[name]
+    assert said_of_trainer(settings) in said_of_job(tmp_path, {f"fit.{key}": each for key, each in settings.items()})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_metrics_that_there_are_not(name):
+    settings, says = NAMES[name]
+    assert re.search(says, said_of_trainer(settings))
+
+
+def test_trainers_arguments_are_the_schemas_by_name_and_default():
+    arguments = {name: each.default for name, each in inspect.signature(Trainer).parameters.items()}
+    fit = {name: each.get_default(call_default_factory=True) for name, each in Fit.model_fields.items()}
+    assert fit.keys() - OF_THE_RUN <= arguments.keys()
+    own = {name: fit[name] for name in fit.keys() - OF_THE_RUN}
+    assert own == {name: list(value) if isinstance(value := arguments[name], tuple) else value for name in own}
+    assert (arguments["checkpoint_every"], arguments["keep"]) == (Checkpoint().every, Checkpoint().keep)
+    assert arguments["device"] == Launch().device
 
 
 def test_numbers_of_numpy_are_numbers():
     made = trainer(seed=np.int64(3), l1=np.float32(0.5), micro_batch_size=np.int32(4), train_metrics=["mse"])
-    assert (made.seed, made.l1, made.micro_batch_size) == (3, 0.5, 4)
+    assert (made.seed, made.settings.fit.l1, made.micro_batch_size) == (3, 0.5, 4)

@@ -18,7 +18,7 @@ from training import Job, Samples, content, differences, epoch_order, fit, prepa
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Fsdp
+from dtrain.schema.job import Fit, Fsdp
 from dtrain.trainer.checkpoint.manager import saved
 from dtrain.trainer.distributed.world import join_world
 from dtrain.trainer.model.blocks import of_classes, repeated
@@ -274,7 +274,7 @@ def overflow(rank: int, world_size: int) -> list[Any]:
     model.adopt(optimizer)
     precision = Precision("fp32", torch.device("cpu"))
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    update = Update(model, optimizer, precision)
+    update = Update(model, optimizer, precision, Fit(epochs=1))
     precision.scaled(model.module(lambda net: net(torch.ones(1, 3)).sum())).backward()
     before = model.weights()
     if rank == 1:

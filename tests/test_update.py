@@ -15,7 +15,7 @@ from training import Job, Samples, epoch_order, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Fsdp
+from dtrain.schema.job import Fit, Fsdp
 from dtrain.trainer.distributed.world import World
 from dtrain.trainer.optimization.optimizer_step import Update
 from dtrain.trainer.optimization.param_groups import group_parameters
@@ -143,7 +143,8 @@ def test_fp16_scales_the_loss_and_leaves_out_what_overflows():
     net = nn.Linear(2, 1, bias=False)
     weight = net.weight
     nn.init.ones_(weight)
-    update = Update(Parallel(net, World(0, 1, CPU)), torch.optim.SGD([weight], lr=1.0), precision, clip_norm=0.5)
+    fit = Fit(epochs=1, clip_norm=0.5)
+    update = Update(Parallel(net, World(0, 1, CPU)), torch.optim.SGD([weight], lr=1.0), precision, fit)
     precision.scaled((weight * torch.tensor([3.0, 4.0])).sum()).backward()
     assert weight.grad[0].tolist() == [3072.0, 4096.0]
     assert update.apply(1)
@@ -165,7 +166,7 @@ def test_what_can_not_go_together():
     net = nn.Linear(2, 1)
     model = Parallel(net, World(0, 1, CPU))
     with pytest.raises(UserError, match=r"LBFGS asks for gradients .* fit.clip_norm can't"):
-        Update(model, LBFGS(net.parameters()), Precision("fp32", CPU), clip_norm=1.0)
+        Update(model, LBFGS(net.parameters()), Precision("fp32", CPU), Fit(epochs=1, clip_norm=1.0))
 
 
 class Block(nn.Module):
@@ -198,9 +199,9 @@ def test_a_limit_of_each_number_where_there_is_none(net):
     world, precision = World(0, 1, CPU), Precision("fp32", CPU)
     optimizer = torch.optim.SGD(net.parameters())
     with pytest.raises(UserError, match="clip_value limits each number of a gradient, and one is sparse, or complex"):
-        Update(Parallel(net, world), optimizer, precision, clip_value=1.0)
+        Update(Parallel(net, world), optimizer, precision, Fit(epochs=1, clip_value=1.0))
     net.requires_grad_(False)
-    Update(Parallel(net, world), optimizer, precision, clip_value=1.0)
+    Update(Parallel(net, world), optimizer, precision, Fit(epochs=1, clip_value=1.0))
 
 
 def test_parameters_in_groups():

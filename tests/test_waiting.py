@@ -25,6 +25,7 @@ from training import make_loop
 
 from dtrain.errors import UserError
 from dtrain.run.heartbeat import Phase
+from dtrain.schema.job import Fit
 from dtrain.trainer import loop, trainer
 from dtrain.trainer.checkpoint.optimizer_state import to_parameters
 from dtrain.trainer.distributed.world import World, require_cpu_backend
@@ -154,7 +155,7 @@ def test_offloaded_gradients_are_clipped_where_they_are():
             patch.object(torch, "_foreach_mul_", lambda tensors, scale: places.append(scale.device)),
         ):
             optimizer = torch.optim.SGD(model.bare.parameters(), lr=0.1)
-            Update(model, optimizer, Precision("fp32", torch.device("cpu")), clip_norm=1.0).apply(1)
+            Update(model, optimizer, Precision("fp32", torch.device("cpu")), Fit(epochs=1, clip_norm=1.0)).apply(1)
         assert places == [torch.device("cpu")]
 
 

@@ -96,7 +96,7 @@ def make_loop(folder: str, job: Job) -> Loop:
         (batches, None),
         tallies,
         Best("train_loss"),
-        Schedule(epochs=1, scheduler_interval=trainer.scheduler_interval),
+        Schedule(1, trainer.settings.checkpoint, trainer.scheduler_interval),
         trainer.seed,
     )
 

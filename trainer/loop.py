@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dtrain.errors import UserError
 from dtrain.run.folder import Row, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
+from dtrain.schema.job import Checkpoint
 
 from .checkpoint.background import Background, Disk, say
 from .checkpoint.codec import require_data
@@ -75,8 +76,7 @@ class Schedule:
     """When things happen."""
 
     epochs: int
-    checkpoint_every: int | Literal["epoch"] = "epoch"
-    keep: int = 2
+    checkpoint: Checkpoint
     scheduler_interval: Interval = "epoch"
     scheduler_monitor: str = ""  # what a scheduler is fed that wants a value
 
@@ -123,7 +123,7 @@ class Loop:
         self.rows: list[Row] = []  # of the epochs done, the same on all ranks
         self.disk = Disk(run)
         self.results = Results(run, self.disk)
-        self.checkpoints = Checkpoints(run, world, schedule.keep, self.disk, self.room)
+        self.checkpoints = Checkpoints(run, world, schedule.checkpoint.keep, self.disk, self.room)
         self.background = Background()
         self.heartbeat = Heartbeat(run.heartbeat(world.rank))
         self.stop, self.stop_evaluating = (StopAgreement(world, self.heartbeat) for _ in range(2))
@@ -164,7 +164,7 @@ class Loop:
                     self.save(
                         results=True,
                         improved=improved,
-                        checkpoint=self.schedule.checkpoint_every == "epoch" or self.is_over,
+                        checkpoint=self.schedule.checkpoint.every == "epoch" or self.is_over,
                     )
                 self.settle()
                 stop_training(self.optimizer)
@@ -366,7 +366,7 @@ class Loop:
 
     def stop_or_save(self) -> None:
         """After a step: stop if any rank was asked to, save if it is time. All ranks take part."""
-        every = self.schedule.checkpoint_every
+        every = self.schedule.checkpoint.every
         signal_number = self.stop.agreed()
         if signal_number == DOUBT:
             self.learning.require_finite(self.place.step)

@@ -23,13 +23,14 @@ from .batches import Data, batches_of
 from .checkpoint.background import say
 from .checks.agreement import require_same_settings
 from .checks.arguments import (
+    OF_THE_RUN,
     require_loss,
     require_metrics,
     require_model,
     require_names,
     require_optimizer,
     require_scheduler,
-    require_settings,
+    settings_of,
     unwrapped,
 )
 from .checks.optimizer_kinds import require_a_rate, require_rates
@@ -47,7 +48,7 @@ from .model.activation_checkpointing import recompute_activations
 from .model.learned_loss import LearnedLoss
 from .optimization import precision as precisions
 from .optimization.ema import Ema
-from .optimization.optimizer_step import OnNonfinite, Update
+from .optimization.optimizer_step import Update
 from .optimization.scheduler import Interval, check_length, is_fed, require_mode
 from .predict import predict_features, predict_shares
 from .sample_mixing import look_for_mixing
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
     from .metrics.metric_set import AnyMetric, Given
 
-Strategy = Literal["ddp"] | Fsdp | Mapping[str, Any]
+Strategy = Literal["ddp", "fsdp", "deepspeed"] | Fsdp | Mapping[str, Any]
 
 
 class Trainer:
@@ -86,8 +87,8 @@ class Trainer:
         micro_batch_size: most samples in one forward pass of one rank.
         find_unused_parameters: whether batches may leave out some of the model's parameters, each batch others
             (LayerDrop, branches); with "ddp". One that all ranks leave out has no gradient, as in one process.
-        strategy: "ddp", the whole model on each rank; `Fsdp(...)`, a part of it on each; or DeepSpeed's configuration,
-            a dict.
+        strategy: "ddp", the whole model on each rank; "fsdp", or `Fsdp(...)` with its settings, a part of it on each;
+            "deepspeed", or its configuration as a dict.
         activation_checkpointing: classes of modules whose activations are computed again in the backward pass.
         precision: "fp32", "tf32", "bf16" or "fp16", see `Precision`.
         clip_norm, clip_value: limits of the batch's gradient, by its norm or each of its numbers.
@@ -127,36 +128,17 @@ class Trainer:
         clip_value: float | None = None,
         l1: float | None = None,
         l2: float | None = None,
-        on_nonfinite: OnNonfinite | None = None,
+        on_nonfinite: Literal["stop", "skip"] | None = None,
         ema: float | None = None,
         checkpoint_every: int | Literal["epoch"] = "epoch",
         keep: int = 2,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
+        arguments = dict(locals())
         if step is not None and loss_fn is not None:
             raise UserError("step makes its own loss: give Trainer either loss_fn or step")
-        require_settings(
-            {
-                "micro_batch_size": micro_batch_size,
-                "deterministic": deterministic,
-                "sync_batchnorm": sync_batchnorm,
-                "find_unused_parameters": find_unused_parameters,
-                "activation_checkpointing": list(activation_checkpointing),
-                "precision": precision,
-                "clip_norm": clip_norm,
-                "clip_value": clip_value,
-                "l1": l1,
-                "l2": l2,
-                "ema": ema,
-                "on_nonfinite": on_nonfinite,
-            },
-            {"every": checkpoint_every, "keep": keep},
-            device,
-            seed,
-            scheduler_interval,
-            strategy,
-        )
+        self.settings = settings_of(arguments)
         require_model(net)
         net = unwrapped(net)
         require_loss(loss_fn)
@@ -180,18 +162,13 @@ class Trainer:
         loss_fn = bound_on(loss_fn, self.world.device)
         self._class = _full_name(net)
         recompute_activations(net, activation_checkpointing)
-        self.clip_norm, self.clip_value, self.on_nonfinite = clip_norm, clip_value, on_nonfinite
-        self.l1, self.l2 = l1, l2
         self.ema = ema
         self.micro_batch_size = micro_batch_size
-        if find_unused_parameters and strategy != "ddp":
-            raise UserError(Problem("goes with ddp alone", "fit.find_unused_parameters"))
-        self._finds_unused = find_unused_parameters
         loss = LearnedLoss(loss_fn, net, self.world)
         if optimizer is not None:
             report = say if self.world.is_main else lambda line: None
-            loss.adopt(optimizer, report, is_whole=strategy == "ddp")
-        self.model = self._parallel(net, strategy, sync_batchnorm=sync_batchnorm)
+            loss.adopt(optimizer, report, is_whole=self.settings.fit.strategy == "ddp")
+        self.model = self._parallel(net, strategy)
         self.model.loss = loss
         self.net = self.model.bare
         self._step: Step | None = None
@@ -218,24 +195,22 @@ class Trainer:
         self.activations = dict(activations or {})
         self.train_metrics = train_metrics
         self.seed = seed
-        self.checkpoint_every = checkpoint_every
-        self.keep = keep
         self._run_dir = run_dir
         self._resume = resume
 
-    def _parallel(self, net: nn.Module, strategy: Strategy, *, sync_batchnorm: bool) -> Parallel:
-        if isinstance(strategy, Fsdp):
+    def _parallel(self, net: nn.Module, strategy: Strategy) -> Parallel:
+        fit = self.settings.fit
+        if fit.strategy == "fsdp":
             from .strategies.fsdp import FullySharded
 
-            dtype = self.precision.dtype
-            return FullySharded(net, self.world, strategy, dtype, sync_batchnorm=sync_batchnorm)
-        if isinstance(strategy, Mapping):
+            how = strategy if isinstance(strategy, Fsdp) else Fsdp()
+            return FullySharded(net, self.world, how, self.precision.dtype, sync_batchnorm=fit.sync_batchnorm)
+        if fit.strategy == "deepspeed":
             from .strategies.deepspeed import with_deepspeed
 
-            said: dict[str, Any] = {"micro_batch_size": self.micro_batch_size, "clip_norm": self.clip_norm}
-            said |= {"precision": self.precision.name, "ema": self.ema, "l1": self.l1, "l2": self.l2}
-            return with_deepspeed(net, self.world, strategy, said, sync_batchnorm=sync_batchnorm)
-        return DataParallel(net, self.world, sync_batchnorm=sync_batchnorm, find_unused_parameters=self._finds_unused)
+            return with_deepspeed(net, self.world, strategy if isinstance(strategy, Mapping) else {}, fit)
+        finds_unused = fit.find_unused_parameters
+        return DataParallel(net, self.world, sync_batchnorm=fit.sync_batchnorm, find_unused_parameters=finds_unused)
 
     def _take(self, step: UserStep) -> None:
         self._made_by = step
@@ -318,7 +293,7 @@ class Trainer:
             message = f"is {mode}, and of {best.monitor} {'more' if better == 'max' else 'less'} is better"
             raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
         watched = self.scheduler_monitor or best.monitor
-        schedule = Schedule(epochs, self.checkpoint_every, self.keep, self.scheduler_interval, watched)
+        schedule = Schedule(epochs, self.settings.checkpoint, self.scheduler_interval, watched)
         batches = self._batches(train_data, training=True), self._val_batches(val_data)
         if self.scheduler is not None:
             _check_monitor(watched, tallies)
@@ -415,17 +390,8 @@ class Trainer:
         return summary(self.net, input_shape, features=features)
 
     def _update(self, optimizer: Optimizer) -> Update:
-        return Update(
-            self.model,
-            optimizer,
-            self.precision,
-            clip_norm=self.clip_norm,
-            clip_value=self.clip_value,
-            l1=self.l1,
-            l2=self.l2,
-            on_nonfinite=self.on_nonfinite,
-            report=say if self.world.is_main else lambda line: None,
-        )
+        report = say if self.world.is_main else lambda line: None
+        return Update(self.model, optimizer, self.precision, self.settings.fit, report)
 
     def _settings(self, epochs: int, best: Best) -> dict[str, Any]:
         """What all ranks are to have alike, beside model and data."""
@@ -433,9 +399,9 @@ class Trainer:
         settings |= {"loss": self._made_by, "optimizer": self.optimizer, "metrics": sorted(self.metrics)}
         if self.scheduler is not None:
             settings |= {"scheduler": _full_name(self.scheduler), "scheduler_interval": self.scheduler_interval}
-        names = ("seed", "micro_batch_size", "clip_norm", "clip_value", "l1", "l2", "ema", "on_nonfinite")
-        settings |= {name: getattr(self, name) for name in (*names, "checkpoint_every", "keep")}
-        return settings | {"precision": self.precision.name}
+        settings |= self.settings.fit.model_dump(exclude=OF_THE_RUN)
+        checkpoint = self.settings.checkpoint
+        return settings | {"seed": self.seed, "checkpoint_every": checkpoint.every, "keep": checkpoint.keep}
 
     def _warn(self, line: str) -> None:
         if self.world.is_main:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from .job import Fit
 
 # Taken as they are. Of DeepSpeed 0.19; a name that it doesn't know it would pass over without a word.
 _ITS_OWN = (
@@ -46,14 +49,9 @@ def stage(config: Mapping[str, Any]) -> int:
 
 def disagreements(
     config: Mapping[str, Any],
+    fit: Fit,
     *,
     batch_size: int | None = None,
-    micro_batch_size: int | None,
-    clip_norm: float | None,
-    precision: str,
-    ema: float | None,
-    l1: float | None,
-    l2: float | None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> Iterator[Problem]:
     """What a section holds that DeepSpeed doesn't know, that is not its own here, or that the job says otherwise.
@@ -67,8 +65,8 @@ def disagreements(
     config = without_auto(config)
     said = {
         "train_batch_size": ("data.batch_size", batch_size or config.get("train_batch_size")),
-        "train_micro_batch_size_per_gpu": ("fit.micro_batch_size", micro_batch_size),
-        "gradient_clipping": ("fit.clip_norm", clip_norm or 0.0),
+        "train_micro_batch_size_per_gpu": ("fit.micro_batch_size", fit.micro_batch_size),
+        "gradient_clipping": ("fit.clip_norm", fit.clip_norm or 0.0),
     }
     for key, value in config.items():
         path = f"deepspeed.{key}"
@@ -79,11 +77,11 @@ def disagreements(
         elif key not in _ITS_OWN and key not in _OF_THE_JOB:
             hint = did_you_mean(key, [*_ITS_OWN, *_OF_THE_JOB]) or f"known here: {', '.join(_ITS_OWN)}"
             yield Problem("unknown key", path, hint=hint)
-    yield from _precision(config, precision)
+    yield from _precision(config, fit.precision)
     if optimizer is not None and "optimizer" in config:
         yield from _optimizer(config["optimizer"], optimizer)
-    yield from _zero(config.get("zero_optimization", {}), ema)
-    for name, value in (("l1", l1), ("l2", l2)):
+    yield from _zero(config.get("zero_optimization", {}), fit.ema)
+    for name, value in (("l1", fit.l1), ("l2", fit.l2)):
         if value is not None:
             message = "is for whole weights, of which ZeRO trains flat parts; use ddp or fsdp"
             mend = ", or optimizer.groups with weight_decay" if name == "l2" else ""

@@ -396,6 +396,19 @@ class LoadedScript(Loaded):
     job: ScriptJob
 
 
+def contradictions_of(fit: Fit) -> list[Problem]:
+    """What is wrong between settings of this section that are each right."""
+    problems = []
+    if fit.clip_norm and fit.clip_value:
+        problems.append(Problem("clips the gradients once more; give either clip_norm or clip_value", "fit.clip_value"))
+    if fit.find_unused_parameters and fit.strategy != "ddp":
+        problems.append(Problem("goes with ddp alone", "fit.find_unused_parameters"))
+    if fit.precision == "fp16" and fit.on_nonfinite == "stop":
+        message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
+        problems.append(Problem(message, "fit.on_nonfinite"))
+    return problems
+
+
 def contradictions(job: Job) -> list[Problem]:
     """What is wrong between fields that are each right."""
     problems = []
@@ -403,24 +416,11 @@ def contradictions(job: Job) -> list[Problem]:
         problems.append(Problem("makes its own loss; give either loss or step", "step"))
     if not job.loss and not job.step:
         problems.append(Problem("missing; give loss or step", "loss"))
-    if job.fit.clip_norm and job.fit.clip_value:
-        problems.append(Problem("clips the gradients once more; give either clip_norm or clip_value", "fit.clip_value"))
-    if job.fit.find_unused_parameters and job.fit.strategy != "ddp":
-        problems.append(Problem("goes with ddp alone", "fit.find_unused_parameters"))
-    if job.fit.precision == "fp16" and job.fit.on_nonfinite == "stop":
-        message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
-        problems.append(Problem(message, "fit.on_nonfinite"))
+    problems += contradictions_of(job.fit)
     if job.fit.strategy == "deepspeed":
+        optimizer = {"_target_": job.optimizer.target, **job.optimizer.arguments}
         problems += deepspeed_config.disagreements(
-            job.deepspeed,
-            batch_size=job.data.batch_size,
-            micro_batch_size=job.fit.micro_batch_size,
-            clip_norm=job.fit.clip_norm,
-            precision=job.fit.precision,
-            ema=job.fit.ema,
-            l1=job.fit.l1,
-            l2=job.fit.l2,
-            optimizer={"_target_": job.optimizer.target, **job.optimizer.arguments},
+            job.deepspeed, job.fit, batch_size=job.data.batch_size, optimizer=optimizer
         )
     for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
         if is_given and job.fit.strategy != section:

@@ -35,6 +35,7 @@ _MAX_BYTES = 1 << 20
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
+    "float_type": "a number",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "at least {ge}",
     "int_from_float": "a whole number",

@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among
-from dtrain.schema.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
+from dtrain.schema.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed, contradictions_of
 from dtrain.schema.loading import problems_in
 
 from ..checkpoint.codec import flatten
@@ -31,7 +31,11 @@ _WRAPPERS = (
 )
 
 
-class _Settings(Section):
+# Of job.yaml's `fit`, what a Trainer is told when it fits, and by the launcher; the rest are its arguments by name.
+OF_THE_RUN = {"epochs", "early_stopping", "restarts"}
+
+
+class Settings(Section):
     """Those of job.yaml's settings that a Trainer has."""
 
     fit: Fit
@@ -40,18 +44,32 @@ class _Settings(Section):
     seed: Seed
 
 
-def require_settings(
-    fit: Mapping[str, Any], checkpoint: Mapping[str, Any], device: Any, seed: Any, interval: Any, strategy: Any
-) -> None:
-    """Raise UserError for settings that job.yaml would refuse, by its own rules."""
-    values = {"fit": {"epochs": 1, **fit}, "checkpoint": checkpoint, "launch": {"device": device}, "seed": seed}
-    problems = problems_in(_Settings, {key: _plain(value) for key, value in values.items()})
-    problems += problems_in(SchedulerTarget, {"_target_": "scheduler", "interval": interval})
-    if strategy != "ddp" and not isinstance(strategy, Fsdp | Mapping):
-        hint = "Fsdp(...) from dtrain is FSDP2, a dict is DeepSpeed's configuration"
-        problems.append(Problem(f"expected 'ddp', Fsdp or a dict, found {strategy!r}", "strategy", hint=hint))
+def settings_of(arguments: Mapping[str, Any]) -> Settings:
+    """A Trainer's keyword arguments as the sections of job.yaml that have them by these names.
+
+    Raises:
+        UserError: what job.yaml would refuse, in its words.
+    """
+    fit = {name: arguments[name] for name in Fit.model_fields.keys() & arguments.keys()}
+    if not isinstance(fit["activation_checkpointing"], str):
+        fit["activation_checkpointing"] = list(fit["activation_checkpointing"])
+    if isinstance(fit["strategy"], Fsdp | Mapping):
+        fit["strategy"] = "fsdp" if isinstance(fit["strategy"], Fsdp) else "deepspeed"
+    values = {
+        "fit": {"epochs": 1, **fit},
+        "checkpoint": {"every": arguments["checkpoint_every"], "keep": arguments["keep"]},
+        "launch": {"device": arguments["device"]},
+        "seed": arguments["seed"],
+    }
+    values = {key: _plain(value) for key, value in values.items()}
+    problems = problems_in(Settings, values)
+    problems += problems_in(SchedulerTarget, {"_target_": "scheduler", "interval": arguments["scheduler_interval"]})
+    if not problems:
+        settings = Settings.model_validate(values)
+        problems = contradictions_of(settings.fit)
     if problems:
         raise UserError(problems)
+    return settings
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from dtrain.schema.instantiate import bind_function, build_metric, instantiate
 from dtrain.schema.job import Job, Target
 from dtrain.schema.loading import load_job
 
-from ..checks.arguments import require_model
+from ..checks.arguments import OF_THE_RUN, require_model
 from ..data.indexed import Source
 from ..distributed.seeds import derive_seed, rng_kept, seed_everything
 from ..distributed.stop import Stopped
@@ -97,21 +97,10 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         train_metrics=_train_metrics(job, metrics),
         seed=job.seed,
         device=job.launch.device,
-        micro_batch_size=job.fit.micro_batch_size,
-        deterministic=job.fit.deterministic,
-        sync_batchnorm=job.fit.sync_batchnorm,
-        find_unused_parameters=job.fit.find_unused_parameters,
         strategy=strategies[job.fit.strategy],
-        activation_checkpointing=job.fit.activation_checkpointing,
-        precision=job.fit.precision,
-        clip_norm=job.fit.clip_norm,
-        clip_value=job.fit.clip_value,
-        l1=job.fit.l1,
-        l2=job.fit.l2,
-        on_nonfinite=job.fit.on_nonfinite,
-        ema=job.fit.ema,
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
+        **job.fit.model_dump(exclude=OF_THE_RUN | {"strategy"}),
     )
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
+from dtrain.schema.job import Fit
 
 from ..checks.optimizer_kinds import needs_closure, refused_without_closure
 from ..strategies.base import Parallel, has_sparse_gradients
 from .precision import Precision
 from .regularization import Penalty
 
-OnNonfinite = Literal["stop", "skip"]
 _NO_LIMIT = (
     "fit.clip_value limits each number of a gradient, and one is sparse, or complex, for which torch has no such "
     "limit: clip_norm, Embedding(sparse=False)"
@@ -27,10 +26,10 @@ class Update:
     """An optimizer's step. All ranks see the same gradients, or the same norm of them, and so decide alike.
 
     Args:
-        clip_norm: the gradients' Euclidean norm, over all parameters, is scaled down to it where it is larger.
-        clip_value: each gradient's every number is limited to it, up and down.
-        l1, l2: see `Penalty`; a part of the gradient that is clipped.
-        on_nonfinite: what to do with a batch whose gradients hold inf or nan: end the run, or leave it out.
+        fit: of it, `clip_norm`: the gradients' Euclidean norm, over all parameters, is scaled down to it where it is
+            larger; `clip_value`: each gradient's every number is limited to it, up and down; `l1`, `l2`: see
+            `Penalty`, a part of the gradient that is clipped; `on_nonfinite`: what to do with a batch whose gradients
+            hold inf or nan, end the run or leave it out.
         report: told of each batch that was left out.
 
     Raises:
@@ -43,30 +42,25 @@ class Update:
         model: Parallel,
         optimizer: Optimizer,
         precision: Precision,
-        *,
-        clip_norm: float | None = None,
-        clip_value: float | None = None,
-        l1: float | None = None,
-        l2: float | None = None,
-        on_nonfinite: OnNonfinite | None = None,
+        fit: Fit,
         report: Callable[[str], None] = print,
     ) -> None:
-        asked: dict[str, object] = {"fit.clip_norm": clip_norm, "fit.clip_value": clip_value}
-        asked |= {"fit.l1": l1, "fit.l2": l2, "fit.on_nonfinite": on_nonfinite, "fit.precision: fp16": precision.scaler}
+        names = ("clip_norm", "clip_value", "l1", "l2", "on_nonfinite")
+        asked = {f"fit.{name}": getattr(fit, name) for name in names} | {"fit.precision: fp16": precision.scaler}
         given = [name for name, value in asked.items() if value is not None]
         if given and needs_closure(optimizer):
             name = type(optimizer).__name__
             raise UserError(f"{name} asks for gradients as often as it likes: {', '.join(given)} can't go with it")
         is_sparse = any(map(has_sparse_gradients, (model.bare, model.loss.module)))
-        if clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
+        if fit.clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
             raise UserError(_NO_LIMIT)
         self._model = model
         self._optimizer = optimizer
         self._scaler = precision.scaler
-        self._clip_norm = clip_norm
-        self._clip_value = clip_value
-        self._penalty = Penalty(model.bare, l1, l2)
-        self._on_nonfinite = on_nonfinite
+        self._clip_norm = fit.clip_norm
+        self._clip_value = fit.clip_value
+        self._penalty = Penalty(model.bare, fit.l1, fit.l2)
+        self._on_nonfinite = fit.on_nonfinite
         self._report = report
 
     @property

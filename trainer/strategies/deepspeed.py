@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.schema import deepspeed_config
+from dtrain.schema.job import Fit
 from dtrain.schema.packages import require
 
 from ..checkpoint.background import Copied, to_cpu
@@ -53,12 +54,10 @@ class _Fragment:
     length: int
 
 
-def with_deepspeed(
-    net: nn.Module, world: World, config: Mapping[str, Any], said: Mapping[str, Any], *, sync_batchnorm: bool
-) -> Parallel:
+def with_deepspeed(net: nn.Module, world: World, config: Mapping[str, Any], fit: Fit) -> Parallel:
     """The model under DeepSpeed with the stage that its section asks for; arguments and errors as of `Engine`."""
     kind = Zero if deepspeed_config.stage(config) else Engine
-    return kind(net, world, config, said, sync_batchnorm=sync_batchnorm)
+    return kind(net, world, config, fit)
 
 
 class Engine(Parallel):
@@ -66,7 +65,7 @@ class Engine(Parallel):
 
     Args:
         config: DeepSpeed's own settings.
-        said: what the job says already, for `zero_config.disagreements`.
+        fit: what the job says already, with which they must agree.
 
     Raises:
         UserError: settings that DeepSpeed or the job doesn't agree with, or a model that can't be cut.
@@ -77,17 +76,15 @@ class Engine(Parallel):
         net: nn.Module,
         world: World,
         config: Mapping[str, Any],
-        said: Mapping[str, Any],
-        *,
-        sync_batchnorm: bool = False,
+        fit: Fit,
     ) -> None:
-        super().__init__(net, world, sync_batchnorm=sync_batchnorm)
-        if problems := list(deepspeed_config.disagreements(config, **said)):
+        super().__init__(net, world, sync_batchnorm=fit.sync_batchnorm)
+        if problems := list(deepspeed_config.disagreements(config, fit)):
             raise UserError(problems)
         require_divisible(self.bare)
         if others := list(extra_states(self.bare)):
             raise UserError(f"{others[0]} (get_extra_state) can't be kept by DeepSpeed: use ddp, or fsdp")
-        self._config = deepspeed_config.filled(config, said["precision"])
+        self._config = deepspeed_config.filled(config, fit.precision)
         self._stage = deepspeed_config.stage(config)
         self._engine: Any = None
         self._groups: list[list[str]] = []  # the names of the optimizer's parameters, before the engine exchanges them
