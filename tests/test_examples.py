@@ -169,7 +169,11 @@ def test_rings(project, monkeypatch):
             optimizer.step()
         assert row["train_loss"] == pytest.approx(total / len(labels), rel=1e-5)
         with torch.no_grad():
-            assert row["val_auc"] == pytest.approx(roc_auc_score(val_labels, net(val_points)), abs=1e-5)
+            # Of predictions that hardly differ yet, rounding decides which is the larger one.
+            assert row["val_auc"] == pytest.approx(roc_auc_score(val_labels, net(val_points)), abs=1e-3)
+    weights = torch.load(project.run_dir().last_weights, weights_only=True)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
     in_process(folder, "scatter.py", str(project.run_dir().path), monkeypatch=monkeypatch)
     assert (project.run_dir().path / "rings.png").read_bytes().startswith(b"\x89PNG")
 
