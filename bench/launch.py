@@ -131,10 +131,12 @@ def measure(name: str, ranks: int, folder: Path) -> tuple[float, float]:
 
 
 def table(medians: dict[tuple[str, int], tuple[float, float]], ranks: list[int]) -> str:
-    """Markdown: a line for each launcher and number of ranks, dtrain's first."""
-    lines = ["| ranks | launcher | first step | of dtrain's | whole command | of dtrain's |", "|--|--|--|--|--|--|"]
+    """Markdown: a line for each launcher and number of ranks, as multiples of the first launcher's, mostly dtrain's."""
+    first_name = next(iter(medians))[0]
+    of = f"of {first_name}'s"
+    lines = [f"| ranks | launcher | first step | {of} | whole command | {of} |", "|--|--|--|--|--|--|"]
     for number in ranks:
-        ours = medians["dtrain", number]
+        ours = medians[first_name, number]
         for (name, at), (first, whole) in medians.items():
             if at == number:
                 ratios = first / ours[0], whole / ours[1]
