@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from marks import campaign
-from ranks import run_ranks
+from ranks import count_collectives, run_ranks
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -371,7 +371,7 @@ class Failing(Dataset):
             "ragged",
             0,
             UserError,
-            "samples 0, 1, 2, 3 cannot be one batch: sample 0 is (float32 [2], int), sample",
+            "samples 0, 1, 2, 3 cannot be collated into one batch: sample 0 is (float32 [2], int)",
         ),
         ("none", 0, UserError, "each is (float32 [2], None)"),
     ],
@@ -543,6 +543,66 @@ def test_what_is_left_out_whole_changes_nothing(tmp_path, optimizer, dataset, mi
             assert loss == pytest.approx(mean, rel=1e-5)
             for name, value in net.state_dict().items():
                 torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Uneven:
+    """A loader of the user's own: the second rank has one batch, whose features are of two lengths."""
+
+    def __init__(self, rank: int) -> None:
+        chosen = [slice(6, 9)] if rank else [slice(0, 4), slice(4, 5), slice(5, 6)]
+        self.batches = [((ROOM_FEATURES[each], torch.zeros(1 + rank)), TARGET[each]) for each in chosen]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+# The second rank's samples go to one room, those of the first rank's later batches to the other.
+ROOM_FEATURES = FEATURES[:9].clone()
+ROOM_FEATURES[:, 3] = ROOM_FEATURES[:, 3].abs() * torch.tensor([1, 1, 1, 1, -1, -1, 1, 1, 1])
+
+
+class FirstOfTwo(Rooms):
+    def forward(self, x: Any) -> torch.Tensor:
+        return super().forward(x[0])
+
+
+def uneven_parts() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(SEED)
+    net = FirstOfTwo()
+    return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def uneven_fit(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
+    os.environ[RUN_DIR_VARIABLE] = folder
+    net, optimizer = uneven_parts()
+    trainer = Trainer(net, nn.MSELoss(), optimizer, find_unused_parameters=True, device="cpu")
+    trainer.fit(Uneven(rank), epochs=1)
+    return trainer.model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loader_that_ends_early_on_one_rank_fills_from_the_others_batch(tmp_path):
+    """Nor do ranks part ways whose batches count by rows on one of them, and not on the other."""
+    net, optimizer = uneven_parts()
+    for chosen in ([0, 1, 2, 3, 6, 7, 8], [4], [5]):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net((ROOM_FEATURES[chosen], None)), TARGET[chosen]).backward()
+        optimizer.step()
+    prepare(tmp_path / "run", 2)
+    for weights in run_ranks(2, uneven_fit, str(tmp_path / "run")):
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def count_of_a_list(rank: int, world_size: int) -> dict[str, int]:
+    batches = batches_of([(FEATURES[:4], TARGET[:4])] * 3, join_world("cpu"), SEED, fill_empty=True)
+    with count_collectives() as seen:
+        assert sum(part.samples for batch in batches.epoch(1) for part in batch.micro_batches) == 6
+    return dict(seen)
+
+
+def test_ranks_need_not_agree_on_a_list_that_all_of_them_have():
+    assert run_ranks(2, count_of_a_list) == [{}, {}]
 
 
 def test_a_collate_function_that_fails_where_it_leaves_out_all():

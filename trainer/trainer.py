@@ -135,7 +135,7 @@ class Trainer:
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
-        arguments = dict(locals())
+        arguments = dict(locals())  # by their names, which are job.yaml's
         if step is not None and loss_fn is not None:
             raise UserError("step makes its own loss: give Trainer either loss_fn or step")
         self.settings = settings_of(arguments)

@@ -96,7 +96,9 @@ class MetricTarget(Target):
 class SchedulerTarget(Target):
     """A learning-rate scheduler; `interval` and `monitor` are ours, the rest are its arguments."""
 
-    interval: Literal["epoch", "step"] = Field(default="epoch", description="After what it steps.")
+    interval: Literal["epoch", "step"] = Field(
+        default="epoch", description="Step after each epoch, or after each optimizer step."
+    )
     monitor: str | None = Field(
         default=None,
         description="What one such as ReduceLROnPlateau looks at; by default what decides which weights are best.",
@@ -126,7 +128,7 @@ class Data(Section):
     val: Target | None = Field(default=None, description="The validation dataset.")
     batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
-    shuffle: bool = Field(default=True, description="Shuffle the training samples anew each epoch.")
+    shuffle: bool = Field(default=True, description="Reshuffle the training samples each epoch.")
     sampler: Target | None = Field(
         default=None, description="Gets the training dataset as its first argument; its order replaces `shuffle`."
     )
@@ -246,7 +248,7 @@ class Slurm(Section):
     dtrain: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="The dtrain command on the nodes, if it differs from here."
     )
-    requeue_on_failure: bool = Field(default=False, description="Requeue after a failure too.")
+    requeue_on_failure: bool = Field(default=False, description="Requeue after a failure as well.")
 
     @property
     def options(self) -> dict[str, Any]:

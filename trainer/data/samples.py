@@ -96,7 +96,8 @@ def collated(
         return default_collate(samples)
     except (TypeError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{name}: samples{which} cannot be one batch: {_difference(samples, indices) or first_line(error)}; "
+            f"{name}: samples{which} cannot be collated into one batch: "
+            f"{_difference(samples, indices) or first_line(error)}; "
             "make them alike, or give a function that makes a batch of them: `collate` of a job, collate_fn of a loader"
         ) from error
 

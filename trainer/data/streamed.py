@@ -158,7 +158,7 @@ class StreamBatches:
         kept = [asked if share.is_regular else num_kept(data, asked) for data, asked in parts]
         if filler is None:
             filler = next((data for (data, _), samples in zip(parts, kept, strict=True) if samples), None)
-        needs_filler = self._fill_empty and filler is None
+        needs_filler = self._fill_empty and filler is None and (not parts or None in kept)
         told = [share.samples, share.batch_samples, share.mark, needs_filler, filler is not None, share.is_regular]
         return Ahead(share, kept, filler, progress, self._gather(told))
 

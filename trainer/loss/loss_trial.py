@@ -107,8 +107,7 @@ def try_step(
     ways = ways_to_take(data, samples)
     if is_forward_collective and len(ways) > 1:
         say(f"no telling which lists have an entry for each of {samples} samples: {_UNSEEN}; if not, {_OF_STEP}")
-    if not ways or (is_forward_collective and len(ways) > 1):
-        ways = [lambda rows: data]  # whole each time
+        ways = []
 
     def of(taken: Take, rows: Sequence[int]) -> tuple[float, list[Tensor]]:
         if len(rows) == samples:
@@ -122,7 +121,7 @@ def try_step(
             ) from error
 
     refused: list[UserError] = []
-    for taken in ways:
+    for taken in ways or [lambda rows: data]:  # whole each time
         try:
             _adds_up(functools.partial(of, taken), "the step's loss", samples, device, False, is_coarse, _OF_STEP)
             return
