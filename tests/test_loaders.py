@@ -550,7 +550,8 @@ class Uneven:
 
     def __init__(self, rank: int) -> None:
         chosen = [slice(6, 9)] if rank else [slice(0, 4), slice(4, 5), slice(5, 6)]
-        self.batches = [((ROOM_FEATURES[each], torch.zeros(1 + rank)), TARGET[each]) for each in chosen]
+        rows = [(ROOM_FEATURES[each], TARGET[each]) for each in chosen]
+        self.batches = [((x, torch.zeros(len(x) + rank)), y) for x, y in rows]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torchmetrics import MeanSquaredError
 
@@ -109,6 +110,14 @@ def test_trainers_arguments_are_the_schemas_by_name_and_default():
     assert own == {name: list(value) if isinstance(value := arguments[name], tuple) else value for name in own}
     assert (arguments["checkpoint_every"], arguments["keep"]) == (Checkpoint().every, Checkpoint().keep)
     assert arguments["device"] == Launch().device
+
+
+def named(rank: int, world_size: int) -> list[str]:
+    return [type(trainer(strategy=name, device="cpu").model).__name__ for name in ("ddp", "fsdp", "deepspeed")]
+
+
+def test_strategies_by_name():
+    assert run_ranks(2, named) == [["DataParallel", "FullySharded", "Engine"]] * 2
 
 
 def test_numbers_of_numpy_are_numbers():
