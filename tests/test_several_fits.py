@@ -75,7 +75,9 @@ def test_folds_that_were_stopped_in_the_second_come_to_the_same_bits(project):
         done = stopped.wait()
     assert done.code == 75, done.err
     run = project.run_dir()
-    assert (run.status()["state"], run.status()["fit"], run.status()["step"]) == ("stopped", 2, 8)
+    status = run.status()
+    assert (status["state"], status["fit"]) == ("stopped", 2)
+    assert 7 <= status["step"] < 10, status  # the step that waits, or one soon after
     assert [fit.status()["state"] for fit in run.fits()] == ["stopped"]
     assert not (project.folder / "report-0.json").exists()
 

@@ -96,9 +96,7 @@ class MetricTarget(Target):
 class SchedulerTarget(Target):
     """A learning-rate scheduler; `interval` and `monitor` are ours, the rest are its arguments."""
 
-    interval: Literal["epoch", "step"] = Field(
-        default="epoch", description="Step after each epoch, or after each optimizer step."
-    )
+    interval: Literal["epoch", "step"] = Field(default="epoch", description="Steps each epoch or each optimizer step.")
     monitor: str | None = Field(
         default=None,
         description="What one such as ReduceLROnPlateau looks at; by default what decides which weights are best.",

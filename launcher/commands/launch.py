@@ -270,8 +270,7 @@ def _start(
     if nodes is not None and nodes.node_rank > 0:
         run, code = RunDir(nodes.from_first("run")), nodes.from_first("code")
         if not run.lock_file.exists():
-            message = f"node 0 has made {run}, which is not visible on this node: use a shared --run-dir"
-            raise UserError(message)
+            raise UserError(f"node 0 has made {run}, not visible on this node: use a shared --run-dir")
         task = replace(task, run_dir=str(run), arguments=(code,) if task.is_job else task.arguments)
         return run_ranks(task, num_ranks, run, nodes=nodes, restarts=restarts)
     with ExitStack() as held:
