@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtrain.schema.job import Fsdp
+    from dtrain.schema.sections import Fsdp
     from dtrain.trainer import Trainer, load_weights
     from dtrain.trainer.loss.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
     from dtrain.trainer.ranks import Ranks
@@ -30,7 +30,7 @@ _MODULES = {
     "dtrain.trainer.loss.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
     "dtrain.trainer.ranks": ("Ranks",),
     "dtrain.trainer.summary": ("summary",),
-    "dtrain.schema.job": ("Fsdp",),
+    "dtrain.schema.sections": ("Fsdp",),
 }
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dtrain import __version__
 from dtrain.errors import Problem
-from dtrain.schema.job import Slurm
 from dtrain.schema.sbatch import to_arguments
+from dtrain.schema.sections import Slurm
 
 from .command import ask
 from .partition import Partition, default_partition, look_at, minutes

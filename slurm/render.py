@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import UserError
-from dtrain.schema.job import Slurm
 from dtrain.schema.sbatch import CPUS, to_arguments, to_text
+from dtrain.schema.sections import Slurm
 
 MOST_STALLS = 3  # starts in a row without a new checkpoint, before a run is not requeued any more
 SIGNAL = "B:USR2@120"  # to the batch shell, so many seconds ahead of the time limit

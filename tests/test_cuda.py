@@ -13,7 +13,7 @@ from torch import nn
 from training import Samples, differences, final_state, prepare
 
 from dtrain.run.folder import RUN_DIR_VARIABLE
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.trainer import Trainer

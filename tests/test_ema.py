@@ -14,7 +14,7 @@ from training import Job, Samples, differences, epoch_order, final_state, train
 
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 
 SEED, DECAY, BATCH, EPOCHS, NUM_TRAIN, NUM_VAL = 2, 0.8, 8, 3, 30, 13
 STRATEGIES: dict[str, Any] = {

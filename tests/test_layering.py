@@ -17,7 +17,6 @@ MOST_FILES = 15
 MOST_LINES = 400
 # Files still to be split; none of them may grow.
 LONGER = {
-    "dtrain/schema/job.py": 489,
     "launcher/commands/launch.py": 417,
     "trainer/loop.py": 667,
     "trainer/trainer.py": 499,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import Problem, UserError, nearest
-from dtrain.schema.job import Target, job_json_schema
+from dtrain.schema.job import job_json_schema
 from dtrain.schema.loading import LoadedJob, differences, dump_job, load_job
+from dtrain.schema.sections import Target
 
 GOOD = """\
 name: digits

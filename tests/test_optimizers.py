@@ -16,7 +16,7 @@ from training import prepare
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer import fit_folder
 from dtrain.trainer.checks.optimizer_kinds import judged
 from dtrain.trainer.trainer import Trainer

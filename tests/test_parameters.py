@@ -16,8 +16,8 @@ from training import Job, Samples, differences, epoch_order, full, prepare
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RUN_DIR_VARIABLE
-from dtrain.schema.job import Fsdp
 from dtrain.schema.loading import load_job
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer import fit_folder
 from dtrain.trainer.checks.arguments import require_model
 from dtrain.trainer.data.indexed import Source

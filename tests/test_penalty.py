@@ -11,7 +11,7 @@ from training import Job, Samples, epoch_order, train
 
 from dtrain import Trainer
 from dtrain.errors import UserError
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer.optimization.regularization import Penalty, penalised
 
 L1, L2 = 0.01, 0.05

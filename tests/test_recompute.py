@@ -11,7 +11,7 @@ from torch import nn
 from training import Job, Samples, differences, final_state, fit, prepare
 
 from dtrain.errors import UserError
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer.model.activation_checkpointing import recompute_activations
 
 calls = 0  # of a block's layer, in this process

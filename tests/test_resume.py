@@ -23,7 +23,7 @@ from training import Job, Samples, differences, epoch_order, final_state, make_l
 
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer.checkpoint import manager
 from dtrain.trainer.checkpoint.manager import Checkpoints
 from dtrain.trainer.checkpoint.manifest import HashedFile

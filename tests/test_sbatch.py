@@ -15,9 +15,9 @@ from dtrain.errors import UserError
 from dtrain.launcher.commands.allocation import located
 from dtrain.launcher.commands.launch import Request
 from dtrain.launcher.commands.submit import dtrain_command
-from dtrain.schema.job import Slurm
 from dtrain.schema.loading import load
 from dtrain.schema.sbatch import unknown_to
+from dtrain.schema.sections import Slurm
 from dtrain.slurm.command import outside_a_job
 from dtrain.slurm.environment import Place, cpus, expand, is_task, place
 from dtrain.slurm.jobs import QueuedJob, look_up

@@ -18,8 +18,8 @@ from torchmetrics import MeanSquaredError
 
 from dtrain import Trainer
 from dtrain.errors import UserError
-from dtrain.schema.job import Checkpoint, Fit, Launch
 from dtrain.schema.loading import load_job
+from dtrain.schema.sections import Checkpoint, Fit, Launch
 from dtrain.trainer.checks.arguments import OF_THE_RUN
 
 # By what it is called in job.yaml: what Trainer calls it, and values that both refuse.

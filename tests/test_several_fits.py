@@ -20,7 +20,7 @@ from dtrain.launcher.commands.status import status
 from dtrain.monitoring.run_monitor import Keeper
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer.distributed.seeds import derive_seed
 from dtrain.trainer.trainer import Trainer
 

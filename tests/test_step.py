@@ -20,7 +20,7 @@ from torchmetrics import Accuracy
 from training import Job, Samples, make_loop
 
 from dtrain.errors import UserError
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 from dtrain.trainer.data.indexed import MicroBatch
 from dtrain.trainer.data.samples import read_samples
 from dtrain.trainer.data.sharding import Indices

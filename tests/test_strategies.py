@@ -18,7 +18,7 @@ from training import Job, Samples, content, differences, epoch_order, fit, prepa
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Fit, Fsdp
+from dtrain.schema.sections import Fit, Fsdp
 from dtrain.trainer.checkpoint.manager import saved
 from dtrain.trainer.distributed.world import join_world
 from dtrain.trainer.model.blocks import of_classes, repeated

@@ -15,7 +15,7 @@ from training import Job, Samples, epoch_order, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Fit, Fsdp
+from dtrain.schema.sections import Fit, Fsdp
 from dtrain.trainer.distributed.world import World
 from dtrain.trainer.optimization.optimizer_step import Update
 from dtrain.trainer.optimization.param_groups import group_parameters

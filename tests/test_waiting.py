@@ -25,7 +25,7 @@ from training import make_loop
 
 from dtrain.errors import UserError
 from dtrain.run.heartbeat import Phase
-from dtrain.schema.job import Fit
+from dtrain.schema.sections import Fit
 from dtrain.trainer import loop, trainer
 from dtrain.trainer.checkpoint.optimizer_state import to_parameters
 from dtrain.trainer.distributed.world import World, require_cpu_backend

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dtrain.errors import UserError
 from dtrain.run.folder import Row, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
-from dtrain.schema.job import Checkpoint
+from dtrain.schema.sections import Checkpoint
 
 from .checkpoint.background import Background, Disk, say
 from .checkpoint.codec import require_data

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import Problem, UserError, first_line
-from dtrain.schema.job import Fsdp
 from dtrain.schema.monitor import monitor_problem
 from dtrain.schema.packages import missing, require
+from dtrain.schema.sections import Fsdp
 
 from .batches import Data, batches_of
 from .checkpoint.background import say

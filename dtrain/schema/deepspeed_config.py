@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
-    from .job import Fit
+    from dtrain.schema.sections import Fit
 
 # Taken as they are. Of DeepSpeed 0.19; a name that it doesn't know it would pass over without a word.
 _ITS_OWN = (

@@ -12,10 +12,11 @@ from typing import Any
 
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.names import collisions, describe, job_path, load_what_ranks_have, resolve
-from dtrain.schema.job import Job, LoadedJob, MetricTarget, Target
+from dtrain.schema.job import Job, LoadedJob
 from dtrain.schema.logits import guesses_logits
 from dtrain.schema.metric_values import values_of_no_sample
 from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.sections import MetricTarget, Target
 from dtrain.schema.unfit_metrics import why_unfit
 
 _PARTIAL = "_partial_"

@@ -15,16 +15,9 @@ from pydantic_core import ErrorDetails
 from dtrain import yaml12
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.redact import hide_password
-from dtrain.schema.job import (
-    Job,
-    Loaded,
-    LoadedJob,
-    LoadedScript,
-    ScriptJob,
-    Section,
-    contradictions,
-    wrong_slurm_options,
-)
+from dtrain.schema.contradictions import contradictions, wrong_slurm_options
+from dtrain.schema.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob
+from dtrain.schema.sections import Section
 from dtrain.yaml12 import Place, Reader
 
 __all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Fsdp, LoadedJob, LoadedScript
+from dtrain.schema.job import LoadedJob, LoadedScript
 from dtrain.schema.loading import dump_job, load
 from dtrain.schema.packages import require
+from dtrain.schema.sections import Fsdp
 
 from ..agent.scratch_run import new_run, run_module, scratch_folder
 from ..machine.devices import expected_ranks, threads_per_rank

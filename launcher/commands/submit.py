@@ -19,8 +19,9 @@ from dtrain.files import read_json, write_json, write_text
 from dtrain.monitoring.screen import say
 from dtrain.monitoring.tracking_uri import hand_on
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Job, LoadedScript, ScriptJob, Slurm
+from dtrain.schema.job import Job, LoadedScript, ScriptJob
 from dtrain.schema.loading import dump_job, load
+from dtrain.schema.sections import Slurm
 from dtrain.slurm.jobs import job_of, look_up, set_job, submit
 from dtrain.slurm.partition import cpus_beside
 from dtrain.slurm.render import Array, Gpus, Submission, render

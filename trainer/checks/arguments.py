@@ -16,8 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among
-from dtrain.schema.job import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed, contradictions_of
+from dtrain.schema.contradictions import contradictions_of
 from dtrain.schema.loading import problems_in
+from dtrain.schema.sections import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
 
 from ..checkpoint.codec import flatten
 from ..model.buffers import extra_states

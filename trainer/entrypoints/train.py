@@ -21,8 +21,9 @@ from dtrain.errors import Problem, UserError
 from dtrain.names import job_path
 from dtrain.run.folder import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.schema.instantiate import bind_function, build_metric, instantiate
-from dtrain.schema.job import Job, Target
+from dtrain.schema.job import Job
 from dtrain.schema.loading import load_job
+from dtrain.schema.sections import Target
 
 from ..checks.arguments import OF_THE_RUN, require_model
 from ..data.indexed import Source

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
-from dtrain.schema.job import Fit
+from dtrain.schema.sections import Fit
 
 from ..checks.optimizer_kinds import needs_closure, refused_without_closure
 from ..strategies.base import Parallel, has_sparse_gradients

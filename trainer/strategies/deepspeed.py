@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.schema import deepspeed_config
-from dtrain.schema.job import Fit
 from dtrain.schema.packages import require
+from dtrain.schema.sections import Fit
 
 from ..checkpoint.background import Copied, to_cpu
 from ..checkpoint.optimizer_state import held, parameter_groups

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dtrain.errors import UserError
-from dtrain.schema.job import Fsdp
+from dtrain.schema.sections import Fsdp
 
 from ..checkpoint.background import Copied, to_cpu
 from ..checkpoint.optimizer_state import held

@@ -1,0 +1,90 @@
+"""Settings that are each right, and wrong together."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from dtrain.errors import Problem
+from dtrain.schema import deepspeed_config, sbatch
+from dtrain.schema.job import Job, ScriptJob
+from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.sections import Fit, Fsdp, Slurm
+
+
+def contradictions_of(fit: Fit) -> list[Problem]:
+    """What is wrong between settings of this section that are each right."""
+    problems = []
+    if fit.clip_norm and fit.clip_value:
+        problems.append(Problem("clips the gradients once more; give either clip_norm or clip_value", "fit.clip_value"))
+    if fit.find_unused_parameters and fit.strategy != "ddp":
+        problems.append(Problem("goes with ddp alone", "fit.find_unused_parameters"))
+    if fit.precision == "fp16" and fit.on_nonfinite == "stop":
+        message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
+        problems.append(Problem(message, "fit.on_nonfinite"))
+    return problems
+
+
+def contradictions(job: Job) -> list[Problem]:
+    """What is wrong between fields that are each right."""
+    problems = []
+    if job.loss and job.step:
+        problems.append(Problem("makes its own loss; give either loss or step", "step"))
+    if not job.loss and not job.step:
+        problems.append(Problem("missing; give loss or step", "loss"))
+    problems += contradictions_of(job.fit)
+    if job.fit.strategy == "deepspeed":
+        optimizer = {"_target_": job.optimizer.target, **job.optimizer.arguments}
+        problems += deepspeed_config.disagreements(
+            job.deepspeed, job.fit, batch_size=job.data.batch_size, optimizer=optimizer
+        )
+    for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
+        if is_given and job.fit.strategy != section:
+            problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
+    if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
+        message = "an optimizer is no scheduler; torch's are in torch.optim.lr_scheduler"
+        problems.append(Problem(message, "scheduler._target_"))
+    problems += [each for path, name in job.monitors.items() for each in _wrong_monitor(job, name, path)]
+    problems += _wrong_plateau(job)
+    settings = [("optimizer", job.optimizer.arguments)]
+    settings += [(f"optimizer.groups.{i}", group.model_extra or {}) for i, group in enumerate(job.optimizer.groups)]
+    for path, given in settings:
+        if "lr" in given and not _is_rate(given["lr"], job.optimizer.target):
+            problems.append(Problem(f"expected a positive number, found {given['lr']!r}", f"{path}.lr"))
+    return problems + wrong_slurm_options(job)
+
+
+def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
+    if not (problem := monitor_problem(monitor, job.reported)):
+        return []
+    if monitor.startswith("val_") and not job.data.val:
+        problem = f"nothing is reported as {monitor}; without data.val there is no validation"
+    return [Problem(problem, path)]
+
+
+def _wrong_plateau(job: Job) -> list[Problem]:
+    """A scheduler that would take a better value for a worse one."""
+    if job.scheduler is None or job.scheduler.target.rpartition(".")[2] != "ReduceLROnPlateau":
+        return []
+    mode, watched = job.scheduler.arguments.get("mode", "min"), job.scheduler.monitor or job.monitor
+    known = job.monitor_mode if watched == job.monitor else "min" if watched.endswith("_loss") else mode
+    if mode == known or mode not in ("min", "max"):
+        return []
+    better = "less" if known == "min" else "more"
+    message = f"its mode is {mode}, and it looks at {watched}, of which {better} is better"
+    return [Problem(message, "scheduler", hint=f"mode: {known}, or another value as scheduler.monitor")]
+
+
+def _is_rate(value: object, optimizer: str) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 <= value < math.inf
+    # A tensor may be made by a target; and optimizers that find their own rate take null for it.
+    return isinstance(value, dict) or (value is None and not optimizer.startswith("torch."))
+
+
+def wrong_slurm_options(job: Job | ScriptJob) -> list[Problem]:
+    """What sbatch would not take, or dtrain sets itself."""
+    found = ((name, sbatch.problem(name, value, Slurm.model_fields)) for name, value in job.slurm.extra.items())
+    problems = [Problem(message, f"slurm.{name}") for name, message in found if message]
+    problems += [Problem("holds a NUL character", f"slurm.{path}") for path, text in job.slurm.texts() if "\0" in text]
+    return problems
