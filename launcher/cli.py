@@ -72,7 +72,8 @@ def launch(
     ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1; for a script they are its own.
     """
     gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
-    from .commands.launch import Request, launch
+    from .commands.launch import launch
+    from .commands.request import Request
 
     if wait and not slurm:
         raise UserError("--wait goes with --slurm: a run here is waited for anyway")
@@ -98,9 +99,11 @@ def launch(
         wait_mlflow=wait_mlflow,
     )
     if slurm:
+        from dtrain.clusters.cluster import named
+
         from .commands.submit import submit_run
 
-        return submit_run(request)
+        return submit_run(request, named("slurm"))
     if slurm_node or ("SLURM_JOB_ID" in os.environ and not node_rank):
         from .commands.allocation import located, nodes_elsewhere, start
 
@@ -134,11 +137,14 @@ def sweep(
     dry_run: bool,
 ) -> int:
     """Run JOB with each combination of the values of KEY=A,B: a run folder each, side by side in MLflow."""
+    from dtrain.clusters.cluster import named
+
     from .commands.sweep import SweepRequest, sweep
 
     if not slurm:
         check_gpus(gpus)
-    return sweep(SweepRequest(job, overrides, gpus, nodes, run_dir, resume, dry_run, slurm, wait, max_parallel))
+    cluster = named("slurm") if slurm else None
+    return sweep(SweepRequest(job, overrides, gpus, nodes, run_dir, resume, dry_run, cluster, wait, max_parallel))
 
 
 def check_gpus(gpus: str) -> None:
@@ -159,11 +165,11 @@ def check_gpus(gpus: str) -> None:
 @click.option("--gpus", default="auto", metavar="N", help="With --slurm: of each node; by default 1.")
 def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes: int, gpus: str) -> int:
     """Find what is wrong with JOB: schema, imports, arguments."""
-    from .commands.check import SlurmSize, check
+    from .commands.check import Size, check
 
     if not slurm and (nodes > 1 or gpus != "auto"):
         raise UserError("--nodes and --gpus go with --slurm: whether a job is right does not depend on them")
-    return check(job, overrides, exact, SlurmSize(nodes, gpus) if slurm else None)
+    return check(job, overrides, exact, Size("slurm", nodes, gpus) if slurm else None)
 
 
 @cli.command()

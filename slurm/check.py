@@ -8,34 +8,24 @@ import secrets
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain import __version__
+from dtrain.clusters.cluster import Findings, Gpus
 from dtrain.errors import Problem
 from dtrain.schema.sbatch import to_arguments
 from dtrain.schema.sections import Slurm
 
 from .command import ask
 from .partition import Partition, default_partition, look_at, minutes
-from .render import Gpus, Submission, in_pyxis, probe
+from .render import Batch, in_pyxis, probe
 
 IMMEDIATE_S = 30  # so long may the look at a node wait for one that is free
 # Of the submission's options those that decide where its job may run.
 _WHERE = ("account", "partition", "qos", "reservation", "constraint", "exclude", "nodelist", "clusters")
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What is as it should be or could not be looked at, and what is wrong."""
-
-    notes: list[str]
-    problems: list[Problem]
-
-
-def check(
-    submission: Submission, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]
-) -> Findings:
+def check(batch: Batch, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]) -> Findings:
     """Look at everything.
 
     Args:
@@ -47,7 +37,7 @@ def check(
         UserError: Slurm is not there, or does not answer.
     """
     found, options = Findings([], []), slurm.options
-    done = ask("sbatch", "--test-only", *submission.arguments, stdin=submission.script)
+    done = ask("sbatch", "--test-only", *batch.arguments, stdin=batch.script)
     words = " ".join(re.sub(r"^(sbatch|allocation failure): |sbatch: ", "", line) for line in done.stderr.splitlines())
     if done.returncode == 0:
         found.notes.append(f"sbatch: {words}")

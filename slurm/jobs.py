@@ -1,4 +1,4 @@
-"""Slurm's commands: submit a job, look after it, end it."""
+"""Slurm's commands: submit a job, look it up, end it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.clusters.cluster import QueuedJob
 from dtrain.errors import Problem, UserError
-from dtrain.files import read_json, write_json
-from dtrain.run.folder import RunDir
 from dtrain.schema import sbatch
 
 from .command import ask
-from .render import Submission
 
 _OVER = {  # man squeue; a job in any other state may still run
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
@@ -45,7 +43,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class QueuedJob:
+class SlurmJob(QueuedJob):
     """A job as Slurm's queue shows it."""
 
     job_id: str
@@ -53,6 +51,10 @@ class QueuedJob:
     reason: str
     nodes: str
     start: str  # expected or true; N/A where Slurm doesn't know
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "RUNNING"
 
     @property
     def is_over(self) -> bool:
@@ -68,31 +70,20 @@ class QueuedJob:
         return f"{self.state.lower().replace('_', ' ')} on {self.nodes}" if self.nodes else self.state.lower()
 
 
-def submit(submission: Submission, script: Path) -> str:
-    """Submit what `render` made, its script from that file; the job's number.
+def submit(command: Sequence[str], script: Path) -> str:
+    """Call sbatch with a script, from that file; the job's number.
 
     Raises:
         UserError: Slurm is not there, or refuses, in its own words.
     """
-    done = ask("sbatch", *submission.arguments, str(script))
+    done = ask(*command, str(script))
     if done.returncode != 0:
         version = ask("sbatch", "--version").stdout.split()[-1]  # after a name, which packagers change
-        raise _refused(done, sbatch.unknown_to(version, submission.arguments))
+        raise _refused(done, sbatch.unknown_to(version, command[1:]))
     return done.stdout.strip().splitlines()[-1].partition(";")[0]  # --parsable: number;cluster
 
 
-def set_job(run: RunDir, job_id: str) -> None:
-    """Note the job that the run was submitted as; of an array, NUMBER_TASK."""
-    write_json(run.slurm, {"job_id": job_id})
-
-
-def job_of(run: RunDir) -> str | None:
-    """The number of the job that this run was submitted as; None where it was not."""
-    job_id = (read_json(run.slurm) or {}).get("job_id")
-    return job_id if isinstance(job_id, str) else None
-
-
-def look_up(job_id: str) -> QueuedJob | None:
+def look_up(job_id: str) -> SlurmJob | None:
     """The job as it stands in the queue, or as accounting remembers it; None where Slurm does not know it any more.
 
     Raises:
@@ -104,10 +95,10 @@ def look_up(job_id: str) -> QueuedJob | None:
     if done.returncode != 0 or not done.stdout.strip():  # over for some minutes
         return _look_up_in_accounts(job_id)
     state, reason, nodes, start = done.stdout.splitlines()[0].split("|", 3)
-    return QueuedJob(job_id, state, reason, nodes, start)
+    return SlurmJob(job_id, state, reason, nodes, start)
 
 
-def _look_up_in_accounts(job_id: str) -> QueuedJob | None:
+def _look_up_in_accounts(job_id: str) -> SlurmJob | None:
     if shutil.which("sacct") is None:
         return None
     options = ["--noheader", "--allocations", "--parsable2", "--format=State,NodeList"]
@@ -115,7 +106,7 @@ def _look_up_in_accounts(job_id: str) -> QueuedJob | None:
     if done.returncode != 0 or not done.stdout.strip():  # many clusters keep no accounts
         return None
     state, nodes = done.stdout.splitlines()[-1].split("|", 1)
-    return QueuedJob(job_id, state.split()[0], "", nodes, "")  # CANCELLED by 1000
+    return SlurmJob(job_id, state.split()[0], "", nodes, "")  # CANCELLED by 1000
 
 
 def ask_to_stop(job_id: str) -> None:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dtrain.clusters.cluster import Gpus
 from dtrain.errors import UserError
 from dtrain.schema import sbatch
 
 from .command import ask
-from .render import Gpus
 
 
 @dataclass(frozen=True)

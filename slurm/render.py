@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.clusters.cluster import Array, Gpus
 from dtrain.errors import UserError
 from dtrain.schema.sbatch import CPUS, to_arguments, to_text
 from dtrain.schema.sections import Slurm
@@ -25,50 +26,11 @@ _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 
 
 @dataclass(frozen=True)
-class Gpus:
-    """GPUs of each node: how many, and of which type, such as `a100`."""
-
-    count: int
-    kind: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Gpus | None:
-        """`4` or `a100:4`; None where it is neither."""
-        kind, _, count = text.rpartition(":")
-        if not (count.isdecimal() and int(count) > 0) or (":" in text and not re.fullmatch(r"[\w.-]+", kind)):
-            return None
-        return cls(int(count), kind or None)
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.count}" if self.kind else str(self.count)
-
-
-@dataclass(frozen=True)
-class Submission:
+class Batch:
     """What sbatch is called with, and the script that it reads."""
 
     arguments: tuple[str, ...]
     script: str
-
-    @property
-    def command(self) -> str:
-        """As one would type it."""
-        return shlex.join(["sbatch", *self.arguments])
-
-
-@dataclass(frozen=True)
-class Array:
-    """Several runs in one submission, in the folders with these numbers in one folder."""
-
-    numbers: Sequence[int]
-    max_parallel: int | None = None
-
-    def __str__(self) -> str:
-        """As sbatch has it: 0-3,7%2."""
-        runs = itertools.groupby(enumerate(self.numbers), lambda pair: pair[1] - pair[0])
-        ranges = [[number for _, number in group] for _, group in runs]
-        texts = [str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges]
-        return ",".join(texts) + (f"%{self.max_parallel}" if self.max_parallel else "")
 
 
 def render(
@@ -85,7 +47,7 @@ def render(
     array: Array | None = None,
     on_cpu: bool = False,
     cpus: int | None = None,
-) -> Submission:
+) -> Batch:
     """The submission of one run, or of an array of runs.
 
     Args:
@@ -112,7 +74,7 @@ def render(
         "--open-mode=append",
     ]
     if array is not None:
-        arguments.append(f"--array={array}")
+        arguments.append(f"--array={_array(array)}")
     if "signal" not in slurm.options:
         arguments.append(f"--signal={SIGNAL}")
     asked = slurm.options
@@ -138,7 +100,7 @@ def render(
         "most_stalls": str(MOST_STALLS),
     }
     text = _TEMPLATE.read_text(encoding="utf-8")
-    return Submission(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
+    return Batch(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
 
 
 def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: Sequence[str]) -> str:
@@ -170,6 +132,14 @@ def _environment(slurm: Slurm) -> list[str]:
 def _command(dtrain: Sequence[str], slurm: Slurm, folders: Sequence[Path], *, on_cpu: bool) -> list[str]:
     """dtrain on a node, in its container if there is one."""
     return [*dtrain] if slurm.container is None else [*_in_container(slurm.container, folders, on_cpu=on_cpu), *dtrain]
+
+
+def _array(array: Array) -> str:
+    """As sbatch has it: 0-3,7%2."""
+    runs = itertools.groupby(enumerate(array.numbers), lambda pair: pair[1] - pair[0])
+    ranges = [[number for _, number in group] for _, group in runs]
+    texts = [str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges]
+    return ",".join(texts) + (f"%{array.max_parallel}" if array.max_parallel else "")
 
 
 def _literal(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,26 @@ from typing import Any
 
 import pytest
 
+from dtrain.clusters.cluster import Array, Gpus
 from dtrain.errors import UserError
+from dtrain.launcher.agent.subcommand import own_command
 from dtrain.launcher.commands.allocation import located
-from dtrain.launcher.commands.launch import Request
-from dtrain.launcher.commands.submit import dtrain_command
+from dtrain.launcher.commands.request import Request
 from dtrain.schema.loading import load
 from dtrain.schema.sbatch import unknown_to
 from dtrain.schema.sections import Slurm
+from dtrain.slurm.cluster import dtrain_command
 from dtrain.slurm.command import outside_a_job
 from dtrain.slurm.environment import Place, cpus, expand, is_task, place
-from dtrain.slurm.jobs import QueuedJob, look_up
+from dtrain.slurm.jobs import SlurmJob, look_up
 from dtrain.slurm.partition import cpus_beside
-from dtrain.slurm.render import Array, Gpus, Submission, probe, render
+from dtrain.slurm.render import Batch, probe, render
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN, FOLDER = Path("/data/runs/digits-1"), Path("/home/me/thesis")
 
 
-def rendered(slurm: Slurm, *, run: Path = RUN, gpus: str = "4", **others: Any) -> Submission:
+def rendered(slurm: Slurm, *, run: Path = RUN, gpus: str = "4", **others: Any) -> Batch:
     size = Gpus.parse(gpus)
     assert size is not None
     return render("digits", slurm, run, FOLDER, 2, size, dtrain=["/opt/dtrain"], **others)
@@ -80,7 +83,7 @@ def test_what_is_submitted(name):
     slurm, options = JOBS[name]
     submission = rendered(slurm, **options)
     expected = (GOLDEN / f"{name}.sbatch").read_text()
-    assert f"# {submission.command}\n{submission.script}" == expected
+    assert f"# {shlex.join(['sbatch', *submission.arguments])}\n{submission.script}" == expected
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -341,8 +344,8 @@ def test_python_in_a_container_does_not_look_outside():
     ],
 )
 def test_why_a_job_waits(reason, says):
-    assert QueuedJob("7", "PENDING", reason, "", "N/A").describe() == says
-    soon = QueuedJob("7", "PENDING", reason, "", "2026-11-22T01:30:00").describe()
+    assert SlurmJob("7", "PENDING", reason, "", "N/A").describe() == says
+    soon = SlurmJob("7", "PENDING", reason, "", "2026-11-22T01:30:00").describe()
     assert soon == f"{says}; expected to start 2026-11-22 01:30:00"
 
 
@@ -413,7 +416,7 @@ def test_what_goes_with_slurm(project):
 )
 def test_the_command_on_the_nodes(argv, slurm, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [argv, "launch"])
-    assert dtrain_command(Slurm.model_validate(slurm)) == command
+    assert dtrain_command(Slurm.model_validate(slurm), own_command()) == command
 
 
 def test_a_dry_run_prints_what_would_be_submitted(project):

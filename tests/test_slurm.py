@@ -214,7 +214,7 @@ def test_a_sweep_is_an_array(site, alone):
     assert done.code == 0, done.err
     sweep = Sweep.read(site.folder / "all")
     assert [run.status()["state"] for run in sweep.runs] == ["finished"] * 4
-    numbers = {read_json(run.slurm)["job_id"].partition("_")[0] for run in sweep.runs}
+    numbers = {read_json(run.submitted("slurm"))["job_id"].partition("_")[0] for run in sweep.runs}
     assert numbers == {done.err.split("Slurm job ")[1].split()[0]}
     assert len({read_json(run.mlflow)["run_id"] for run in sweep.runs}) == 4
     rows = [run.rows()[-1] for run in sweep.runs]

@@ -14,7 +14,7 @@ import pytest
 from command import DTRAIN, Command
 from launchers import LAUNCHERS, run, start
 
-from dtrain.launcher.commands.launch import PRELOAD_FOR
+from dtrain.launcher.rank.preparation import PRELOAD_FOR
 
 OURS = [name for name in LAUNCHERS if name != "torchrun"]
 RANKS = (0, 1)

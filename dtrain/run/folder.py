@@ -25,6 +25,7 @@ RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, whi
 # In a rank's log: what follows is for its reader, not for the screen.
 END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
 STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # so is what is between them
+CHECKPOINT_PART = "rank-{}.bin"  # what a rank has written of a checkpoint
 EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 STALE_AFTER_S = 30.0  # status.json is rewritten every second; this old, its writer on another host is gone
@@ -65,7 +66,7 @@ class RunDir:
         self.latest = self.checkpoints / "latest"  # the name of the newest one
         self.env = self.path / "env.json"
         self.sbatch = self.path / "job.sbatch"
-        self.slurm = self.path / "slurm.json"
+        self.slurm_log = self.logs / "slurm.log"
         self.mlflow = self.path / "mlflow.json"
         self.fits_file = self.path / "fits.json"
         self.lock_file = self.path / "lock"
@@ -78,6 +79,10 @@ class RunDir:
     def __str__(self) -> str:
         return str(self.path)
 
+    def absolute(self) -> RunDir:
+        """The same folder, whatever becomes of the working directory."""
+        return RunDir(self.path.absolute())
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
@@ -87,6 +92,10 @@ class RunDir:
     def last_word(self, rank: int) -> Path:
         """Where a rank leaves what becomes its `rank_error`, for its node's agent, who looks all the time."""
         return self.heartbeats / f"rank-{rank}.error.json"
+
+    def submitted(self, cluster: str) -> Path:
+        """Tells which job of that cluster the run is: `slurm.json`."""
+        return self.path / f"{cluster}.json"
 
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
@@ -99,6 +108,12 @@ class RunDir:
         files = [*self.heartbeats.glob("rank-*"), *self.logs.glob("rank-*.log")]  # the former while it goes on, here
         names = {file.name.removeprefix("rank-").removesuffix(".log") for file in files}
         return sorted(int(name) for name in names if name.isdecimal())
+
+    def ranks_of_checkpoint(self) -> int:
+        """The number of ranks that wrote the newest checkpoint; 0 where there is none."""
+        if not self.latest.exists():
+            return 0
+        return len(list(self.checkpoints.glob(f"{self.latest.read_text().strip()}/{CHECKPOINT_PART.format('*')}")))
 
     def exists(self) -> bool:
         """Whether something is there that a new run must not overwrite."""

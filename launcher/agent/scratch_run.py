@@ -10,6 +10,7 @@ from pathlib import Path
 from dtrain.errors import RanksFailed
 from dtrain.files import write_text
 from dtrain.run.folder import EXIT_INTERRUPTED, RunDir
+from dtrain.run.rank_request import RankRequest
 
 from ..machine.scratch import held_folder
 from ..rank.entry import Task
@@ -38,21 +39,16 @@ def new_run(folder: Path, job: str) -> RunDir:
     return run
 
 
-def run_module(
-    run: RunDir,
-    module: str,
-    arguments: tuple[str, ...],
-    num_ranks: int,
-    num_threads: int,
-    may_end: tuple[int, ...] = (),
+def run_request(
+    run: RunDir, request: RankRequest, num_ranks: int, num_threads: int, may_end: tuple[int, ...] = ()
 ) -> int:
-    """Run a module of dtrain's on so many ranks, as the worker of the run is; 0, or an exit code of `may_end`.
+    """Have so many ranks do it for the job of the run; 0, or an exit code of `may_end`.
 
     Raises:
         RanksFailed: another exit code.
         KeyboardInterrupt: it was interrupted.
     """
-    task = Task(str(run), module, arguments, num_threads, is_module=True, is_job=True)
+    task = Task(str(run), request.entrypoint, request.arguments, num_threads, is_module=True, is_job=True)
     with run.lock():
         code = run_ranks(task, num_ranks, run, quiet=True)
     if code == EXIT_INTERRUPTED:

@@ -20,7 +20,7 @@ from dtrain.slurm.partition import parse_gpus
 
 from ..agent.subcommand import Subcommand, own_command
 from ..machine.devices import visible_gpus
-from .launch import Request
+from .request import Request
 
 # srun kills at SIGTERM; what it passes on as it comes has the ranks save a checkpoint.
 _FOR_SRUN: Mapping[int, int] = {signal.SIGTERM: signal.SIGUSR2, signal.SIGHUP: signal.SIGUSR2}

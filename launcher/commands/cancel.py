@@ -9,13 +9,14 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 
+from dtrain.clusters.cluster import QueuedJob, Submitted, submitted, submitted_file
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir, Writer, has_ended
 from dtrain.run.heartbeat import Heartbeat
 from dtrain.run.sweep import Sweep
-from dtrain.slurm.jobs import QueuedJob, ask_to_stop, end_job, job_of, look_up
 
 from ..agent.root_cause import headline
+from .request import Request
 from .status import place, read_status
 
 LOOK_EVERY_S = 0.1
@@ -36,11 +37,11 @@ def cancel(path: str, now: bool) -> int:
     run = RunDir(path)
     if sweep := Sweep.read(run.path):
         # Those that wait first, which else would begin as the others end.
-        begun = [each for each in reversed(sweep.runs) if each.status() or job_of(each)]
+        begun = [each for each in reversed(sweep.runs) if each.status() or submitted_file(each)]
         return max((cancel(str(each), now) for each in begun), default=0)
     read_status(run)
-    if (job_id := job_of(run)) and (queued := look_up(job_id)) and not queued.is_over:
-        return _end_job(run, queued, now)
+    if (job := submitted(run)) and (queued := job.look_up()) and not queued.is_over:
+        return _end_job(run, job, queued, now)
     for _ in range(TRIES):
         writer = run.writer()
         if writer is None:
@@ -65,18 +66,18 @@ def cancel(path: str, now: bool) -> int:
     raise UserError(f"{run} is locked, but not by the process that its lock names; by which: fuser {run.lock_file}")
 
 
-def _end_job(run: RunDir, job: QueuedJob, now: bool) -> int:
-    """Have Slurm stop it, and wait until it is over."""
-    if now or job.state != "RUNNING":
-        end_job(job.job_id)
+def _end_job(run: RunDir, job: Submitted, queued: QueuedJob | None, now: bool) -> int:
+    """Have its cluster stop it, and wait until it is over."""
+    if now or (queued is not None and not queued.is_running):
+        job.cluster.end(job.job_id)
     else:
-        ask_to_stop(job.job_id)
+        job.cluster.ask_to_stop(job.job_id)
         print(
-            f"{run}: Slurm job {job.job_id} is asked to stop at its next step, with a checkpoint; "
+            f"{run}: {job} is asked to stop at its next step, with a checkpoint; "
             f"to end it at once: dtrain cancel --now {run}",
             file=sys.stderr,
         )
-    while (queued := look_up(job.job_id)) is not None and not queued.is_over:
+    while (queued := job.look_up()) is not None and not queued.is_over:
         time.sleep(LOOK_AT_QUEUE_EVERY_S)
     if not run.status():
         print(f"{run} was cancelled before it began")
@@ -145,18 +146,8 @@ def _continuation(run: RunDir) -> str:
     """What continues the run on as many ranks: a command, or for a script, whose arguments are not known, words."""
     is_job = re.search("^fit:", run.job.read_text(encoding="utf-8"), re.MULTILINE)
     if is_job:
-        words = ["dtrain", "launch", "--resume", "--run-dir", str(run)]
-        if num_ranks := _ranks_of_checkpoint(run):
-            words += ["--gpus", str(num_ranks)]
-        return shlex.join([*words, str(run.job)])
+        return Request(str(run.job), gpus=str(run.ranks_of_checkpoint() or "auto")).continuation(run)
     writer = run.last_writer()
     if writer is not None and writer.is_agent:
         return f"the command that began it, with --resume {shlex.join(['--run-dir', str(run)])}"
     return f"the script again, with Trainer(..., run_dir={str(run)!r}, resume=True)"
-
-
-def _ranks_of_checkpoint(run: RunDir) -> int:
-    """The number of ranks that wrote the newest checkpoint; 0 where there is none."""
-    if not run.latest.exists():
-        return 0
-    return len(list((run.checkpoints / run.latest.read_text().strip()).glob("rank-*.bin")))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,24 +11,25 @@ from dtrain.errors import Problem, UserError
 from dtrain.run.folder import RunDir
 from dtrain.schema.packages import require_for
 
+from ..rank.preparation import preload_job, require_right
+
 if TYPE_CHECKING:
     from dtrain.schema.job import LoadedJob, LoadedScript
 
-_IN_CODE = re.compile(r"\S+\.py:\d+: ")  # a message that tells of a line of the user's
-
 
 @dataclass(frozen=True)
-class SlurmSize:
-    """--nodes and --gpus, as `dtrain launch --slurm` takes them."""
+class Size:
+    """A cluster, --nodes and --gpus, as `dtrain launch --slurm` takes them."""
 
+    cluster: str
     nodes: int
     gpus: str
 
 
-def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | None = None) -> int:
+def check(path: str, overrides: Sequence[str], exact: bool, size: Size | None = None) -> int:
     """Check schema, imports and arguments; 0 if the job is right.
 
-    With `exact`, also see its promises kept; with `slurm`, also ask Slurm and a node about a run of that size.
+    With `exact`, also see its promises kept; with `size`, also ask a cluster and a node about such a run.
 
     Raises:
         UserError: all that is wrong, at once.
@@ -43,39 +41,21 @@ def check(path: str, overrides: Sequence[str], exact: bool, slurm: SlurmSize | N
     require_for(loaded)
     if isinstance(loaded, LoadedScript):
         _check_script(loaded, exact)
-        return _check_slurm(loaded, slurm) if slurm else 0
+        return _check_cluster(loaded, size) if size else 0
     if exact:
-        from .check_exact import prepare
+        from .check_exact import SIZES
 
-        prepare(loaded)
+        preload_job(loaded.job, max(SIZES))
     require_right(loaded, loaded.folder)
     job = loaded.job
     print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")
-    if slurm is not None:
-        _check_slurm(loaded, slurm)
+    if size is not None:
+        _check_cluster(loaded, size)
     if not exact:
         return 0
     from .check_exact import check_exact
 
     return check_exact(loaded)
-
-
-def _each_once(problems: list[Problem]) -> list[Problem]:
-    """Without what is said already: a module that can't be imported is so for each target in it."""
-    found: dict[object, Problem] = {}
-    for problem in problems:
-        found.setdefault(problem.message if _IN_CODE.match(problem.message) else id(problem), problem)
-    return list(found.values())
-
-
-def require_right(loaded: LoadedJob, code: Path) -> None:
-    """Raise UserError with all that is wrong with the job's targets; `code` holds its modules, which are imported."""
-    from dtrain.schema.instantiate import check_job
-
-    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
-        problems = _each_once(check_job(loaded, code))
-    if problems:
-        raise UserError(problems)
 
 
 def _check_script(loaded: LoadedScript, exact: bool) -> None:
@@ -87,16 +67,13 @@ def _check_script(loaded: LoadedScript, exact: bool) -> None:
     print(f"{loaded.path} is right: schema and {program.file}")
 
 
-def _check_slurm(loaded: LoadedJob | LoadedScript, size: SlurmSize) -> int:
-    from dtrain.slurm.check import check
+def _check_cluster(loaded: LoadedJob | LoadedScript, size: Size) -> int:
+    from dtrain.clusters.cluster import named
 
-    from .submit import Submittable, dtrain_command, parse_gpus
+    from .submit import submittable_job
 
-    job, gpus = loaded.job, parse_gpus(size.gpus)
-    wanted = Submittable(job.name, job, loaded.folder, size.nodes, gpus)
-    on_gpus = None if job.launch.device == "cpu" else gpus
-    submission = wanted.render(RunDir.new(job.name).path.absolute())
-    found = check(submission, job.slurm, Path.cwd(), size.nodes, on_gpus, dtrain_command(job.slurm))
+    wanted = submittable_job(loaded, size.nodes, size.gpus)
+    found = named(size.cluster).check(wanted, RunDir.new(loaded.job.name).absolute(), Path.cwd())
     for note in found.notes:
         print(note)
     if found.problems:

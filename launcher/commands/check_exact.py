@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import UserError
-from dtrain.files import read_json
 from dtrain.run.folder import EXIT_STOPPED, RunDir
+from dtrain.run.rank_request import Rehearse
 from dtrain.schema.job import Job, LoadedJob
 
-from ..agent.scratch_run import new_run, run_module, scratch_folder
+from ..agent.scratch_run import new_run, run_request, scratch_folder
 from ..machine.devices import choose_processes, threads_per_rank
-from ..rank.fork_server import start_fork_server
-from .launch import preload_for
 
 SIZES = (1, 2, 3)
 STOP_AFTER = 3  # steps, of 6 in an epoch
@@ -33,17 +32,10 @@ class Difference:
         return f"{self.size:.1e} ({self.where})" if self.size else "none"
 
 
-def prepare(loaded: LoadedJob) -> None:
-    """What comes before the job's modules are imported, which may use CUDA: see `start_fork_server`."""
-    from dtrain.schema.loading import dump_job
-
-    start_fork_server(preload_for(dump_job(loaded.job)), threads_per_rank(max(SIZES)))
-
-
 def check_exact(loaded: LoadedJob) -> int:
     """Rehearse a job that is right, on 1, 2 and 3 processes and through a stop, and print what differs.
 
-    After `prepare`.
+    After `preload_job` for that many processes.
 
     0 if all was as promised, 1 if the stop left a trace on the CPU.
 
@@ -54,7 +46,7 @@ def check_exact(loaded: LoadedJob) -> int:
 
     job = _on_enough_devices(loaded.job)
     with scratch_folder() as scratch:
-        return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.folder)))
+        return _compare(loaded, job, _Rehearsals(scratch, dump_job(job), str(loaded.folder.absolute())))
 
 
 def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
@@ -71,7 +63,7 @@ def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
     )
     what = f"largest difference {trace}" if trace.size else "not a bit differs"
     print(f"2 processes, stopped after {STOP_AFTER} steps and continued: {what}")
-    if apart := (read_json(runs[0].path / "rehearsal.json") or {}).get("apart"):
+    if apart := json.loads(runs[0].answer.read_text(encoding="utf-8")):
         print(f"each process has its own {' and '.join(apart)}: their runs are alike, not equal (docs/exactness.md)")
     return int(trace.size > 0 and job.launch.device == "cpu")
 
@@ -89,7 +81,7 @@ def _on_enough_devices(job: Job) -> Job:
 
 
 class _Rehearsals:
-    """Runs of `dtrain.trainer.entrypoints.rehearsal` in a folder that is thrown away."""
+    """Rehearsals, in a folder that is thrown away."""
 
     def __init__(self, folder: Path, job: str, code: str) -> None:
         self._folder = folder
@@ -104,12 +96,10 @@ class _Rehearsals:
         return run
 
     def _start(self, run: RunDir, num_ranks: int, stop_after: int) -> int:
-        arguments = (self._code, str(stop_after))
+        request = Rehearse(self._code, stop_after)
         # As many threads whatever the number of ranks: torch's sums depend on it.
         num_threads = threads_per_rank(max(SIZES))
-        code = run_module(
-            run, "dtrain.trainer.entrypoints.rehearsal", arguments, num_ranks, num_threads, (EXIT_STOPPED,)
-        )
+        code = run_request(run, request, num_ranks, num_threads, (EXIT_STOPPED,))
         if code == EXIT_STOPPED and not stop_after:
             raise KeyboardInterrupt
         return code

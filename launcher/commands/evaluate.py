@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.run.folder import RunDir
+from dtrain.run.rank_request import Evaluate, Export, RankRequest, Summarize
 from dtrain.schema.job import LoadedJob, LoadedScript
-from dtrain.schema.loading import dump_job, load
+from dtrain.schema.loading import load
 from dtrain.schema.packages import require
 from dtrain.schema.sections import Fsdp
 
-from ..agent.scratch_run import new_run, run_module, scratch_folder
-from ..machine.devices import expected_ranks, threads_per_rank
-from ..rank.fork_server import start_fork_server
-from .launch import check_and_choose, preload_for, resolved
+from ..agent.scratch_run import new_run, run_request, scratch_folder
+from ..rank.preparation import prepare
 
 HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
 WEIGHTS = ("best", "last", "ema")
@@ -40,6 +38,11 @@ class Trained:
     @property
     def run_dir(self) -> RunDir:
         return RunDir(self.run)
+
+    @property
+    def code(self) -> str:
+        """The folder of the job's own modules."""
+        return str(self.run_dir.code.absolute())
 
     @property
     def file(self) -> Path:
@@ -75,7 +78,7 @@ def evaluate(trained: Trained, gpus: str) -> int:
     weights, loaded = trained.file, trained.load()
     if loaded.job.data.val is None:
         raise UserError("the job has no data.val to evaluate on; say one: data.val._target_=data.test")
-    print(_ask("dtrain.trainer.entrypoints.evaluate", loaded, trained.run_dir.code, gpus, {"weights": str(weights)}))
+    print(_ask(Evaluate(trained.code, str(weights)), loaded, gpus))
     return 0
 
 
@@ -97,8 +100,7 @@ def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
     if target.suffix not in TABLES:
         raise UserError(f"--out {target}: expected a name that ends in {' or '.join(TABLES)}")
     with _new_file(target) as filled:
-        asked = {"weights": str(weights), "data": data, "out": str(filled)}
-        _ask("dtrain.trainer.entrypoints.evaluate", loaded, trained.run_dir.code, gpus, asked)
+        _ask(Evaluate(trained.code, str(weights), data, str(filled)), loaded, gpus)
     print(target)
     return 0
 
@@ -109,8 +111,7 @@ def export(trained: Trained, form: str, out: str | None) -> int:
     require(f"--format {form}", *NEEDED_FOR.get(form, ()))
     target = Path(out or f"{loaded.job.name}.{form}")
     with _new_file(target) as filled:
-        asked = {"weights": str(weights), "format": form, "out": str(filled)}
-        if says := _ask("dtrain.trainer.entrypoints.export", _whole(loaded), trained.run_dir.code, "1", asked):
+        if says := _ask(Export(trained.code, str(weights), form, str(filled)), _whole(loaded), "1"):
             print(says, file=sys.stderr)
     print(target)
     return 0
@@ -122,7 +123,7 @@ def summary(path: str, overrides: Sequence[str]) -> int:
     loaded = load(path, (*HERE, *overrides))
     if isinstance(loaded, LoadedScript):
         raise UserError(loaded.at(Problem("builds its own model: dtrain.summary(net, ...) in it sums it up", "script")))
-    print(_ask("dtrain.trainer.entrypoints.summarize", _whole(loaded), loaded.folder, "1"))
+    print(_ask(Summarize(str(loaded.folder.absolute())), _whole(loaded), "1"))
     return 0
 
 
@@ -135,19 +136,17 @@ def _whole(loaded: LoadedJob) -> LoadedJob:
     return LoadedJob(loaded.path, loaded.places, job.model_copy(update=update))
 
 
-def _ask(module: str, loaded: LoadedJob, code: Path, gpus: str, asked: Mapping[str, str] | None = None) -> str:
-    """What the module has answered, run on so many ranks beside the run whose modules are in `code`.
+def _ask(request: RankRequest, loaded: LoadedJob, gpus: str) -> str:
+    """What the ranks have answered, beside the run that the job is of.
 
     Raises:
         UserError: the job is wrong.
         RanksFailed: a rank failed, which has been said.
     """
-    start_fork_server(preload_for(dump_job(loaded.job)), threads_per_rank(expected_ranks(gpus)))
-    num_ranks, device = check_and_choose(loaded, code, gpus)
-    arguments = (str(code.absolute()), *([] if asked is None else [json.dumps(asked)]))
+    ready = prepare(loaded, Path(request.code), gpus)
     with scratch_folder() as scratch:
-        run = new_run(scratch / "run", resolved(loaded.job, device))
-        run_module(run, module, arguments, num_ranks, threads_per_rank(num_ranks))
+        run = new_run(scratch / "run", ready.job)
+        run_request(run, request, ready.num_ranks, ready.num_threads)
         return run.answer.read_text(encoding="utf-8") if run.answer.exists() else ""
 
 

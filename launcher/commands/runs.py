@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from dtrain.clusters.cluster import submitted_file
 from dtrain.errors import UserError
 from dtrain.monitoring.mlflow_mirror import outstanding
 from dtrain.run.folder import RunDir
@@ -46,7 +47,8 @@ def print_runs(found: Iterable[RunDir]) -> None:
 def _is_run(path: Path) -> bool:
     try:
         run = RunDir(path)
-        return run.status_file.exists() or run.slurm.exists() or Sweep.is_at(path) or Sweep.of(run) is not None
+        is_begun = run.status_file.exists() or submitted_file(run) is not None
+        return is_begun or Sweep.is_at(path) or Sweep.of(run) is not None
     except OSError:  # a folder that may not be read
         return False
 
@@ -66,8 +68,9 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
         sweep = Sweep.of(run)
         point = sweep.point(run) if sweep else ""
         if not run.status_file.exists():
-            seen = _changed(run.slurm if run.slurm.exists() else run.job)
-            state = "submitted" if run.slurm.exists() else "waiting"
+            submission = submitted_file(run)
+            seen = _changed(submission or run.job)
+            state = "submitted" if submission else "waiting"
             return seen, [path, state, "epoch 0", "step 0", "-", f"since {_ago(seen)}", point]
         if run.has_damaged_status():
             return 0.0, _damaged(path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtrain.clusters.cluster import Submitted, submitted, submitted_file
 from dtrain.errors import UserError
 from dtrain.monitoring.mlflow_mirror import outstanding
 from dtrain.monitoring.screen import row_line
 from dtrain.run.folder import RunDir
 from dtrain.run.sweep import Sweep
-from dtrain.slurm.jobs import job_of, look_up
 
 from ..agent.root_cause import headline
 from .runs import print_runs
@@ -28,8 +28,8 @@ def status(path: str) -> int:
     found = read_status(run)
     print(f"run       {run}")
     print(f"state     {found['state']}" + _exit_code(found.get("exit_code")))
-    if job_id := job_of(run):
-        print(f"slurm     job {job_id}, {_in_queue(job_id)}")
+    if job := submitted(run):
+        print(f"{job.cluster.name:<9} job {job.job_id}, {_in_queue(job)}")
     print(f"epoch     {_in_fit(found)}{found['epoch']}, step {found['step']}")
     known = [found.get("mlflow_run_id"), outstanding(run) if found["state"] != "running" else ""]
     if any(known):
@@ -50,7 +50,7 @@ def read_status(run: RunDir) -> dict[str, Any]:
     """
     status = run.status()
     if not status:
-        if job_of(run) is None:
+        if submitted_file(run) is None:
             raise UserError(f"{run} holds no run (there is no status.json)")
         return {"state": "submitted", "epoch": 0, "step": 0}
     return status
@@ -66,9 +66,9 @@ def _in_fit(status: dict[str, Any]) -> str:
     return f"fit {number}, " if number > 1 else ""
 
 
-def _in_queue(job_id: str) -> str:
+def _in_queue(job: Submitted) -> str:
     try:
-        queued = look_up(job_id)
+        queued = job.look_up()
     except UserError as error:
         return str(error)
     return "over, and gone from the queue" if queued is None else queued.describe()

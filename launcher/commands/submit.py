@@ -6,131 +6,98 @@ Needs no torch: whether the model can be built, say, the node finds out (or `dtr
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from dtrain.clusters.cluster import Cluster, Gpus, Submission, Submittable, Submitted, note_submitted, submitted
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json, write_text
-from dtrain.monitoring.screen import say
 from dtrain.monitoring.tracking_uri import hand_on
 from dtrain.run.folder import RunDir
-from dtrain.schema.job import Job, LoadedScript, ScriptJob
+from dtrain.schema.job import LoadedJob, LoadedScript
 from dtrain.schema.loading import dump_job, load
-from dtrain.schema.sections import Slurm
-from dtrain.slurm.jobs import job_of, look_up, set_job, submit
-from dtrain.slurm.partition import cpus_beside
-from dtrain.slurm.render import Array, Gpus, Submission, render
 
 from ..agent.subcommand import own_command
 from ..rank.program import find_module, find_program, find_script
-from .launch import Request, fill, find_run, is_done
+from .request import Request
+from .run_folder import fill, find_run, nothing_left, usable, whole_or_as_before
 
 LOOK_EVERY_S = 2.0
 
 
-@dataclass(frozen=True)
-class Submittable:
-    """What is to be submitted: a job or a script, and the nodes and GPUs that it asks for."""
-
-    name: str
-    job: Job | ScriptJob | None
-    origin: Path  # the folder whose code the run folder gets
-    nodes: int
-    gpus: Gpus
-    options: Sequence[str] = ()
-    target: Sequence[str] | None = None  # as `render` takes it
-
-    def render(self, run: Path, array: Array | None = None) -> Submission:
-        """Its submission from this working directory, with that run folder."""
-        slurm = Slurm() if self.job is None else self.job.slurm
-        on_cpu = self.job is not None and self.job.launch.device == "cpu"
-        return render(
-            self.name,
-            slurm,
-            run,
-            Path.cwd(),
-            self.nodes,
-            self.gpus,
-            dtrain=dtrain_command(slurm),
-            options=self.options,
-            target=self.target,
-            array=array,
-            on_cpu=on_cpu,
-            cpus=None if on_cpu else self._cpus(slurm),
-        )
-
-    def _cpus(self, slurm: Slurm) -> int | None:
-        try:
-            return cpus_beside(self.gpus, slurm.options)
-        except UserError as error:
-            say(f"warning: {error}; the job may get one CPU for its GPUs: slurm.cpus-per-gpu says how many")
-            return None
-
-
-def dtrain_command(slurm: Slurm) -> list[str]:
-    """This command on a node: the same, or the one in the container, or which the job names."""
-    if slurm.dtrain is not None:
-        return [slurm.dtrain]
-    return ["dtrain"] if slurm.is_in_container else own_command()
-
-
-def submit_run(request: Request) -> int:
+def submit_run(request: Request, cluster: Cluster) -> int:
     """Submit the job or script, or with --dry-run print what would be submitted; the exit code.
 
     Raises:
-        UserError: the request is wrong, or Slurm refuses it; nothing was submitted, and no new folder is left.
+        UserError: the request is wrong, or the cluster refuses it; nothing was submitted, and no new folder is left.
     """
     wanted = submittable(request)
     job = wanted.job
     run = find_run(request, wanted.name)
     refuse_second(run)
-    run = RunDir(run.path.absolute())
-    if request.resume and run.job.exists() and job is not None and is_done(run, job):
-        print(f"{run} is finished; nothing to resume", file=sys.stderr)
+    run = run.absolute()
+    if job is not None and nothing_left(request, run, job):
         return 0
-    submission = wanted.render(run.path)
+    submission = cluster.render(wanted, run, Path.cwd())
     if request.dry_run:
-        print(f"{submission.command} {run.sbatch}\n\n{submission.script}", end="")
+        show(submission)
         return 0
-    with whole_or_as_before(run.path, run.job, run.status_file):
+    with usable(run.path):
+        is_new = not run.exists()
         run.create()
-        with run.lock(is_agent=True):
-            fill(run, None if request.resume else wanted.origin, None if job is None else dump_job(job))
-            mark_submitted(run)
-            write_text(run.sbatch, submission.script)
-            job_id = submit(submission, run.sbatch)
-    set_job(run, job_id)
-    print(f"run {run}\nSlurm job {job_id}", file=sys.stderr)
+    with run.lock(is_agent=True), whole_or_as_before(run.path, run.job, run.status_file, is_new=is_new):
+        fill(run, None if request.resume else wanted.origin, None if job is None else dump_job(job))
+        mark_submitted(run)
+        write_text(submission.file, submission.text)
+        submitted_as = Submitted(cluster, cluster.submit(submission))
+    note_submitted(run, cluster, submitted_as.job_id)
+    print(f"run {run}\n{submitted_as}", file=sys.stderr)
     if request.wait:
-        return follow(run, job_id)
+        return follow(run, submitted_as)
     print(f"monitor with: dtrain status {run}; dtrain logs -f {run}; dtrain cancel {run}", file=sys.stderr)
     return 0
 
 
+def show(submission: Submission) -> None:
+    """Print what would be submitted, and how."""
+    print(f"{shlex.join(submission.command)} {submission.file}\n\n{submission.text}", end="")
+
+
 def submittable(request: Request) -> Submittable:
     """What the command line asks for; raises UserError where that can't be."""
-    gpus = parse_gpus(request.gpus)
     options = ["--show-ranks", request.show_ranks, *(["--no-preload"] * (not request.preload))]
     if request.max_restarts is not None:
         options += ["--max-restarts", str(request.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
-        hand_on(loaded.job.mlflow.tracking_uri)  # sbatch takes the environment along
-        folder, target = loaded.folder, None
+        hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job takes the environment along
+        target = None
         if isinstance(loaded, LoadedScript):
             find_program(loaded)
             target = [str(loaded.path.absolute()), *request.arguments]
-        return Submittable(loaded.job.name, loaded.job, folder, request.nodes, gpus, options, target)
+        return submittable_job(loaded, request.nodes, request.gpus, options, target)
+    gpus = parse_gpus(request.gpus)
     program = find_module(request.target, os.getcwd()) if request.is_module else find_script(request.target)
     target = ["-m", program.name] if program.is_module else [str(program.file.absolute())]
     target += ["--", *request.arguments] if request.arguments else []
     name, folder = Path(program.name).stem, program.file.absolute().parent
-    return Submittable(name, None, folder, request.nodes, gpus, options, target)
+    return Submittable(name, None, folder, request.nodes, gpus, own_command(), options, target)
+
+
+def submittable_job(
+    loaded: LoadedJob | LoadedScript,
+    nodes: int,
+    gpus: str,
+    options: Sequence[str] = (),
+    target: Sequence[str] | None = None,
+) -> Submittable:
+    """A job file as what is to be submitted; the rest as `Submittable` has it."""
+    job = loaded.job
+    return Submittable(job.name, job, loaded.folder, nodes, parse_gpus(gpus), own_command(), options, target)
 
 
 def parse_gpus(text: str) -> Gpus:
@@ -143,8 +110,8 @@ def parse_gpus(text: str) -> Gpus:
 
 def refuse_second(run: RunDir) -> None:
     """Raise UserError where the run has a job that is queued or runs."""
-    if (job_id := job_of(run)) and (queued := look_up(job_id)) and not queued.is_over:
-        raise UserError(f"{run} is Slurm job {job_id} already, {queued.describe()}; to stop it: dtrain cancel {run}")
+    if (job := submitted(run)) and (queued := job.look_up()) and not queued.is_over:
+        raise UserError(f"{run} is {job} already, {queued.describe()}; to stop it: dtrain cancel {run}")
 
 
 def mark_submitted(run: RunDir) -> None:
@@ -153,29 +120,11 @@ def mark_submitted(run: RunDir) -> None:
         write_json(run.status_file, {**status, "state": "submitted", "exit_code": None, "error": None})
 
 
-@contextmanager
-def whole_or_as_before(folder: Path, *files: Path) -> Iterator[None]:
-    """Where something fails within, a folder that was made is gone again, and the files are as they were."""
-    is_new = not RunDir(folder).exists()
-    before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
-    try:
-        yield
-    except (OSError, UserError) as error:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
-        for file, text in before.items():
-            write_text(file, text)
-        if isinstance(error, UserError):
-            raise
-        file_name = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{folder} cannot be used: {error.strerror}{file_name}; choose another --run-dir") from None
-
-
-def follow(run: RunDir, job_id: str) -> int:
+def follow(run: RunDir, job: Submitted) -> int:
     """Show what the run prints until its job is over; the run's exit code."""
-    log, position, shown = run.logs / "slurm.log", 0, ""
+    log, position, shown = job.cluster.log(run), 0, ""
     while True:
-        queued = look_up(job_id)
+        queued = job.look_up()
         with suppress(FileNotFoundError), log.open("rb") as file:
             file.seek(position)
             while piece := file.read(1 << 16):
@@ -184,13 +133,13 @@ def follow(run: RunDir, job_id: str) -> int:
                 sys.stderr.flush()
         if queued is None or queued.is_over:
             break
-        if queued.state != "RUNNING" and queued.describe() != shown:
+        if not queued.is_running and queued.describe() != shown:
             shown = queued.describe()
-            print(f"job {job_id}: {shown}", file=sys.stderr)
+            print(f"job {job.job_id}: {shown}", file=sys.stderr)
         time.sleep(LOOK_EVERY_S)
     status = run.status()
     if status.get("exit_code") is None:
-        ended = queued.describe() if queued is not None else "gone from Slurm's queue"
-        print(f"job {job_id} is over ({ended}), and the run did not end by itself: {log}", file=sys.stderr)
+        ended = queued.describe() if queued is not None else f"gone from {job.cluster.title}'s queue"
+        print(f"job {job.job_id} is over ({ended}), and the run did not end by itself: {log}", file=sys.stderr)
         return 1
     return int(status["exit_code"])

@@ -1,4 +1,4 @@
-"""`dtrain sweep`: one job with several values, run here one after the other, or on Slurm as one array job.
+"""`dtrain sweep`: one job with several values, run here one after the other, or on a cluster as one array job.
 
 All run folders are filled at the start: what a sweep trains is what was there when it began.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.clusters.cluster import Array, Cluster, Submitted, note_submitted, submitted
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_text
 from dtrain.monitoring.tracking_uri import hand_on
@@ -20,13 +21,11 @@ from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.run.sweep import Sweep, grid
 from dtrain.schema.job import Job, LoadedJob
 from dtrain.schema.loading import dump_job, load
-from dtrain.slurm.jobs import job_of, look_up, set_job, submit
-from dtrain.slurm.render import Array
 
 from ..agent.subcommand import Subcommand, own_command
-from .launch import fill, is_done
+from .run_folder import fill, is_done, whole_or_as_before
 from .runs import print_runs
-from .submit import LOOK_EVERY_S, Submittable, mark_submitted, parse_gpus, refuse_second, whole_or_as_before
+from .submit import LOOK_EVERY_S, mark_submitted, refuse_second, show, submittable_job
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class SweepRequest:
     run_dir: str | None = None
     resume: bool = False
     dry_run: bool = False
-    slurm: bool = False
+    cluster: Cluster | None = None  # to which the runs are submitted; None: they run here
     wait: bool = False
     max_parallel: int | None = None
 
@@ -51,7 +50,7 @@ def sweep(request: SweepRequest) -> int:
     Raises:
         UserError: the request is wrong; nothing was started or written.
     """
-    if not request.slurm and (request.nodes > 1 or request.wait or request.max_parallel):
+    if request.cluster is None and (request.nodes > 1 or request.wait or request.max_parallel):
         raise UserError("--nodes, --wait and --max-parallel go with --slurm: here the runs go one after the other")
     common, points = grid(request.overrides)
     loaded = [_load(request.job, [*common, *point]) for point in points]
@@ -62,13 +61,13 @@ def sweep(request: SweepRequest) -> int:
         refuse_second(run)
     if request.dry_run:
         print("".join(f"{run.path.name}: {found.point(run)}\n" for run in left), end="")
-    if request.slurm:
-        return _submit(request, found, loaded, left)
+    if request.cluster is not None:
+        return _submit(request, request.cluster, found, loaded, left)
     if request.dry_run:
         return 0
     if request.resume:  # the launch sees to what may differ from before
         return _run(request, found, [(run, [request.job, *common, *found.points[int(run.path.name)]]) for run in left])
-    with whole_or_as_before(found.folder):
+    with whole_or_as_before(found.folder, is_new=not found.folder.exists()):
         _fill(found, loaded, left, is_new=True)
     return _run(request, found, [(run, [str(run.job)]) for run in left])
 
@@ -142,34 +141,36 @@ def _continuation(request: SweepRequest, found: Sweep) -> str:
     return shlex.join(words)
 
 
-# -- on Slurm ------------------------------------------------------------------------------------
+# -- on a cluster --------------------------------------------------------------------------------
 
 
-def _submit(request: SweepRequest, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]) -> int:
+def _submit(
+    request: SweepRequest, cluster: Cluster, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]
+) -> int:
     """Submit the runs as one array."""
-    if len({str(each.job.slurm) + each.job.launch.device for each in loaded}) > 1:
-        raise UserError("slurm and launch.device can't be swept with --slurm: all runs of an array ask for the same")
+    if len({str(getattr(each.job, cluster.name)) + each.job.launch.device for each in loaded}) > 1:
+        swept = f"{cluster.name} and launch.device"
+        raise UserError(f"{swept} can't be swept with --{cluster.name}: all runs of an array ask for the same")
     if not runs:
         print(f"{found.folder} is finished; nothing to resume", file=sys.stderr)
         return 0
-    job, origin = loaded[0].job, loaded[0].folder
-    wanted = Submittable(job.name, job, origin, request.nodes, parse_gpus(request.gpus))
+    wanted = submittable_job(loaded[0], request.nodes, request.gpus)
     array = Array([int(run.path.name) for run in runs], request.max_parallel)
-    submission = wanted.render(found.folder, array)
-    script = found.folder / "job.sbatch"
+    submission = cluster.render(wanted, RunDir(found.folder), Path.cwd(), array)
     if request.dry_run:
-        print(f"\n{submission.command} {script}\n\n{submission.script}", end="")
+        print()
+        show(submission)
         return 0
     files = [file for run in runs for file in (run.job, run.status_file)]
-    with whole_or_as_before(found.folder, *files):
+    with whole_or_as_before(found.folder, *files, is_new=not found.folder.exists()):
         _fill(found, loaded, runs, is_new=not request.resume)
         for run in runs:
             mark_submitted(run)
-        write_text(script, submission.script)
-        job_id = submit(submission, script)
+        write_text(submission.file, submission.text)
+        whole = Submitted(cluster, cluster.submit(submission))
     for run in runs:
-        set_job(run, f"{job_id}_{run.path.name}")
-    print(f"sweep {found.folder}, {len(runs)} runs\nSlurm job {job_id}", file=sys.stderr)
+        note_submitted(run, cluster, cluster.part(whole.job_id, int(run.path.name)))
+    print(f"sweep {found.folder}, {len(runs)} runs\n{whole}", file=sys.stderr)
     if request.wait:
         return _follow(found)
     folder = found.folder
@@ -183,7 +184,8 @@ def _follow(found: Sweep) -> int:
     while left:
         time.sleep(LOOK_EVERY_S)
         for run in list(left):
-            queued = look_up(job_of(run) or "")
+            job = submitted(run)
+            queued = None if job is None else job.look_up()
             if queued is None or queued.is_over:
                 left.remove(run)
                 print(

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from dtrain.files import hidden_name, sync
+from dtrain.run.folder import CHECKPOINT_PART
 
 from .codec import DTYPES
 from .manifest import Damaged, HashedFile, file_sum, write_manifest
@@ -148,7 +149,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         places = []
-        with HashedFile(self._hidden / f"rank-{self._rank}.bin") as file:
+        with HashedFile(self._hidden / CHECKPOINT_PART.format(self._rank)) as file:
             for item in plan.items:
                 file.write(bytes(-file.size % _ALIGNMENT))
                 tensor: Any = planner.resolve_data(item)

@@ -1,7 +1,6 @@
 """One rank that puts a trained model to use: to evaluate it, or to predict with it.
 
-Run as `python -m dtrain.trainer.entrypoints.evaluate CODE ASKED`, as dtrain.trainer.entrypoints.train is, ASKED being
-`Asked` in JSON. The answer are the values.
+Run as dtrain.trainer.entrypoints.train is, with an `Evaluate`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 import os
 import sys
 from collections.abc import Sized
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +23,7 @@ from torch.utils.data import Dataset
 
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_text
+from dtrain.run.rank_request import Evaluate
 from dtrain.schema.job import Job
 
 from ..data.indexed import Source
@@ -34,25 +33,10 @@ from .train import begin, build_source, build_trainer
 CHUNK = 65_536  # rows that are written as text at once
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a rank is to do.
-
-    Attributes:
-        weights: the file of them.
-        data: "train" or "val", or a file of features to predict from.
-        out: the file that the predictions go to, .npy or .csv, in a folder that holds nothing else; None: evaluate.
-    """
-
-    weights: str
-    data: str = "val"
-    out: str | None = None
-
-
 def main() -> int:
     """Do this rank's part; the exit code."""
-    run, job = begin()
-    asked = Asked(**json.loads(sys.argv[2]))
+    asked = Evaluate.read()
+    run, job = begin(asked)
     trainer = build_trainer(job, Path(asked.weights))
     if asked.out is not None:
         write_predictions(trainer, source_of(job, asked.data), Path(asked.out))

@@ -1,17 +1,14 @@
 """A trained model in a file for others: its weights alone, or as ONNX, compared with PyTorch on real samples.
 
-Run as `python -m dtrain.trainer.entrypoints.export CODE ASKED`, as dtrain.trainer.entrypoints.train is on one rank,
-ASKED being `Asked` in JSON. Its answer is how ONNX compares.
+Run as dtrain.trainer.entrypoints.train is, on one rank, with an `Export`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_text
+from dtrain.run.rank_request import Export
 from dtrain.schema.job import Job
 
 from ..model.weights import bare_state_dict, save_weights
@@ -31,25 +29,10 @@ from .train import begin, build_source, build_trainer
 SAMPLES = 8  # with which the model is traced and compared
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is to be made.
-
-    Attributes:
-        weights: the file of them.
-        format: "onnx", "safetensors" or "pt".
-        out: the file to write, in a folder that holds nothing else.
-    """
-
-    weights: str
-    format: str
-    out: str
-
-
 def main() -> int:
     """Export; the exit code."""
-    run, job = begin()
-    asked = Asked(**json.loads(sys.argv[2]))
+    asked = Export.read()
+    run, job = begin(asked)
     trainer = build_trainer(job, Path(asked.weights))
     out = Path(asked.out)
     if asked.format == "onnx":

@@ -1,14 +1,13 @@
 """One rank of a rehearsal: a job's first batches, trained on for two epochs as the job would be.
 
 `dtrain check --exact` compares rehearsals at several numbers of ranks, and one that is stopped and continued. Run as
-`python -m dtrain.trainer.entrypoints.rehearsal CODE STOP`: as dtrain.trainer.entrypoints.train, but that a process
-stops after STOP steps (0: never), as on a signal. Beside metrics.jsonl and weights/ it leaves rehearsal.json: what each
-rank has to itself, layers or data.
+dtrain.trainer.entrypoints.train is, with a `Rehearse`. It leaves metrics.jsonl and weights/ as training does.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sized
@@ -20,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import IterableDataset, Sampler, Subset
 
-from dtrain.files import write_json
+from dtrain.files import write_text
 from dtrain.run.folder import EXIT_STOPPED, RunDir
 from dtrain.run.heartbeat import Heartbeat
+from dtrain.run.rank_request import Rehearse
 from dtrain.schema.job import Job
 
 from ..data.indexed import Source
@@ -35,9 +35,10 @@ EPOCHS = 2
 
 def main() -> int:
     """Rehearse this rank's part; the exit code."""
-    run, job = begin()
+    request = Rehearse.read()
+    run, job = begin(request)
     try:
-        rehearse(job, run, stop_after=int(sys.argv[2]))
+        rehearse(job, run, request.stop_after)
     except Stopped:
         return EXIT_STOPPED
     return 0
@@ -65,7 +66,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
     if trainer.world.is_main:
         splits = loop.train_batches.state_dict().get("splits")
         apart = [*layers_apart(trainer.net), *["part of the stream"] * bool(splits)]
-        write_json(run.path / "rehearsal.json", {"apart": apart})
+        write_text(run.answer, json.dumps(apart))
 
 
 def beginning(source: Source) -> Source:

@@ -1,7 +1,6 @@
 """One rank that sums up a job's model, with the job's first samples.
 
-Run as `python -m dtrain.trainer.entrypoints.summarize CODE`, as dtrain.trainer.entrypoints.train is. Its answer is the
-table.
+Run as dtrain.trainer.entrypoints.train is, with a `Summarize`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import sys
 
 from dtrain.errors import UserError
 from dtrain.files import write_text
+from dtrain.run.rank_request import Summarize
 
 from ..summary import summary
 from .first_samples import call_of, first_samples
@@ -20,7 +20,7 @@ SAMPLES = 1
 
 def main() -> int:
     """Write the summary; the exit code."""
-    run, job = begin()
+    run, job = begin(Summarize.read())
     trainer = build_trainer(job)
     batch, samples = first_samples(build_source(job, job.data.train, training=False), SAMPLES)
     args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)

@@ -1,7 +1,7 @@
 """One rank of a job: builds what the run's job.yaml names, and trains it. An ordinary torchrun script.
 
-Run as `python -m dtrain.trainer.entrypoints.train CODE`, with DTRAIN_RUN_DIR naming the run folder and torchrun's
-variables naming the rank. CODE is the folder that holds the job's own modules.
+Run as `python -m dtrain.trainer.entrypoints.train REQUEST`, with DTRAIN_RUN_DIR naming the run folder and torchrun's
+variables naming the rank. REQUEST is a `Train` in JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from dtrain.errors import Problem, UserError
 from dtrain.names import job_path
 from dtrain.run.folder import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
+from dtrain.run.rank_request import RankRequest, Train
 from dtrain.schema.instantiate import bind_function, build_metric, instantiate
 from dtrain.schema.job import Job
 from dtrain.schema.loading import load_job
@@ -40,7 +41,7 @@ from .lazy_shapes import give_shapes
 
 def main() -> int:
     """Train this rank's part of the run; the exit code."""
-    _, job = begin()
+    _, job = begin(Train.read())
     try:
         fit(job)
     except Stopped:
@@ -48,11 +49,11 @@ def main() -> int:
     return 0
 
 
-def begin() -> tuple[RunDir, Job]:
+def begin(request: RankRequest) -> tuple[RunDir, Job]:
     """The run of which this process is a rank, and its job, whose modules can be imported from here on."""
     run = RunDir(os.environ[RUN_DIR_VARIABLE])
     job = load_job(run.job).job
-    job_path(Path(sys.argv[1]))
+    job_path(Path(request.code))
     return run, job
 
 

@@ -1,0 +1,113 @@
+"""The folder of a run that is to begin or to go on: which one it is, what it begins with, and what a failure leaves."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.errors import Problem, UserError
+from dtrain.files import write_json, write_text
+from dtrain.monitoring.screen import say
+from dtrain.run.folder import RunDir
+from dtrain.run.provenance import environment
+from dtrain.run.snapshot import TOO_LARGE, Snapshot
+
+from .request import Request
+
+if TYPE_CHECKING:
+    from dtrain.schema.job import Job, ScriptJob
+
+
+def find_run(request: Request, name: str) -> RunDir:
+    """The run's folder, not made yet. A folder that holds anything is only for --resume."""
+    if request.node_rank > 0:  # node 0 says which it is, and looks after it
+        return RunDir(request.run_dir) if request.resume and request.run_dir else RunDir.new(name)
+    if request.run_dir is None:
+        return newest_unfinished(name) if request.resume else RunDir.new(name)
+    run = RunDir(request.run_dir)
+    with usable(run.path):
+        exists = run.exists()
+    if exists and not request.resume:
+        raise UserError(f"{run} exists and is not empty; --resume continues the run in it, or choose another --run-dir")
+    if request.resume and exists and not run.lock_file.exists():
+        raise UserError(f"{run} holds no run to resume")
+    if request.resume and not exists:
+        raise UserError(f"{run} does not exist, so there is nothing to resume")
+    script = RunDir(run.path.absolute().parent)
+    if run.path.absolute() in [fit.path.absolute() for fit in script.fits()]:
+        raise UserError(f"{run} is one fit of the run in {script}, which --resume can continue")
+    return run
+
+
+def newest_unfinished(name: str) -> RunDir:
+    """The newest run of that name under runs/ that has something left to do."""
+    pattern = re.compile(re.escape(name) + r"-\d{8}-\d{6}-[0-9a-f]{4}")
+    folders = sorted(path for path in Path("runs").glob("*") if pattern.fullmatch(path.name))
+    for folder in reversed(folders):
+        if RunDir(folder).status().get("state", "finished") != "finished":
+            return RunDir(folder)
+    raise UserError(f"no unfinished run of {name} under {Path('runs').absolute()}; name one with --run-dir")
+
+
+def is_done(run: RunDir, job: Job | ScriptJob) -> bool:
+    """Whether a run has nothing left to do; raises UserError where `job` is not the job that it began with."""
+    from dtrain.schema.job import ScriptJob
+    from dtrain.schema.loading import differences, load
+
+    before = load(run.job).job
+    if changed := differences(before, job):
+        problems = [Problem(change, file=str(run.job)) for change in changed]
+        raise UserError([Problem(f"{run} belongs to another job; these fields cannot change on resume:"), *problems])
+    if run.status().get("state") != "finished":
+        return False
+    return isinstance(before, ScriptJob) or isinstance(job, ScriptJob) or job.fit.epochs <= before.fit.epochs
+
+
+def nothing_left(request: Request, run: RunDir, job: Job | ScriptJob) -> bool:
+    """Whether the request is to resume a run that `is_done`, which is said."""
+    if not (request.resume and run.job.exists() and is_done(run, job)):
+        return False
+    say(f"{run} is finished; nothing to resume")
+    return True
+
+
+def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
+    """Write what a run begins with: the code of the folder `origin`, where all comes from, and the job, if any."""
+    if origin is not None:
+        copy = Snapshot(run.code)
+        copy.add(origin)
+        copy.add_modules()
+        write_json(run.env, {**environment(origin), "left_out_of_code": list(copy.left_out)})
+        if kept_out := [f"{name} ({why})" for name, why in copy.left_out.items() if why != TOO_LARGE]:
+            say(f"{run.code} is without {', '.join(kept_out)}")
+    if job is not None:
+        write_text(run.job, job)  # last: with it, the run is one that --resume can continue
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Raise UserError where the file system refuses what is done with the folder."""
+    try:
+        yield
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{folder} cannot be used: {error.strerror}{file}; choose another --run-dir") from None
+
+
+@contextmanager
+def whole_or_as_before(folder: Path, *files: Path, is_new: bool) -> Iterator[None]:
+    """Where the block fails, a folder that is new is gone again, and the files are as they were."""
+    before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    try:
+        with usable(folder):
+            yield
+    except (UserError, KeyboardInterrupt):
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        for file, text in before.items():
+            write_text(file, text)
+        raise

@@ -1,0 +1,119 @@
+"""What is done once for all ranks before they start: their modules imported, their job checked, their device chosen."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dtrain.errors import Problem, UserError
+
+from ..machine.devices import choose_processes, expected_ranks, num_processes, threads_per_rank
+from .fork_server import start_fork_server
+
+if TYPE_CHECKING:
+    from dtrain.schema.job import Job, LoadedJob, ScriptJob
+
+# What the fork server imports, for all ranks at once: always, and where the job or the script speaks of it. None of
+# it touches CUDA. The user's own modules never belong here: they may.
+PRELOAD = ("torch", "torch._dynamo")  # optimizers import the latter
+PRELOAD_FOR = {
+    "_target_": ("dtrain.trainer.trainer", "dtrain.schema.loading", "dtrain.schema.instantiate"),
+    "dtrain": ("dtrain.trainer.trainer",),
+    "torchmetrics": ("dtrain.trainer.metrics.metric_set",),
+    "torchvision": ("torchvision",),
+}
+
+_IN_CODE = re.compile(r"\S+\.py:\d+: ")  # a message that tells of a line of the user's
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Ranks that can be started on this machine.
+
+    Attributes:
+        job: as the run folder's job.yaml holds it, with defaults, overrides and the device.
+    """
+
+    num_ranks: int
+    device: Literal["cpu", "cuda"]
+    job: str
+
+    @property
+    def num_threads(self) -> int:
+        """Of each rank."""
+        return threads_per_rank(self.num_ranks)
+
+    def __str__(self) -> str:
+        return num_processes(self.num_ranks, self.device)
+
+
+def prepare(loaded: LoadedJob, code: Path, gpus: str, *, preload: bool = True) -> Prepared:
+    """Check a job and choose its ranks, whose modules are imported meanwhile.
+
+    Args:
+        code: the folder of the job's own modules.
+        gpus: as `dtrain launch` is told.
+        preload: whether the ranks will be forked from the server that this starts.
+
+    Raises:
+        UserError: all that is wrong with the job, or these devices can't do it.
+    """
+    if preload:  # before the job's modules are imported, which may use CUDA
+        preload_job(loaded.job, expected_ranks(gpus))
+    require_right(loaded, code)
+    num_ranks, device = choose_processes(gpus, loaded.job.launch.device)
+    if device == "cpu" and (problems := list(only_for_gpus(loaded.job, num_ranks))):
+        raise UserError([loaded.at(problem) for problem in problems])
+    return Prepared(num_ranks, device, resolved(loaded.job, device))
+
+
+def preload_job(job: Job, num_ranks: int) -> None:
+    """Start the fork server for a job. Before its modules are imported: see `start_fork_server`."""
+    from dtrain.schema.loading import dump_job
+
+    start_fork_server(preload_for(dump_job(job)), threads_per_rank(num_ranks))
+
+
+def preload_for(text: str) -> list[str]:
+    """The modules that the ranks of this job or script will need, of those that may be imported before the fork."""
+    return [*PRELOAD, *(module for word, modules in PRELOAD_FOR.items() if word in text for module in modules)]
+
+
+def require_right(loaded: LoadedJob, code: Path) -> None:
+    """Raise UserError with all that is wrong with the job's targets; `code` holds its modules, which are imported."""
+    from dtrain.schema.instantiate import check_job
+
+    with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
+        problems = _each_once(check_job(loaded, code))
+    if problems:
+        raise UserError(problems)
+
+
+def _each_once(problems: list[Problem]) -> list[Problem]:
+    """Without what is said already: a module that can't be imported is so for each target in it."""
+    found: dict[object, Problem] = {}
+    for problem in problems:
+        found.setdefault(problem.message if _IN_CODE.match(problem.message) else id(problem), problem)
+    return list(found.values())
+
+
+def only_for_gpus(job: Job, num_ranks: int) -> Iterator[Problem]:
+    """What a job asks for that CPU processes can't do."""
+    if job.fit.sync_batchnorm and num_ranks > 1:
+        yield Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
+    if job.fit.precision == "fp16":
+        yield Problem("fp16 is for GPUs; on a CPU bf16 needs no scaler", "fit.precision")
+    if job.fsdp.offload:
+        yield Problem("keeps in the CPU's memory what a GPU has no room for, and there is no GPU here", "fsdp.offload")
+
+
+def resolved(job: Job | ScriptJob, device: Literal["cpu", "cuda"]) -> str:
+    """What the run folder's job.yaml holds: defaults and overrides included."""
+    from dtrain.schema.loading import dump_job
+
+    return dump_job(job.model_copy(update={"launch": job.launch.model_copy(update={"device": device})}))
