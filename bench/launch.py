@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dtrain.monitoring.mlflow_mirror import outstanding
+from dtrain.monitoring.mlflow_tracker import tracker
 from dtrain.run.folder import RunDir
 
 SCRIPT = """
@@ -124,7 +124,7 @@ def measure(name: str, ranks: int, folder: Path) -> tuple[float, float]:
     if done.returncode or len(firsts) != 1:
         raise Crashed(f"{name} on {ranks} ranks: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     if (run := RunDir(folder / "run")).exists():
-        while outstanding(run):  # what goes on behind the command must not slow the next one
+        while tracker.outstanding(run):  # what goes on behind the command must not slow the next one
             time.sleep(0.1)
         shutil.rmtree(run.path)
     return float(firsts[0]) - began, ended - began

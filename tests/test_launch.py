@@ -242,6 +242,6 @@ def test_a_run_without_mlflow(new_project):
     project = new_project("without-mlflow")
     done = project.run("launch", "--gpus", "1", "--run-dir", "run", "job.yaml", MLFLOW_TRACKING_URI="")
     assert done.code == 0, done.err
-    assert not project.run_dir().mlflow.exists()
+    assert not (project.run_dir().path / "mlflow.json").exists()
     assert not (project.folder / "mlflow.db").exists()
     assert "MLflow" not in done.err

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "trainer/strategies": (*CONTRACT, *BASE, "trainer/loss"),
     "trainer/optimization": (*CONTRACT, *BASE, "trainer/loss", "trainer/strategies"),
     "trainer": (*CONTRACT, *PARTS),
+    "trainer/tracking": CONTRACT,
     "trainer/entrypoints": (*CONTRACT, *PARTS, "trainer"),
 }
 # The package's front, which hands on what lies above it.

@@ -216,7 +216,7 @@ def test_a_sweep_is_an_array(site, alone):
     assert [run.status()["state"] for run in sweep.runs] == ["finished"] * 4
     numbers = {read_json(run.submitted("slurm"))["job_id"].partition("_")[0] for run in sweep.runs}
     assert numbers == {done.err.split("Slurm job ")[1].split()[0]}
-    assert len({read_json(run.mlflow)["run_id"] for run in sweep.runs}) == 4
+    assert len({read_json(run.path / "mlflow.json")["run_id"] for run in sweep.runs}) == 4
     rows = [run.rows()[-1] for run in sweep.runs]
     assert [row["step"] for row in rows] == [10, 20, 10, 20]
     assert rows[0]["train_loss"] == pytest.approx(alone.history()[-1]["train_loss"], rel=1e-5)

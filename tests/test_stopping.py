@@ -18,7 +18,7 @@ from marks import campaign
 from mlflow import MlflowClient
 
 from dtrain.files import read_json
-from dtrain.monitoring.mlflow_mirror import tracker_lock
+from dtrain.monitoring.mlflow_tracker import tracker
 from dtrain.run.heartbeat import Heartbeat
 from dtrain.trainer.checkpoint.manager import saved
 
@@ -206,18 +206,18 @@ def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, proj
     with project.running(*SIZE, *JOB, *options) as command:
         until_waiting(project, command)
         # MLflow's side is to be seen as well: the tracker starts after the first step.
-        command.until(lambda: (read_json(project.run_dir().mlflow) or {}).get("run_id"))
+        command.until(lambda: (read_json(project.run_dir().path / "mlflow.json") or {}).get("run_id"))
         command.signal(signal.SIGKILL)
         done = command.wait()  # of all its processes
     assert done.code == -signal.SIGKILL
     assert project.status()["state"] == "running"  # nobody could write anything else
     assert "state     killed" in project.run("status", "run").out
-    mlflow_run = read_json(project.run_dir().mlflow)["run_id"]
+    mlflow_run = read_json(project.run_dir().path / "mlflow.json")["run_id"]
     assert MlflowClient(store).get_run(mlflow_run).info.status == "KILLED"
 
     go_on(project)
     client = MlflowClient(store)
-    with tracker_lock(project.run_dir()).open("a") as lock:
+    with tracker.lock(project.run_dir()).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if the tracker before were still at work
         with project.running(*SIZE, *JOB, "--resume") as command:
             assert command.end() == 0

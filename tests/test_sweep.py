@@ -65,7 +65,7 @@ def test_each_run_is_the_run_that_its_values_make(project):
     parent = client.get_run(read_json(sweep.folder / "mlflow.json")["run_id"])
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "all")
     for run in sweep.runs:
-        child = client.get_run(read_json(run.mlflow)["run_id"])
+        child = client.get_run(read_json(run.path / "mlflow.json")["run_id"])
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.info.run_name == sweep.point(run)
 

@@ -19,13 +19,14 @@ import yaml
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
 from dtrain.launcher.commands.ui import ui
-from dtrain.monitoring.mlflow_mirror import outstanding, tracker_log
-from dtrain.monitoring.run_monitor import STOPPED_GRACE_S, TRACKER_GRACE_S, Keeper
+from dtrain.monitoring.mlflow_tracker import tracker
+from dtrain.monitoring.run_monitor import Keeper
+from dtrain.monitoring.tracker_processes import GRACE_S, STOPPED_GRACE_S
 from dtrain.monitoring.tracking_uri import resolve_tracking_uri
 from dtrain.redact import hide_password
 from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import Heartbeat
-from dtrain.trainer.tracking import flatten, follow
+from dtrain.trainer.tracking.mlflow import flatten, follow_run
 
 TRACKER = [sys.executable, "-m", "dtrain.trainer.tracking"]
 RUNNING, FINISHED = {"state": "running", "epoch": 1, "step": 1}, {"state": "finished", "epoch": 3, "step": 9}
@@ -68,7 +69,7 @@ def rows(*epochs, **values):
 def client_and_run(run):
     from mlflow import MlflowClient
 
-    names = read_json(run.mlflow)
+    names = read_json(run.path / "mlflow.json")
     client = MlflowClient(names["tracking_uri"])
     return client, client.get_run(names["run_id"])
 
@@ -103,7 +104,7 @@ def test_a_run_is_copied_while_it_goes_on(run):
     seen = []
     status = scripted(
         {"state": "running", "step": 0},
-        lambda: seen.append(run.mlflow.exists()),
+        lambda: seen.append((run.path / "mlflow.json").exists()),
         RUNNING,
         lambda: run.write_rows(rows(1)),
         RUNNING,
@@ -112,7 +113,7 @@ def test_a_run_is_copied_while_it_goes_on(run):
         RUNNING,
         FINISHED,
     )
-    assert follow(run, status) == 0
+    assert follow_run(run, status) == 0
     assert seen == [False, ("RUNNING", {"job.yaml"}, [(3, 1.0)])]
     found = client_and_run(run)[1]
     assert (found.info.status, found.info.run_name) == ("FINISHED", "digits-1")
@@ -126,7 +127,7 @@ def test_a_run_is_copied_while_it_goes_on(run):
 
 def test_a_resumed_run_continues_without_a_step_twice(run, store):
     run.write_rows(rows(1, 2))
-    follow(run, lambda: {"state": "stopped"})
+    follow_run(run, lambda: {"state": "stopped"})
     before = client_and_run(run)[1]
     make_run(run.path, store, fit={"epochs": 3, "strategy": "ddp"})
     states = []
@@ -139,7 +140,7 @@ def test_a_resumed_run_continues_without_a_step_twice(run, store):
         lambda: states.append(client_and_run(run)[1].info.status),
         FINISHED,
     )
-    assert follow(run, status) == 0
+    assert follow_run(run, status) == 0
     after = client_and_run(run)[1]
     assert [before.info.status, *states, after.info.status] == ["KILLED", "RUNNING", "FINISHED"]
     assert after.info.run_id == before.info.run_id
@@ -166,7 +167,7 @@ def test_a_scripts_later_fits_are_children_of_its_run(run, store):
         status = scripted(
             RUNNING, RUNNING, look, go_on, RUNNING, look, lambda: write_json(fit.status_file, FINISHED), FINISHED
         )
-        assert follow(run, status) == 0
+        assert follow_run(run, status) == 0
     look()
     assert states == [["RUNNING", "KILLED"], ["RUNNING", "RUNNING"], ["FINISHED", "FINISHED"]]
     (_, parent), (_, child) = client_and_run(run), client_and_run(fit)
@@ -180,19 +181,19 @@ def test_a_scripts_later_fits_are_children_of_its_run(run, store):
     [({"state": "failed"}, "FAILED"), ({"state": "killed", "step": 4}, "KILLED"), ({}, "KILLED")],
 )
 def test_the_end_of_the_run_is_that_of_the_mlflow_run(run, status, expected):
-    assert follow(run, lambda: status) == 0
+    assert follow_run(run, lambda: status) == 0
     assert client_and_run(run)[1].info.status == expected
 
 
 def test_matrices_and_nan_are_left_out(run):
     run.write_rows(rows(1, val_matrix=[[1, 2], [3, 4]], val_auc=float("nan"), val_loss=float("inf"), val_acc=1))
-    assert follow(run, lambda: FINISHED) == 0
+    assert follow_run(run, lambda: FINISHED) == 0
     assert client_and_run(run)[1].data.metrics == {"epoch": 1, "train_loss": 1, "val_acc": 1}
 
 
 def test_more_and_longer_parameters_than_mlflow_takes(run, store):
     make_run(run.path, store, model={"_target_": "net.Net", "widths": list(range(250)), "k" * 300: "v" * 7000})
-    assert follow(run, lambda: FINISHED) == 0
+    assert follow_run(run, lambda: FINISHED) == 0
     params = client_and_run(run)[1].data.params
     assert params["model.widths.249"] == "249"
     assert max(map(len, params.values())) == 6000
@@ -200,21 +201,21 @@ def test_more_and_longer_parameters_than_mlflow_takes(run, store):
 
 def test_a_deleted_mlflow_run_is_made_anew(run):
     run.write_rows(rows(1))
-    follow(run, lambda: FINISHED)
+    follow_run(run, lambda: FINISHED)
     client, before = client_and_run(run)
     client.delete_run(before.info.run_id)
-    assert follow(run, lambda: FINISHED) == 0
+    assert follow_run(run, lambda: FINISHED) == 0
     assert client_and_run(run)[1].info.run_id != before.info.run_id
     assert history(run, "epoch") == [(3, 1.0)]
 
 
 def test_a_broken_artifact_store_costs_the_artifacts_alone(run, capsys):
-    follow(run, lambda: FINISHED)
+    follow_run(run, lambda: FINISHED)
     artifact_folder = Path(client_and_run(run)[1].info.artifact_uri)
     shutil.rmtree(artifact_folder)
     artifact_folder.write_text("in the way")
     run.write_rows(rows(1))
-    assert follow(run, lambda: {"state": "failed"}, retry_s=0, give_up_s=0) == 1
+    assert follow_run(run, lambda: {"state": "failed"}, retry_s=0, give_up_s=0) == 1
     assert client_and_run(run)[1].info.status == "FAILED"
     assert history(run, "epoch") == [(3, 1.0)]
     assert capsys.readouterr().err.count("\n") == 1
@@ -223,9 +224,9 @@ def test_a_broken_artifact_store_costs_the_artifacts_alone(run, capsys):
 def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     run = make_run(tmp_path / "run", uri)
-    tracker_log(run).touch()
-    assert follow(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
-    assert outstanding(run) == f"not all of the run; to complete it: python -m dtrain.trainer.tracking {run}"
+    tracker.log(run).touch()
+    assert follow_run(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
+    assert tracker.outstanding(run) == f"not all of the run; to complete it: python -m dtrain.trainer.tracking {run}"
     error = capsys.readouterr().err
     assert re.match(f"dtrain: MLflow at {re.escape(hide_password(uri))}: .*Connection refused", error)
     assert error.endswith(f"given up; to complete it: python -m dtrain.trainer.tracking {run}\n")
@@ -243,7 +244,7 @@ def test_a_server_that_comes_late_gets_everything(tmp_path, store):
         tracker = subprocess.Popen([*TRACKER, str(run)], stderr=log)
         wait_until(lambda: "trying again" in (run.path / "log").read_text())
         with process([*server, "--host", "127.0.0.1", "--port", str(port)]):
-            wait_until(lambda: run.mlflow.exists() and history(run, "epoch") == [(3, 1.0)])
+            wait_until(lambda: (run.path / "mlflow.json").exists() and history(run, "epoch") == [(3, 1.0)])
             tracker.send_signal(signal.SIGTERM)  # as a cluster does to all processes of a job
             run.write_rows(rows(1, 2))
             write_json(run.status_file, FINISHED)
@@ -265,7 +266,7 @@ def test_trackers_that_make_one_store_at_the_same_time(tmp_path):
 
 
 def test_waiting_for_the_first_step_costs_no_heavy_import():
-    code = "import sys, dtrain.trainer.tracking; print({'mlflow', 'torch'} & set(sys.modules))"
+    code = "import sys, dtrain.trainer.tracking.mlflow; print({'mlflow', 'torch'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
@@ -297,7 +298,7 @@ def test_ui_of_a_server(capsys):
 
 
 def test_ui_serves_the_store_until_ctrl_c(run, store):
-    follow(run, lambda: FINISHED)
+    follow_run(run, lambda: FINISHED)
     code = f"import sys; from dtrain.launcher.commands.ui import ui; sys.exit(ui({store!r}, None))"
     with process([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as shown:
         address = shown.stdout.readline().strip()
@@ -338,9 +339,9 @@ def wait_until(condition, timeout_s=300):
     ("state", "within", "seconds", "says"),
     [
         ("stopped", "4711", STOPPED_GRACE_S, "when it goes on, it gets the rest"),  # its time may be nearly up
-        ("finished", "4711", TRACKER_GRACE_S, "by process 7; it reports in"),
+        ("finished", "4711", GRACE_S, "by process 7; it reports in"),
         ("stopped", None, 0.0, "by process 7; it reports in"),  # it goes on behind the command
-        ("finished", "1", TRACKER_GRACE_S, "by process 7"),  # the first process of a container ends all others
+        ("finished", "1", GRACE_S, "by process 7"),  # the first process of a container ends all others
         ("finished", "--wait-mlflow", None, "by process 7"),
     ],
 )

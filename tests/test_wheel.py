@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TOP = ("dtrain", "launcher", "slurm", "trainer")
-ARE_RUN = ("dtrain.__main__", "dtrain.launcher.rank.fresh")  # and not imported
+ARE_RUN = ("dtrain.__main__", "dtrain.trainer.tracking.__main__", "dtrain.launcher.rank.fresh")  # and not imported
 
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"  # as pip does
 IMPORT_ALL = """

@@ -1,4 +1,4 @@
-"""The keeper of a run: keeps status.json true, shows progress, and has it mirrored into MLflow.
+"""The keeper of a run: keeps status.json true, shows progress, and has its trackers mirror it.
 
 It sees only what the ranks leave in the run folder, so it works the same in the agent of `dtrain launch` and
 inside a script that runs by itself. The ranks never wait for it.
@@ -8,31 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from dtrain.files import read_json, refusal, write_json
-from dtrain.monitoring.mlflow_mirror import tracker_log
+from dtrain.files import refusal, write_json
 from dtrain.monitoring.rank_output import RankOutput
 from dtrain.monitoring.screen import Screen
-from dtrain.monitoring.tracking_uri import VARIABLE, is_off
+from dtrain.monitoring.tracker import trackers
+from dtrain.monitoring.tracker_processes import TrackerProcesses
 from dtrain.run.folder import EXIT_INTERRUPTED, Row, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat
-from dtrain.schema.packages import missing
-from dtrain.signals import held_back
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
 
 LOOK_EVERY_S = 0.1
 WRITE_EVERY_S = 1.0
 SHOW_ROWS_EVERY_S = 0.5  # several files are asked for, on what may be a slow file system
-TRACKER_GRACE_S = 60.0  # MLflow gets this long where nothing outlives this process
-STOPPED_GRACE_S = 5.0  # in a job of Slurm's that was stopped: it must end, and be requeued, before its time is up
 
 
 class Keeper:
@@ -44,7 +38,7 @@ class Keeper:
     Args:
         echo: where the lines that ranks print into their logs are shown; None where they have no logs.
         show_ranks: whose lines.
-        quiet: neither to a screen nor to MLflow.
+        quiet: neither to a screen nor to a tracker.
         wait_mlflow: whether the end waits until MLflow has all of the run, however long that takes.
     """
 
@@ -59,8 +53,6 @@ class Keeper:
     ) -> None:
         self.run = run
         self.screen = Screen(quiet)
-        self._quiet = quiet
-        self._wait_mlflow = wait_mlflow
         self._heartbeat = Heartbeat(run.heartbeat(0))
         self._began = time.time()
         previous = run.status()
@@ -70,7 +62,7 @@ class Keeper:
             "fit": 1,
             "epoch": 0,
             "step": 0,
-            "mlflow_run_id": None,
+            **{tracker.id_key: None for tracker in trackers()},
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "restarts": previous.get("restarts", 0) + 1 if previous else 0,
             "error": None,
@@ -82,8 +74,7 @@ class Keeper:
         self._was_in_trouble = False
         self._rows_shown = 0.0
         self._histories = {each.path: _History(each, shown=True) for each in (run, *run.fits())}
-        self._tracker: subprocess.Popen[bytes] | None = None
-        self._is_untracked = False  # for want of mlflow, which has been said
+        self._trackers = None if quiet else TrackerProcesses(run, self.screen.print, wait=wait_mlflow)
         self._over = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="dtrain-keeper", daemon=True)
         self._showing = threading.Thread(target=self._show, name="dtrain-screen", daemon=True)
@@ -108,7 +99,7 @@ class Keeper:
         self._outputs = [RankOutput(output.rank, self.run.rank_log(output.rank)) for output in self._outputs]
 
     def finish(self, state: State, exit_code: int, error: dict[str, Any] | None = None) -> None:
-        """The ranks have ended: write and show what is left, and leave MLflow's copy to the tracker."""
+        """The ranks have ended: write and show what is left, and leave its copies to the trackers."""
         self._over.set()
         self._watching.join()
         self._take_beat()
@@ -119,10 +110,12 @@ class Keeper:
         self._showing.join()
         self._show_trouble()
         self.screen.close()
-        if self._tracker is None and self.run.job.exists():
-            self._start_tracker()
-        if self._tracker is not None:
-            self._leave_to(self._tracker)
+        if self._trackers is not None:
+            if self.run.job.exists():
+                self._trackers.start()
+            self._trackers.leave(
+                in_cluster_job=self._status["slurm_job_id"] is not None, was_stopped=state == "stopped"
+            )
             self._write()
 
     def _end_fit(self, end: dict[str, Any]) -> None:
@@ -140,8 +133,8 @@ class Keeper:
         last_write = time.monotonic()
         while not self._over.wait(LOOK_EVERY_S):
             with contextlib.suppress(OSError):  # a hiccup of the file system must not blind the rest of the run
-                if self._take_beat().step > 0 and self._tracker is None:
-                    self._start_tracker()
+                if self._take_beat().step > 0 and self._trackers is not None:
+                    self._trackers.start()
             if time.monotonic() - last_write >= WRITE_EVERY_S:
                 last_write = time.monotonic()
                 self._write()
@@ -153,8 +146,7 @@ class Keeper:
         return beat
 
     def _write(self) -> None:
-        mirrored = read_json(self.run.mlflow) or {}
-        self._status["mlflow_run_id"] = mirrored.get("run_id")
+        self._status |= {tracker.id_key: tracker.run_id(self.run) for tracker in trackers()}
         try:
             write_json(self.run.status_file, self._status, durable=self._status["state"] != "running")
         except OSError as error:  # a full disk must not end the training, and leaves no room in logs to say so
@@ -207,51 +199,6 @@ class Keeper:
                 self.screen.print(f"run {fit}")
             for row in history.new():
                 self.screen.show_row(row)
-
-    # -- MLflow ----------------------------------------------------------------------------------
-
-    def _start_tracker(self) -> None:
-        if self._quiet or self._is_untracked or is_off():
-            return
-        if lacking := missing("mlflow"):
-            self._is_untracked = True
-            self.screen.print(f"the run is not recorded in MLflow, which {lacking}; or set {VARIABLE} to nothing")
-            return
-        # A process of its own, in a session of its own: it outlives a killed run for the moment that it takes to
-        # close the run in MLflow as KILLED. Started after the first step, since importing mlflow takes seconds.
-        with tracker_log(self.run).open("ab") as log, held_back():
-            self._tracker = subprocess.Popen(
-                [sys.executable, "-m", "dtrain.trainer.tracking", str(self.run)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONSAFEPATH": "1"},  # the user's folder may have an mlflow.py
-                start_new_session=True,
-            )
-
-    def _leave_to(self, tracker: subprocess.Popen[bytes]) -> None:
-        log = tracker_log(self.run)
-        grace_s = self._tracker_grace_s()
-        try:
-            code = tracker.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            if grace_s == STOPPED_GRACE_S:
-                self.screen.print("MLflow has not taken all of the run yet; when it goes on, it gets the rest")
-            else:
-                self.screen.print(f"MLflow is still being sent this run, by process {tracker.pid}; it reports in {log}")
-            return
-        if code != 0 and log.exists():
-            lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-            self.screen.print(f"MLflow does not have all of this run: {lines[-1]}")
-
-    def _tracker_grace_s(self) -> float | None:
-        """How long the end waits for the tracker; None: as long as it takes."""
-        if self._status["slurm_job_id"] is not None:
-            return STOPPED_GRACE_S if self._status["state"] == "stopped" else TRACKER_GRACE_S
-        if self._wait_mlflow:
-            return None
-        # The first process of a container, or a service's, takes all others along when it ends.
-        return TRACKER_GRACE_S if 1 in (os.getpid(), os.getppid()) else 0.0
 
 
 class _History:

@@ -67,7 +67,6 @@ class RunDir:
         self.env = self.path / "env.json"
         self.sbatch = self.path / "job.sbatch"
         self.slurm_log = self.logs / "slurm.log"
-        self.mlflow = self.path / "mlflow.json"
         self.fits_file = self.path / "fits.json"
         self.lock_file = self.path / "lock"
 

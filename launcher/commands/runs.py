@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dtrain.clusters.cluster import submitted_file
 from dtrain.errors import UserError
-from dtrain.monitoring.mlflow_mirror import outstanding
+from dtrain.monitoring.tracker import trackers
 from dtrain.run.folder import RunDir
 from dtrain.run.sweep import Sweep
 
@@ -79,8 +79,8 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
         status = run.status()
         state, epoch, step = str(status["state"]), int(status["epoch"]), int(status["step"])
         age = f"began {_ago(began)}" if state == "running" else f"ended {_ago(seen)}"
-        if state != "running" and outstanding(run):
-            age += ", not all in MLflow"
+        if state != "running":
+            age += "".join(f", not all in {tracker.title}" for tracker in trackers() if tracker.outstanding(run))
         return began, [path, state, f"epoch {epoch}", f"step {step}", _result(run), age, point]
     except Exception:  # whatever is wrong in one folder, the others are listed
         return 0.0, _damaged(path)

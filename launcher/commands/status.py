@@ -6,8 +6,8 @@ from typing import Any
 
 from dtrain.clusters.cluster import Submitted, submitted, submitted_file
 from dtrain.errors import UserError
-from dtrain.monitoring.mlflow_mirror import outstanding
 from dtrain.monitoring.screen import row_line
+from dtrain.monitoring.tracker import trackers
 from dtrain.run.folder import RunDir
 from dtrain.run.sweep import Sweep
 
@@ -31,9 +31,10 @@ def status(path: str) -> int:
     if job := submitted(run):
         print(f"{job.cluster.name:<9} job {job.job_id}, {_in_queue(job)}")
     print(f"epoch     {_in_fit(found)}{found['epoch']}, step {found['step']}")
-    known = [found.get("mlflow_run_id"), outstanding(run) if found["state"] != "running" else ""]
-    if any(known):
-        print("mlflow    " + ", ".join(filter(None, known)))
+    for tracker in trackers():
+        known = [found.get(tracker.id_key), tracker.outstanding(run) if found["state"] != "running" else ""]
+        if any(known):
+            print(f"{tracker.name:<9} " + ", ".join(filter(None, known)))
     if row := run.last_row():
         print("last      " + ("fit 1, " if run.fits() else "") + row_line(row))
     if found.get("error"):

@@ -93,7 +93,7 @@ def differences(interrupted: Site, alone: Site, client: MlflowClient) -> list[st
         found.append("other weights")
     if interrupted.history() != alone.history():
         found.append("other rows in metrics.jsonl")
-    run = client.get_run(read_json(interrupted.project.run_dir().mlflow)["run_id"])
+    run = client.get_run(read_json(interrupted.project.run_dir().path / "mlflow.json")["run_id"])
     if run.info.status != "FINISHED" or len(client.search_runs([run.info.experiment_id])) != 2:
         found.append("not one finished run in MLflow")
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]

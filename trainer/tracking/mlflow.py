@@ -1,35 +1,26 @@
-"""The tracker: follows a run folder and mirrors it into MLflow.
+"""MLflow's copy of a run.
 
-    python -m dtrain.trainer.tracking RUN_DIR
-
-A process of its own, so that a slow or dead server never holds up training, and a run whose processes were
-all killed is still closed in MLflow. The folder is the truth and MLflow the copy: after any error the tracker
-asks MLflow what it has and sends the rest. By hand, the same command completes the copy of a run long over.
-
-Whoever starts it has written status.json before: a run without one, or with a final state, has ended.
+A process of its own, so that a slow or dead server never holds up training, and a run whose processes were all killed
+is still closed in MLflow.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from dtrain import signals
 from dtrain.errors import UserError
 from dtrain.files import read_json, write_json
-from dtrain.monitoring.mlflow_mirror import note_complete, tracker_lock
+from dtrain.monitoring.mlflow_tracker import tracker
 from dtrain.monitoring.tracking_uri import resolve_tracking_uri, sqlite_file
 from dtrain.redact import hide_in_job, hide_password
 from dtrain.run.folder import Row, RunDir
@@ -37,9 +28,7 @@ from dtrain.run.sweep import Sweep
 from dtrain.schema.packages import require
 from dtrain.yaml12 import Reader, dump
 
-POLL_S = 0.5
-RETRY_S = 3.0
-GIVE_UP_S = 20.0
+from .follow import Status, final_state, follow, ignore_what_a_cluster_sends, locked, wait_for_first_step
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "killed": "KILLED"}
 
@@ -58,15 +47,10 @@ MLFLOW_ENVIRONMENT = {
 # Has MLflow show its pages for training, not those for language models.
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
-Status = Callable[[], dict[str, Any]]
-
 
 def main() -> int:
     """Follow the run folder named on the command line to the run's end."""
-    # A cluster signals every process of a job; this one has yet to report how the others ended.
-    for number in signals.TO_ALL:
-        signal.signal(number, signal.SIG_IGN)
-    signals.let_through()
+    ignore_what_a_cluster_sends()
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     run = RunDir(sys.argv[1])
@@ -76,69 +60,31 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     # The tracker of an earlier attempt may still be trying: two would send the same rows.
-    with _locked(tracker_lock(run)):
+    with locked(tracker.lock(run)):
         try:
-            return follow(run, run.status)
+            return follow_run(run, run.status)
         except UserError as error:
             print(f"dtrain: MLflow at {error}", file=sys.stderr)
             return 1
 
 
-def follow(run: RunDir, status: Status, *, retry_s: float = RETRY_S, give_up_s: float = GIVE_UP_S) -> int:
-    """Mirror the run until it has ended: 0 when MLflow has all of it, 1 when it could not be made so."""
-    _wait_for_first_step(status)
+def follow_run(run: RunDir, status: Status, **limits: float) -> int:
+    """`follow` into the store that is meant; 0 when it has all of the run."""
+    wait_for_first_step(status)
     uri = _tracking_uri(run)
-    mirror: Mirror | None = None
-    failing = False
-    give_up_at = math.inf
-    while True:
-        final = _final(now := status())  # before the rows are read: none are added after it
-        give_up_at = min(give_up_at, time.monotonic() + give_up_s) if final else math.inf
-        try:
-            mirror = mirror or Mirror(run, uri)
-            mirror.update(final)
-        except Exception as error:  # whatever MLflow, its store, the network or the disk raise
-            mirror = None  # the failed request may have arrived: ask anew what is there
-            if time.monotonic() >= give_up_at:
-                _report(uri, error, f"given up; to complete it: python -m dtrain.trainer.tracking {run}")
-                return 1
-            if not failing:
-                _report(uri, error, "trying again")
-            failing = True
-        else:
-            if final:
-                note_complete(run, now)
-                return 0
-            failing = False
-        time.sleep(retry_s if failing else POLL_S)
-
-
-def _wait_for_first_step(status: Status) -> None:
-    # Importing mlflow takes seconds of CPU, which the ranks need until then.
-    while not _final(now := status()) and now.get("step", 0) < 1:
-        time.sleep(POLL_S)
-
-
-def _final(status: dict[str, Any]) -> str | None:
-    """MLflow's word for a state that is final; a run without a status, its folder deleted, was killed."""
-    return MLFLOW_STATUS.get(status.get("state", "killed"))
+    return follow(run, status, tracker, f"MLflow at {uri}", lambda: MlflowRun(run, uri), **limits)
 
 
 def _tracking_uri(run: RunDir) -> str:
     asked = (_read_job(run).get("mlflow") or {}).get("tracking_uri")
-    return resolve_tracking_uri(asked, (read_json(run.mlflow) or {}).get("tracking_uri"))
+    return resolve_tracking_uri(asked, (read_json(tracker.note(run)) or {}).get("tracking_uri"))
 
 
 def _read_job(run: RunDir) -> dict[str, Any]:
     return cast("dict[str, Any]", Reader(str(run.job)).read(run.job.read_text(encoding="utf-8")))
 
 
-def _report(uri: str, error: Exception, outcome: str) -> None:
-    cause = " ".join(str(error).split()) or type(error).__name__
-    print(hide_password(f"dtrain: MLflow at {uri}: {cause}; {outcome}"), file=sys.stderr, flush=True)
-
-
-class Mirror:
+class MlflowRun:
     """The copy of a run in MLflow. Constructing it continues mlflow.json's MLflow run, or creates one.
 
     The runs of a sweep share a parent, which is open as long as one of them runs. A script's run is the parent of its
@@ -148,7 +94,7 @@ class Mirror:
         script: that of the script's run, for one of its fits.
     """
 
-    def __init__(self, run: RunDir, uri: str, script: Mirror | None = None) -> None:
+    def __init__(self, run: RunDir, uri: str, script: MlflowRun | None = None) -> None:
         gc.disable()  # modules make no garbage, and looking for it takes a quarter of the time
         from mlflow import MlflowClient
 
@@ -162,12 +108,12 @@ class Mirror:
         self._sweep = Sweep.of(run)
         self._script = script
         self._parent_id: str | None = None if script is None else script._run_id
-        self._fits: dict[Path, Mirror] = {}
+        self._fits: dict[Path, MlflowRun] = {}
         self._closed: str | None = None  # with what status
         with _creating(uri):
             self._client = MlflowClient(uri)
             if self._sweep is not None:
-                with _locked(self._sweep.folder / "mlflow.lock"):
+                with locked(tracker.lock(RunDir(self._sweep.folder))):
                     self._parent_id = self._open(RunDir(self._sweep.folder)).info.run_id
             found = self._open(run)
         self._run_id: str = found.info.run_id
@@ -177,7 +123,7 @@ class Mirror:
         self._last_step = max((metric.step for metric in history), default=-1)
 
     def update(self, final: str | None) -> None:
-        """Send what the folder has and MLflow has not; `final` is the status to close the MLflow run with."""
+        """Send what the folder has and MLflow has not; `final` is the state to close the MLflow run with."""
         self._send_new_rows()
         try:
             self._send_files(ended=final is not None)
@@ -185,21 +131,21 @@ class Mirror:
                 self._update_fit(fit)
         finally:  # a broken artifact store is no reason to leave the run open
             if final:
-                self._client.set_terminated(self._run_id, final)
+                self._client.set_terminated(self._run_id, MLFLOW_STATUS[final])
                 self._end_parent()
         self._closed = final
 
     def _update_fit(self, fit: RunDir) -> None:
-        final, mirror = _final(fit.status()), self._fits.get(fit.path)
+        final, mirror = final_state(fit.status()), self._fits.get(fit.path)
         if mirror is None or (mirror._closed and mirror._closed != final):  # it is new, or goes on after a failure
-            mirror = self._fits[fit.path] = Mirror(fit, self._uri, self)
+            mirror = self._fits[fit.path] = MlflowRun(fit, self._uri, self)
         if mirror._closed is None:
             mirror.update(final)
 
     def _end_parent(self) -> None:
         if self._sweep is None or self._parent_id is None:
             return
-        with _locked(self._sweep.folder / "mlflow.lock"):
+        with locked(tracker.lock(RunDir(self._sweep.folder))):
             states = {run.status().get("state") for run in self._sweep.runs}
             if "running" not in states:
                 worst = next((state for state in ("failed", "killed", "stopped") if state in states), "killed")
@@ -212,14 +158,14 @@ class Mirror:
         found = self._continue(folder) or self._create(folder)
         info = found.info
         names = {"run_id": info.run_id, "tracking_uri": self._uri, "experiment_id": info.experiment_id}
-        write_json(folder.mlflow, {name: hide_password(value) for name, value in names.items()})
+        write_json(tracker.note(folder), {name: hide_password(value) for name, value in names.items()})
         return found
 
     def _continue(self, folder: RunDir) -> Any:
         """The MLflow run of mlflow.json, running again; None where this store has none that can be."""
         from mlflow.exceptions import MlflowException
 
-        run_id = (read_json(folder.mlflow) or {}).get("run_id")
+        run_id = (read_json(tracker.note(folder)) or {}).get("run_id")
         if run_id is None:
             return None
         try:
@@ -326,17 +272,4 @@ def _creating(uri: str) -> contextlib.AbstractContextManager[None]:
     if file is None:
         return contextlib.nullcontext()
     file.parent.mkdir(parents=True, exist_ok=True)
-    return _locked(file.with_name(f"{file.name}.lock"))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the file's lock, waiting for it; a file system that has no locks goes without."""
-    with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return locked(file.with_name(f"{file.name}.lock"))

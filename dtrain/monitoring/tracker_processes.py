@@ -1,0 +1,78 @@
+"""The trackers' processes of one run: started once there is something to send, and left behind when the run is over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+
+from dtrain.monitoring.tracker import Tracker, trackers
+from dtrain.run.folder import RunDir
+from dtrain.signals import held_back
+
+GRACE_S = 60.0  # what a tracker gets where nothing outlives this process
+STOPPED_GRACE_S = 5.0  # in a cluster's job that was stopped: it must end, and be requeued, before its time is up
+
+
+class TrackerProcesses:
+    """A process for each tracker, in a session of its own.
+
+    So it outlives a killed run for the moment that it takes to close the run's copy as killed.
+
+    Args:
+        say: shows a line to the user.
+        wait: whether the end waits until each has all of the run, however long that takes.
+    """
+
+    def __init__(self, run: RunDir, say: Callable[[str], None], *, wait: bool) -> None:
+        self._run = run
+        self._say = say
+        self._wait = wait
+        self._processes: dict[Tracker, subprocess.Popen[bytes]] = {}
+        self._untracked: set[Tracker] = set()  # for want of something, which has been said
+
+    def start(self) -> None:
+        """Start those that are not off and not started. After the first step: importing mlflow takes seconds."""
+        for tracker in trackers():
+            if tracker in self._processes or tracker in self._untracked or tracker.is_off():
+                continue
+            if lacking := tracker.lacking():
+                self._untracked.add(tracker)
+                self._say(f"the run is not recorded in {tracker.title}, which {lacking}")
+                continue
+            with tracker.log(self._run).open("ab") as log, held_back():
+                self._processes[tracker] = subprocess.Popen(
+                    tracker.command(self._run),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "PYTHONSAFEPATH": "1"},  # the user's folder may have an mlflow.py
+                    start_new_session=True,
+                )
+
+    def leave(self, *, in_cluster_job: bool, was_stopped: bool) -> None:
+        """The run is over, and its status final: see that its copies are, and say of each that is not."""
+        grace_s = self._grace_s(in_cluster_job, was_stopped)
+        for tracker, process in self._processes.items():
+            log = tracker.log(self._run)
+            try:
+                code = process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                if grace_s == STOPPED_GRACE_S:
+                    self._say(f"{tracker.title} has not taken all of the run yet; when it goes on, it gets the rest")
+                else:
+                    sending = f"is still being sent this run, by process {process.pid}; it reports in {log}"
+                    self._say(f"{tracker.title} {sending}")
+                continue
+            if code != 0 and log.exists():
+                lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+                self._say(f"{tracker.title} does not have all of this run: {lines[-1]}")
+
+    def _grace_s(self, in_cluster_job: bool, was_stopped: bool) -> float | None:
+        """How long the end waits for a tracker; None: as long as it takes."""
+        if in_cluster_job:
+            return STOPPED_GRACE_S if was_stopped else GRACE_S
+        if self._wait:
+            return None
+        # The first process of a container, or a service's, takes all others along when it ends.
+        return GRACE_S if 1 in (os.getpid(), os.getppid()) else 0.0
