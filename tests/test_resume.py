@@ -27,6 +27,7 @@ from dtrain.schema.sections import Fsdp
 from dtrain.trainer.checkpoint import manager
 from dtrain.trainer.checkpoint.manager import Checkpoints
 from dtrain.trainer.checkpoint.manifest import HashedFile
+from dtrain.trainer.data import permutation
 from dtrain.trainer.optimization.ema import Ema
 
 # 4 steps an epoch; no share has less than the 2 samples that batch norm wants, at up to 4 ranks.
@@ -269,6 +270,17 @@ def test_a_continued_run_has_the_bits_of_one_that_was_never_interrupted(world_si
     assert [row["epoch"] for row in found["rows"]] == [1, 2, 3]
     assert differences(found, expected) == []
     assert samples_trained_on(tmp_path, world_size) == all_samples()
+
+
+def job_of_another_order(options):
+    permutation.NAME = "of before"
+    return job(options)
+
+
+def test_a_run_begun_in_another_order_is_not_continued(tmp_path):
+    assert train(1, tmp_path, job_of_another_order, Options(stop_after_step=1)) == [None]
+    with pytest.raises(RuntimeError, match=r"ResumeError: .* shuffles in another order"):
+        train(1, tmp_path, job, Options())
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, default_convert
 
-from dtrain.errors import UserError
+from dtrain.errors import ResumeError, UserError
 
 from ..distributed.seeds import derive_seed, loading_apart
 from ..distributed.world import World
+from . import permutation
 from .batch_tensors import num_collated, to_device
 from .dataloader import source_arguments
 from .sampler import draw_batches, draw_samples, length
@@ -78,6 +79,11 @@ class Source:
     def is_regular(self) -> bool:
         """Whether a batch of so many samples holds so many: a collate function of the user's own may do otherwise."""
         return self.collate in (None, default_collate, default_convert)
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether its order is ours: a permutation for each epoch."""
+        return self.shuffle and self.sampler is None and self.batch_sampler is None and not self.is_stream
 
     @property
     def num_samples(self) -> int | None:
@@ -225,10 +231,14 @@ class IndexedBatches:
             yield MicroBatch(data, found, samples, is_last, is_whole, self._source.is_regular)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # epoch and step say it all
+        return {"order": permutation.NAME} if self._source.is_shuffled else {}  # epoch and step say the rest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        if self._source.is_shuffled and state.get("order") != permutation.NAME:
+            raise ResumeError(
+                "the run was begun with a dtrain that shuffles in another order, and can't be continued exactly: "
+                "resume it with that version (env.json in the run folder names it), or begin a new run"
+            )
 
 
 def order_of(source: Source, seed: int, epoch: int, world: World) -> tuple[Order, int, tuple[int, ...]]:
@@ -244,4 +254,4 @@ def order_of(source: Source, seed: int, epoch: int, world: World) -> tuple[Order
         return drawn.__getitem__, len(drawn), ()
     samples = source.num_samples
     assert samples is not None  # see Source
-    return shuffled(samples, seed, epoch) if source.shuffle else in_order, samples, ()
+    return shuffled(samples, seed, epoch) if source.is_shuffled else in_order, samples, ()

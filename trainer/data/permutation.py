@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..distributed.seeds import split_mix
 
+NAME = "feistel"  # what checkpoints call this order; a change that permutes otherwise needs another name
 MAX_SAMPLES = 2**62
 BLOCK = 2**14  # positions at once: what they need, 640 KiB, stays in a core's cache
 
