@@ -88,10 +88,10 @@ def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_v
     with pytest.raises(UserError, match=f"nothing is reported as {monitor}.*{hint}"):
         trainer.fit(data, data if with_val else None, monitor=monitor)
     for wrong, says in (
-        ({"patience": 0}, "patience is 0: it counts epochs, from 1"),
-        ({"epochs": 0}, "epochs is 0: it counts epochs, from 1"),
+        ({"patience": 0}, "fit.early_stopping.patience: expected a number above 0, found 0"),
+        ({"epochs": 0}, "fit.epochs: expected a number above 0, found 0"),
         ({"monitor": "train_acc"}, "mode: is min, and of train_acc more is better"),
-        ({"mode": "maximum"}, "mode is 'maximum': min, where a smaller loss is better, or max"),
+        ({"mode": "maximum"}, "fit.early_stopping.mode: expected min or max, found 'maximum'"),
     ):
         with pytest.raises(UserError, match=says):
             trainer.fit(data, **wrong)

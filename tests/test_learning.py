@@ -18,7 +18,7 @@ from training import prepare
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RUN_DIR_VARIABLE
-from dtrain.trainer import loop as loops
+from dtrain.trainer.fit import loop as loops
 from dtrain.trainer.trainer import Trainer
 
 SIZE = 8
@@ -44,7 +44,7 @@ def loader(target: float = 1.0) -> DataLoader[Any]:
 def train(net: nn.Module, loss: Any, lr: float = 0.1, epochs: int = 2, **options: Any) -> list[dict[str, Any]]:
     own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
     trainer = Trainer(net, loss, SGD([*net.parameters(), *own], lr=lr), device="cpu", **options)
-    return trainer.train(loader(), loader(), epochs, None, None, "min").rows
+    return trainer.train(loader(), loader(), epochs, None, None, "min").progress.rows
 
 
 @pytest.fixture(autouse=True)

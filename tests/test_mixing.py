@@ -15,8 +15,8 @@ from training import prepare
 
 from dtrain import Trainer
 from dtrain.run.folder import RUN_DIR_VARIABLE
+from dtrain.trainer.fit.sample_mixing import look_for_mixing
 from dtrain.trainer.fit_folder import _fits
-from dtrain.trainer.sample_mixing import look_for_mixing
 
 
 class Texts(Dataset):

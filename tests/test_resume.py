@@ -323,21 +323,20 @@ def test_a_state_is_read_to_where_it_belongs(tmp_path):
     loop = make_loop(
         str(tmp_path), {"trainer": trainer, "train": Samples(torch.randn(2, 4), torch.ones(2)), "batch_size": 2}
     )
-    loop.model.bare.to("meta")
-    loop.ema = Ema(loop.model.bare, 0.9)
-    [weight, *_] = loop.model.bare.parameters()
+    loop.trained.model.bare.to("meta")
+    loop.trained.ema = Ema(loop.trained.model.bare, 0.9)
+    [weight, *_] = loop.trained.model.bare.parameters()
     saved_by_columns = torch.empty(4, 8, device="meta").t()
-    assert loop.room("model/0.weight", saved_by_columns).untyped_storage()._cdata == weight.untyped_storage()._cdata
-    assert loop.room("ema/0.weight", saved_by_columns) is loop.ema.state_dict()["0.weight"]
-    state = loop.room("optimizer/state/0.weight/exp_avg", saved_by_columns)
-    assert (state.device.type, state.stride()) == (
-        "meta",
-        (1, 8),
-    )  # to the bit also means: in the order in which it lay
+    found = loop.trained.room("model/0.weight", saved_by_columns)
+    assert found.untyped_storage()._cdata == weight.untyped_storage()._cdata
+    assert loop.trained.room("ema/0.weight", saved_by_columns) is loop.trained.ema.state_dict()["0.weight"]
+    state = loop.trained.room("optimizer/state/0.weight/exp_avg", saved_by_columns)
+    # To the bit also means: in the order in which it lay.
+    assert (state.device.type, state.stride()) == ("meta", (1, 8))
     # What has no place there, or another form.
     for path, like in (("model/1.running_mean", torch.empty(8)), ("optimizer/state/0.weight/step", torch.empty(()))):
-        assert loop.room(path, like.to("meta")) is None
-    assert loop.room("model/0.weight", saved_by_columns.double()) is None
+        assert loop.trained.room(path, like.to("meta")) is None
+    assert loop.trained.room("model/0.weight", saved_by_columns.double()) is None
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

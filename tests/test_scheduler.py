@@ -105,7 +105,7 @@ def fit(folder: Any, make: Callable[..., Any], epochs: int = EPOCHS, **options: 
     options = {"metrics_dict": {"acc": accuracy}, "device": "cpu", **options}
     trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, scheduler=make(optimizer), **options)
     loop = trainer.train(loader, loader, epochs, None, **{"monitor": None, "mode": "min", **monitor})
-    return [row["lr"] for row in loop.rows]
+    return [row["lr"] for row in loop.progress.rows]
 
 
 def accuracy(predictions: torch.Tensor, target: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from dtrain import Trainer
@@ -41,6 +42,13 @@ BOTH = {
     "launch.device": ("device", ["gpu"]),
     "seed": ("seed", [-1, "a"]),
     "scheduler.interval": ("scheduler_interval", ["batch"]),
+}
+# The same of what `fit` is told.
+OF_FIT = {
+    "fit.epochs": ("epochs", [0, 2.5, "many"]),
+    "fit.early_stopping.patience": ("patience", [0, "long"]),
+    "fit.early_stopping.mode": ("mode", ["maximum", 3]),
+    "fit.early_stopping.monitor": ("monitor", [3]),
 }
 TOGETHER = {
     "clipped twice": {"clip_norm": 1.0, "clip_value": 1.0},
@@ -82,11 +90,18 @@ def said_of_trainer(settings: Mapping[str, Any]) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("key", BOTH)
+def said_of_fit(settings: Mapping[str, Any]) -> str:
+    data = TensorDataset(torch.zeros(4, 2), torch.zeros(4, 1))
+    with pytest.raises(UserError) as refused:
+        trainer().fit(DataLoader(data, batch_size=2), **settings)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", BOTH | OF_FIT)
 def test_both_doors_refuse_in_the_same_words(key, tmp_path):
-    keyword, values = BOTH[key]
+    keyword, values = (BOTH | OF_FIT)[key]
     for value in values:
-        said = said_of_trainer({keyword: value})
+        said = (said_of_fit if key in OF_FIT else said_of_trainer)({keyword: value})
         assert said_of_job(tmp_path, {key: value}).endswith(said), (value, said)
 
 

@@ -97,9 +97,9 @@ def take_a_step(rank: int, world_size: int, folder: str, number: int, micro_batc
     loop = make_loop(folder, job(number, 4, micro_batch_size, weighted, noise=0.1))
     seed(rank)
     loop.train_epoch()
-    sums = [state.value for state in loop.train_tally.states()]
-    reported = loop.train_tally.finish(sums) if any(sums) else {}
-    return {name: value.clone() for name, value in loop.model.bare.state_dict().items()}, draws(), reported
+    sums = [state.value for state in loop.data.train_tally.states()]
+    reported = loop.data.train_tally.finish(sums) if any(sums) else {}
+    return {name: value.clone() for name, value in loop.trained.model.bare.state_dict().items()}, draws(), reported
 
 
 @pytest.mark.parametrize(("number", "micro_batch_size"), SHARES)
@@ -171,12 +171,12 @@ def count(rank: int, world_size: int, folder: str, loss: str, micro_batches: int
     def watched_step(micro_batches: Any) -> None:
         loaded = list(micro_batches)  # what a loader does on the CPU is no wait for the device
         with ExitStack() as stack:
-            for name in WAITS if loop.steps_done else ():  # a process's first step looks at the model
+            for name in WAITS if loop.progress.steps_done else ():  # a process's first step looks at the model
                 stack.enter_context(patch.object(Tensor, name, counted(name)))
             train_step(iter(loaded))
 
     loop.train_step = watched_step
-    loop.model.module.register_comm_hook(None, hook)
+    loop.trained.model.module.register_comm_hook(None, hook)
     with count_collectives() as collectives:
         loop.train_epoch()
     return waits, collectives, buckets
@@ -260,8 +260,8 @@ def own_steps(rank: int, world_size: int, folder: str) -> tuple[list[Any], dict[
         by_methods.calls = 0
         loop = make_loop(f"{folder}/{strategy}", own_job(by_methods, strategy))
         loop.train_epoch()
-        loop.model.share_buffers()
-        results.append((loop.model.weights(), (loop.model.bare.calls, by_methods.calls)))
+        loop.trained.model.share_buffers()
+        results.append((loop.trained.model.weights(), (loop.trained.model.bare.calls, by_methods.calls)))
     said = {}
     for step in (summing, contrasting, needing_pairs, drawing, claiming):
         errors = io.StringIO()

@@ -118,11 +118,11 @@ def gradients(rank: int, world_size: int) -> dict[tuple[str, bool], tuple[Tensor
         loop = make_loop(folder, {"trainer": job, "train": data, "batch_size": 1})
     found = {}
     for name, case in CASES.items():
-        net.activation, loop.step = case.activation, supervised_step(case.loss)
+        net.activation, loop.trained.step = case.activation, supervised_step(case.loss)
         for is_regular in (True, False):
             optimizer.zero_grad()
             with count_collectives() as collectives:
-                loop.backward(micro_batches(case, is_regular, rank, world_size))
+                loop.train_step.backward(micro_batches(case, is_regular, rank, world_size))
             found[name, is_regular] = net.layer.weight.grad.clone(), sum(collectives.values())
     return found
 

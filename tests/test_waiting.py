@@ -26,9 +26,10 @@ from training import make_loop
 from dtrain.errors import UserError
 from dtrain.run.heartbeat import Phase
 from dtrain.schema.sections import Fit
-from dtrain.trainer import loop, trainer
+from dtrain.trainer import trainer
 from dtrain.trainer.checkpoint.optimizer_state import to_parameters
 from dtrain.trainer.distributed.world import World, require_cpu_backend
+from dtrain.trainer.fit import loop
 from dtrain.trainer.metrics.epoch_totals import Tally
 from dtrain.trainer.metrics.metric_set import MetricSet
 from dtrain.trainer.optimization.optimizer_step import Update
@@ -107,10 +108,10 @@ def test_a_step_waits_for_nothing(name, tmp_path):
     data = TensorDataset(torch.randn(12, 5), torch.arange(12) % CLASSES)
     with patch.object(trainer, "join_world", lambda device: World(0, 1, META)):
         training = make_loop(str(tmp_path), {"trainer": given, "train": data, "batch_size": BATCH})
-    for batch in training.train_batches.epoch(1):
+    for batch in training.data.train.epoch(1):
         with without_waiting():
             training.train_step(batch.micro_batches)
-    assert training.train_tally.samples == len(data)
+    assert training.data.train_tally.samples == len(data)
 
 
 def test_the_test_sees_a_wait():
@@ -183,12 +184,12 @@ def test_the_speed_is_that_of_the_device(tmp_path):
     training = make_loop(str(tmp_path), {"trainer": given, "train": data, "batch_size": BATCH})
 
     def wait(world: World) -> None:
-        assert training.heartbeat.read().phase == Phase.WAITING  # which is said where it does not come back
+        assert training.progress.heartbeat.read().phase == Phase.WAITING  # which is said where it does not come back
         now[0] += 8.0
 
     with patch.object(World, "await_device", wait), patch.object(loop.time, "perf_counter", lambda: now[0]):
         training.train_epoch()
-    assert training.samples_per_s == 12 / 8
+    assert training.progress.samples_per_s == 12 / 8
 
 
 def test_gradients_that_are_on_their_way_to_the_cpu_are_waited_for():

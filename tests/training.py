@@ -24,8 +24,11 @@ from dtrain.trainer.checkpoint.manifest import read_manifest
 from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.data.sharding import shuffled
 from dtrain.trainer.distributed.stop import Stopped
-from dtrain.trainer.loop import Loop, Schedule
+from dtrain.trainer.fit.loop import Loop
+from dtrain.trainer.fit.trained import Trained
 from dtrain.trainer.metrics.early_stopping import Best
+from dtrain.trainer.optimization.ema import Ema
+from dtrain.trainer.optimization.optimizer_step import Update
 from dtrain.trainer.trainer import Trainer
 
 Job = dict[str, Any]  # net, loss, optimizer, train, val and options; see `fit`
@@ -81,24 +84,13 @@ def make_loop(folder: str, job: Job) -> Loop:
     trainer = Trainer(**job["trainer"], device="cpu")
     run = RunDir(folder)
     Heartbeat(run.heartbeat(trainer.world.rank), create=True)
-    batches = trainer._batches(Source(job["train"], job["batch_size"], shuffle=False), training=True)
-    tallies = [trainer._tally("train")]
-    assert trainer.optimizer is not None
-    return Loop(
-        run,
-        trainer.world,
-        trainer.model,
-        trainer.step,
-        trainer.precision,
-        trainer._update(trainer.optimizer),
-        trainer.optimizer,
-        trainer.scheduler,
-        (batches, None),
-        tallies,
-        Best("train_loss"),
-        Schedule(1, trainer.settings.checkpoint, trainer.scheduler_interval),
-        trainer.seed,
-    )
+    data = trainer._data(Source(job["train"], job["batch_size"], shuffle=False), None)
+    model, precision, optimizer = trainer.model, trainer.precision, trainer.optimizer
+    assert optimizer is not None
+    update = Update(model, optimizer, precision, trainer.settings.fit)
+    ema = None if trainer.ema is None else Ema(trainer.net, trainer.ema)
+    trained = Trained(model, trainer.step, precision, optimizer, update, trainer.scheduling, ema)
+    return Loop(run, trained, data, trainer.settings, Best("train_loss"))
 
 
 def prepare(folder: Path, world_size: int) -> RunDir:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
@@ -10,12 +9,10 @@ from torch.utils.data import DataLoader
 from dtrain.errors import UserError
 
 from .checks.agreement import require_same_data
-from .data.indexed import Batches, IndexedBatches, Source
+from .data.indexed import Batches, Data, IndexedBatches, Source
 from .data.ready_batches import ReadyBatches
 from .data.streamed import LoaderShares, StreamBatches, StreamShares
 from .distributed.world import World
-
-Data = DataLoader[Any] | Source | Iterable[Any]
 
 
 def batches_of(

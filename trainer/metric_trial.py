@@ -12,8 +12,7 @@ import torch
 from dtrain.errors import UserError, among
 from dtrain.schema.monitor import monitor_problem
 
-from .batches import Data
-from .data.indexed import IndexedBatches
+from .data.indexed import Data, IndexedBatches
 from .distributed.world import World
 from .loss.step import Step
 from .metrics.epoch_totals import Tally

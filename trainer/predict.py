@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError
 
-from .batches import Data
 from .checks.agreement import require_same_data
-from .data.indexed import IndexedBatches, MicroBatch, Source
+from .data.indexed import Data, IndexedBatches, MicroBatch, Source
 from .distributed.world import World
 from .loss.step import Outcome, Step, describe
 from .strategies.base import Parallel

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dtrain.errors import UserError
 
-from .batches import Data, batches_of
+from .batches import batches_of
 from .checks.arguments import require_model, unwrapped
-from .data.indexed import Batches, MicroBatch
+from .data.indexed import Batches, Data, MicroBatch
 from .distributed.seeds import derive_seed, seed_everything
 from .distributed.world import join_world
 from .loss.step import as_units, require_rows

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtrain.errors import Problem, UserError, first_line
-from dtrain.schema.monitor import monitor_problem
+from dtrain.errors import UserError, first_line
 from dtrain.schema.packages import missing, require
 from dtrain.schema.sections import Fsdp
 
-from .batches import Data, batches_of
+from .batches import batches_of
 from .checkpoint.background import say
 from .checks.agreement import require_same_settings
 from .checks.arguments import (
-    OF_THE_RUN,
     require_loss,
     require_metrics,
     require_model,
-    require_names,
     require_optimizer,
     require_scheduler,
     settings_of,
@@ -35,23 +31,27 @@ from .checks.arguments import (
 )
 from .checks.optimizer_kinds import require_a_rate, require_rates
 from .data.batch_tensors import bound_on
-from .data.indexed import Batches
+from .data.indexed import Batches, Data
 from .distributed.seeds import derive_seed, rng_kept
 from .distributed.world import join_world
+from .fit.data import FitData
+from .fit.description import alike, full_name, job_of
+from .fit.evaluation import evaluate_batch, gather_values
+from .fit.loop import Loop
+from .fit.sample_mixing import look_for_mixing
+from .fit.trained import Trained
 from .fit_folder import fit_folder
-from .loop import Loop, Schedule, evaluate_batch, gather_values
 from .loss.step import Step, UserStep, supervised_step, user_step
 from .metric_trial import require_reported, try_metrics
 from .metrics.early_stopping import Best
-from .metrics.epoch_totals import Tally
+from .metrics.phases import PhaseMetrics, require_monitor
 from .model.activation_checkpointing import recompute_activations
 from .model.learned_loss import LearnedLoss
 from .optimization import precision as precisions
 from .optimization.ema import Ema
 from .optimization.optimizer_step import Update
-from .optimization.scheduler import Interval, check_length, is_fed, require_mode
+from .optimization.scheduler import Interval, Scheduling, check_length, is_fed, require_mode
 from .predict import predict_features, predict_shares
-from .sample_mixing import look_for_mixing
 from .strategies.base import Parallel, require_uncut
 from .strategies.ddp import DataParallel
 from .summary import summary
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     import pandas
     import torchinfo
 
-    from .metrics.metric_set import AnyMetric, Given
+    from .metrics.metric_set import Given
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"] | Fsdp | Mapping[str, Any]
 
@@ -160,14 +160,13 @@ class Trainer:
         if precision == "fp32" and precisions.is_tf32_asked_for():
             self._warn("this script allows TF32, which precision fp32 overrides; to keep it: precision='tf32'")
         loss_fn = bound_on(loss_fn, self.world.device)
-        self._class = _full_name(net)
+        self._class = full_name(net)
         recompute_activations(net, activation_checkpointing)
         self.ema = ema
         self.micro_batch_size = micro_batch_size
         loss = LearnedLoss(loss_fn, net, self.world)
         if optimizer is not None:
-            report = say if self.world.is_main else lambda line: None
-            loss.adopt(optimizer, report, is_whole=self.settings.fit.strategy == "ddp")
+            loss.adopt(optimizer, self._say, is_whole=self.settings.fit.strategy == "ddp")
         self.model = self._parallel(net, strategy)
         self.model.loss = loss
         self.net = self.model.bare
@@ -181,19 +180,8 @@ class Trainer:
         self.optimizer = optimizer
         self.model.adopt(optimizer)
         self.scheduler = scheduler
-        self.scheduler_interval = scheduler_interval
-        self.scheduler_monitor = scheduler_monitor
-        self.metrics: dict[str, AnyMetric] = {}
-        if metrics_dict is not None and len(metrics_dict):
-            from .metrics.metric_set import as_metrics
-
-            self.metrics = as_metrics(metrics_dict)
-            if "loss" in self.metrics:
-                raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
-        require_names("activations", activations, self.metrics)
-        require_names("train_metrics", train_metrics, self.metrics)
-        self.activations = dict(activations or {})
-        self.train_metrics = train_metrics
+        self.scheduling = Scheduling(scheduler, scheduler_interval, scheduler_monitor or "")
+        self.metrics = PhaseMetrics(metrics_dict, self.world.device, activations, train_metrics)
         self.seed = seed
         self._run_dir = run_dir
         self._resume = resume
@@ -257,11 +245,11 @@ class Trainer:
             self._take(step)
         loop = self.train(train_data, val_data, epochs, patience, monitor, mode, run_dir)
         if ckpt_path is not None and self.world.is_main:
-            shutil.copyfile(loop.run_dir.best_weights, ckpt_path)
+            shutil.copyfile(loop.saver.run.best_weights, ckpt_path)
         self.draw(loop)
         import pandas
 
-        return pandas.DataFrame(loop.rows)
+        return pandas.DataFrame(loop.progress.rows)
 
     def train(
         self,
@@ -276,83 +264,77 @@ class Trainer:
         """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part."""
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
-        for name, value in (("epochs", epochs), ("patience", patience)):
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise UserError(f"{name} is {value}: it counts epochs, from 1")
-        if mode not in ("min", "max"):
-            raise UserError(f"mode is {mode!r}: min, where a smaller {monitor or 'loss'} is better, or max")
+        monitor = monitor or ("val_loss" if val_data is not None else "train_loss")
+        stopping = {"monitor": monitor, "mode": mode, "patience": patience}
+        settings = self.settings.of_fit(epochs=epochs, early_stopping=stopping, seed=self.seed)
         require_rates(self.optimizer)
         if self.scheduler is None:
             require_a_rate(self.optimizer)
-        best = Best(monitor or ("val_loss" if val_data is not None else "train_loss"), mode, patience)
-        tallies = [self._tally("train")]
-        if val_data is not None:
-            tallies += [self._tally("val")] + [self._tally("ema")] * (self.ema is not None)
-        _check_monitor(best.monitor, tallies)
-        if (better := self._better(best.monitor)) not in (None, mode):
-            message = f"is {mode}, and of {best.monitor} {'more' if better == 'max' else 'less'} is better"
-            raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
-        watched = self.scheduler_monitor or best.monitor
-        schedule = Schedule(epochs, self.settings.checkpoint, self.scheduler_interval, watched)
-        batches = self._batches(train_data, training=True), self._val_batches(val_data)
-        if self.scheduler is not None:
-            _check_monitor(watched, tallies)
-            loss = "min" if watched.endswith("_loss") else None
-            known = best.mode if watched == best.monitor else loss or self._better(watched)
-            require_mode(self.scheduler, watched, known)
-            steps = batches[0].num_steps
-            check_length(self.scheduler, self.scheduler_interval, epochs, steps, self._warn)
-        require_same_settings(self.world, self._settings(epochs, best))
-        update = self._update(self.optimizer)
+        best = Best(monitor, mode, patience)
+        data = self._data(train_data, val_data)
+        require_monitor(monitor, data.tallies)
+        self.metrics.require_mode(best)
+        scheduling = self._scheduling(best, data, epochs)
+        require_same_settings(
+            self.world, alike(settings, self._made_by, self.optimizer, scheduling, self.metrics.by_name)
+        )
+        update = Update(self.model, self.optimizer, self.precision, settings.fit, self._say)
         self.model.begin_fit()
         given = self._run_dir if run_dir is None else run_dir
         folder = fit_folder(self.world, given, resume=self._resume, describe=self._description)
         with rng_kept(self.world.device), self.precision.in_force(), folder as run:
-            loop = Loop(
-                run,
-                self.world,
-                self.model,
-                self.step,
-                self.precision,
-                update,
-                self.optimizer,
-                self.scheduler,
-                batches,
-                tallies,
-                best,
-                schedule,
-                self.seed,
-                None if self.ema is None else Ema(self.net, self.ema),
-            )
+            ema = None if self.ema is None else Ema(self.net, self.ema)
+            trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
+            loop = Loop(run, trained, data, settings, best)
             if val_data is not None:
-                tried = try_metrics(self.model, self.step, val_data, tallies[1], self._warn)
-                for name in dict.fromkeys((best.monitor, watched)):
-                    require_reported(name, tried, self.metrics, self._warn)
+                tried = try_metrics(self.model, self.step, val_data, data.val_tallies[0], self._warn)
+                for name in dict.fromkeys((monitor, scheduling.monitor)):
+                    require_reported(name, tried, self.metrics.by_name, self._warn)
             if self.world.world_size > 1 or self.micro_batch_size is not None:
-                is_coarse = self.world.device.type != "cpu" or self.precision.name != "fp32"
+                is_coarse = trained.is_coarse
                 look_for_mixing(self.model, self.step, train_data, self.seed, self._warn, is_coarse=is_coarse)
             loop.run()
         self.seed = derive_seed("fit", self.seed)  # another fit goes on with this model, in another order
         return loop
 
+    def _data(self, train_data: Data, val_data: Data | None) -> FitData:
+        """What a fit reads and adds up. All ranks take part, to see that they were given the same."""
+        train, tally = self._batches(train_data, training=True), self.metrics.tally
+        if val_data is None:
+            return FitData(train, tally("train"))
+        val_tallies = [tally("val")] + [tally("ema")] * (self.ema is not None)
+        return FitData(train, tally("train"), self._batches(val_data, training=False), val_tallies)
+
+    def _scheduling(self, best: Best, data: FitData, epochs: int) -> Scheduling:
+        """The scheduler, which looks at what decides about the best epoch where it wasn't told what to look at."""
+        scheduling = replace(self.scheduling, monitor=self.scheduling.monitor or best.monitor)
+        if scheduling.scheduler is not None:
+            watched = scheduling.monitor
+            require_monitor(watched, data.tallies)
+            loss = "min" if watched.endswith("_loss") else None
+            known = best.mode if watched == best.monitor else loss or self.metrics.better(watched)
+            require_mode(scheduling.scheduler, watched, known)
+            check_length(scheduling.scheduler, scheduling.interval, epochs, data.train.num_steps, self._warn)
+        return scheduling
+
     def draw(self, loop: Loop) -> None:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
-        if not self.world.is_main or (loop.run_dir.plots.exists() and not loop.samples_done):
+        run, progress = loop.saver.run, loop.progress
+        if not self.world.is_main or (run.plots.exists() and not progress.samples_done):
             return  # what was over before is drawn
         from .metrics.plots import draw
 
-        confusions = [
-            name for name, metric in self.metrics.items() if type(metric).__name__.endswith("ConfusionMatrix")
-        ]
+        metrics = self.metrics.by_name.items()
+        confusions = [name for name, metric in metrics if type(metric).__name__.endswith("ConfusionMatrix")]
         try:
-            draw(loop.run_dir.plots, loop.rows, loop.best.epoch, confusions)
+            draw(run.plots, progress.rows, progress.best.epoch, confusions)
         except (OSError, ImportError) as error:
             cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
-            say(f"{loop.run_dir}: can't draw plots/: {cause or error}; all else is there")
+            say(f"{run}: can't draw plots/: {cause or error}; all else is there")
 
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""
-        tally = self._tally("val")
+        tally = self.metrics.tally("val")
         batches = self._batches(data, training=False)
         self.model.share_buffers()
         with self.precision.in_force(), self.model.evaluating():
@@ -389,69 +371,19 @@ class Trainer:
             raise UserError("a model in parts can't be summed up on one rank: dtrain.summary(net, ...) before Trainer")
         return summary(self.net, input_shape, features=features)
 
-    def _update(self, optimizer: Optimizer) -> Update:
-        report = say if self.world.is_main else lambda line: None
-        return Update(self.model, optimizer, self.precision, self.settings.fit, report)
-
-    def _settings(self, epochs: int, best: Best) -> dict[str, Any]:
-        """What all ranks are to have alike, beside model and data."""
-        settings = {"epochs": epochs, "monitor": best.monitor, "mode": best.mode, "patience": best.patience}
-        settings |= {"loss": self._made_by, "optimizer": self.optimizer, "metrics": sorted(self.metrics)}
-        if self.scheduler is not None:
-            settings |= {"scheduler": _full_name(self.scheduler), "scheduler_interval": self.scheduler_interval}
-        settings |= self.settings.fit.model_dump(exclude=OF_THE_RUN)
-        checkpoint = self.settings.checkpoint
-        return settings | {"seed": self.seed, "checkpoint_every": checkpoint.every, "keep": checkpoint.keep}
+    def _say(self, line: str) -> None:
+        if self.world.is_main:
+            say(line)
 
     def _warn(self, line: str) -> None:
-        if self.world.is_main:
-            say(f"warning: {line}")
-
-    def _better(self, name: str) -> str | None:
-        """Whether less or more of a metric's value is better, where torchmetrics says so: min or max."""
-        higher = getattr(self.metrics.get(name.partition("_")[2]), "higher_is_better", None)
-        return None if higher is None else "max" if higher else "min"
-
-    def _tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
-        if not self.metrics:
-            return Tally(phase, self.world.device)
-        from .metrics.metric_set import MetricSet, keeps_samples
-
-        names = list(self.metrics)
-        if phase == "train":
-            chosen = self.train_metrics
-            names = [n for n in names if (n in chosen if chosen is not None else not keeps_samples(self.metrics[n]))]
-        metrics = {name: copy.deepcopy(self.metrics[name]) for name in names}
-        activations = {name: self.activations.get(name) for name in names}
-        own = MetricSet(metrics, activations, self.world.device) if metrics else None
-        return Tally(phase, self.world.device, own, self.metrics)
+        self._say(f"warning: {line}")
 
     def _batches(self, data: Data, *, training: bool) -> Batches:
         fill_empty = training or self.model.forwards_together
         return batches_of(data, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
 
-    def _val_batches(self, data: Data | None) -> Batches | None:
-        return None if data is None else self._batches(data, training=False)
-
     def _description(self, name: str) -> str:
-        """What a script's run was made of, so that MLflow can compare it with others."""
-        parts: dict[str, Any] = {"name": name, "seed": self.seed, "model": {"_target_": self._class}}
-        if self.optimizer is not None:
-            defaults = getattr(self.optimizer, "defaults", {})  # one that wraps another may have none
-            plain = {k: v for k, v in defaults.items() if isinstance(v, (int, float, str, bool))}
-            parts["optimizer"] = {"_target_": _full_name(self.optimizer), **plain}
-        if self.scheduler is not None:
-            parts["scheduler"] = {"_target_": _full_name(self.scheduler), "interval": self.scheduler_interval}
-        parts["metrics"] = {
-            key: {"_target_": _full_name(getattr(metric, "function", metric))} for key, metric in self.metrics.items()
-        }
-        return yaml.safe_dump(parts, sort_keys=False)
-
-
-def _check_monitor(monitor: str, tallies: Sequence[Tally]) -> None:
-    known = {name: values for tally in tallies for name, values in tally.known(monitor).items()}
-    if problem := monitor_problem(monitor, known):
-        raise UserError(f"monitor: {problem}")
+        return job_of(name, self.seed, self._class, self.optimizer, self.scheduling, self.metrics.by_name)
 
 
 def _be_deterministic() -> None:
@@ -459,7 +391,3 @@ def _be_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches, which add in the order in which numbers arrive
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _full_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

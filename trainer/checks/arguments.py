@@ -6,7 +6,7 @@ The problems' paths are job.yaml's keys, which a script's arguments are close to
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from dtrain.errors import Problem, UserError, among
+from dtrain.errors import Problem, UserError
 from dtrain.schema.contradictions import contradictions_of
 from dtrain.schema.loading import problems_in
 from dtrain.schema.sections import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
@@ -44,6 +44,15 @@ class Settings(Section):
     launch: Launch
     seed: Seed
 
+    def of_fit(self, *, epochs: int, early_stopping: Mapping[str, Any], seed: int) -> Settings:
+        """These, with what is said when it fits.
+
+        Raises:
+            UserError: what job.yaml would refuse, in its words.
+        """
+        fit = {**self.fit.model_dump(), "epochs": epochs, "early_stopping": dict(early_stopping)}
+        return _checked({**self.model_dump(), "fit": fit, "seed": seed})
+
 
 def settings_of(arguments: Mapping[str, Any]) -> Settings:
     """A Trainer's keyword arguments as the sections of job.yaml that have them by these names.
@@ -62,9 +71,14 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         "launch": {"device": arguments["device"]},
         "seed": arguments["seed"],
     }
-    values = {key: _plain(value) for key, value in values.items()}
-    problems = problems_in(Settings, values)
-    problems += problems_in(SchedulerTarget, {"_target_": "scheduler", "interval": arguments["scheduler_interval"]})
+    scheduler = {"_target_": "scheduler", "interval": arguments["scheduler_interval"]}
+    return _checked(values, problems_in(SchedulerTarget, scheduler))
+
+
+def _checked(values: Mapping[str, Any], others: Sequence[Problem] = ()) -> Settings:
+    """The settings; raises UserError with all that is wrong with them, and the other problems."""
+    values = _plain(values)
+    problems = [*problems_in(Settings, values), *others]
     if not problems:
         settings = Settings.model_validate(values)
         problems = contradictions_of(settings.fit)
@@ -78,14 +92,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return value.item() if isinstance(value, np.generic) else value
-
-
-def require_names(kind: str, asked: Collection[str] | None, metrics: Collection[str]) -> None:
-    """Raise UserError for names under which there is no metric."""
-    for name in asked or ():
-        if name not in metrics:
-            hint = among(name, list(metrics)) if metrics else "there are no metrics"
-            raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
 
 
 def require_model(net: Any, *, may_be_lazy: bool = False) -> None:

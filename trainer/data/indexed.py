@@ -113,6 +113,9 @@ class MicroBatch:
     is_regular: bool = True  # its tensors begin with `samples` samples; a collate function of the user's may do else
 
 
+Data = DataLoader[Any] | Source | Iterable[Any]  # whatever a rank may be given to train on or to evaluate
+
+
 @dataclass(frozen=True)
 class Batch:
     """An optimizer step's batch: how many samples it has over all ranks, and this rank's share."""

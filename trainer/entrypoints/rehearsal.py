@@ -64,7 +64,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
         mode=job.monitor_mode,
     )
     if trainer.world.is_main:
-        splits = loop.train_batches.state_dict().get("splits")
+        splits = loop.data.train.state_dict().get("splits")
         apart = [*layers_apart(trainer.net), *["part of the stream"] * bool(splits)]
         write_text(run.answer, json.dumps(apart))
 

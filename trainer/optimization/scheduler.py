@@ -7,6 +7,7 @@ import sys
 import types
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -44,32 +45,65 @@ def is_fed(scheduler: Any) -> bool:
     return bool(needed)
 
 
-def after_step(scheduler: LRScheduler, step: int) -> None:
-    """The step of a scheduler that steps with the optimizer, after its step of that number.
+@dataclass(frozen=True)
+class Scheduling:
+    """A scheduler, if there is one, and when it steps.
 
-    Raises:
-        UserError: the schedule has ended, in a run whose length nobody knew before.
+    Attributes:
+        monitor: what it is fed, where it wants a value.
     """
-    try:
-        scheduler.step()
-    except ValueError as error:
-        ending = next((part for part, _ in _parts(scheduler, sys.maxsize) if isinstance(part, OneCycleLR)), None)
-        if ending is None:
-            raise
-        message = f"{type(ending).__name__} has ended before the run has, with step {step}: {first_line(error)}"
-        raise UserError(Problem(message, "scheduler", hint="total_steps: as many as all epochs have")) from error
 
+    scheduler: Any = None
+    interval: Interval = "epoch"
+    monitor: str = ""
 
-def after_epoch(scheduler: Any, row: Row, monitor: str) -> None:
-    """An epoch's step, of a scheduler that steps once an epoch."""
-    if not is_fed(scheduler):
-        scheduler.step()
-    elif isinstance(value := row.get(monitor), float):
-        scheduler.step(value)
-    else:
-        raise UserError(
-            Problem(f"{monitor} is no single number, and {type(scheduler).__name__} needs one", "scheduler")
-        )
+    def after_step(self, step: int) -> None:
+        """Step with the optimizer, after its step of that number, where that is the interval.
+
+        Raises:
+            UserError: the schedule has ended, in a run whose length nobody knew before.
+        """
+        if self.scheduler is None or self.interval != "step":
+            return
+        try:
+            self.scheduler.step()
+        except ValueError as error:
+            parts = (part for part, _ in _parts(self.scheduler, sys.maxsize))
+            ending = next((part for part in parts if isinstance(part, OneCycleLR)), None)
+            if ending is None:
+                raise
+            message = f"{type(ending).__name__} has ended before the run has, with step {step}: {first_line(error)}"
+            raise UserError(Problem(message, "scheduler", hint="total_steps: as many as all epochs have")) from error
+
+    def after_epoch(self, row: Row) -> None:
+        """Step with an epoch that has brought this row, where that is the interval."""
+        if self.scheduler is None or self.interval != "epoch":
+            return
+        if not is_fed(self.scheduler):
+            self.scheduler.step()
+        elif isinstance(value := row.get(self.monitor), float):
+            self.scheduler.step(value)
+        else:
+            message = f"{self.monitor} is no single number, and {type(self.scheduler).__name__} needs one"
+            raise UserError(Problem(message, "scheduler"))
+
+    def state_dict(self) -> Any:
+        """The scheduler's, without what is code.
+
+        torch's own state_dict of a scheduler is all of its attributes. A function among them is no state: it is there
+        again when the scheduler is made again, and stays there when the rest is loaded.
+        """
+        if self.scheduler is None:
+            return None
+        state = self.scheduler.state_dict()
+        kind = type(self.scheduler)
+        if kind.state_dict is LRScheduler.state_dict and kind.load_state_dict is LRScheduler.load_state_dict:
+            return {key: value for key, value in state.items() if not isinstance(value, _CODE)}
+        return state
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)
 
 
 def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
@@ -84,19 +118,6 @@ def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
         message = f"the mode of {name} is {mode}, and it looks at {monitor}, of which {better} is better"
         hint = f"mode: {known}, or another value to look at (scheduler.monitor, scheduler_monitor)"
         raise UserError(Problem(message, "scheduler", hint=hint))
-
-
-def state_of(scheduler: Any) -> Any:
-    """Its state_dict, without what is code.
-
-    torch's own state_dict of a scheduler is all of its attributes. A function among them is no state: it is there
-    again when the scheduler is made again, and stays there when the rest is loaded.
-    """
-    state = scheduler.state_dict()
-    kind = type(scheduler)
-    if kind.state_dict is LRScheduler.state_dict and kind.load_state_dict is LRScheduler.load_state_dict:
-        return {key: value for key, value in state.items() if not isinstance(value, _CODE)}
-    return state
 
 
 def check_length(

@@ -17,18 +17,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .batches import Data
-from .data.batch_tensors import num_collated, to_device
-from .data.indexed import MicroBatch, Source
-from .data.sampler import length
-from .data.samples import SampleReading
-from .data.sharding import Shard, index_batches
-from .data.workers import Loader
-from .distributed.seeds import derive_seed
-from .distributed.world import World
-from .loss.loss_trial import COARSE, FINE, standing_still
-from .loss.step import Step
-from .strategies.base import Parallel
+from ..data.batch_tensors import num_collated, to_device
+from ..data.indexed import Data, MicroBatch, Source
+from ..data.sampler import length
+from ..data.samples import SampleReading
+from ..data.sharding import Shard, index_batches
+from ..data.workers import Loader
+from ..distributed.seeds import derive_seed
+from ..distributed.world import World
+from ..loss.loss_trial import COARSE, FINE, standing_still
+from ..loss.step import Step
+from ..strategies.base import Parallel
 
 SAMPLES = 4
 

@@ -1,0 +1,91 @@
+"""Evaluation: each sample of a dataset once, each rank its own share of them, and the values over all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dtrain.run.heartbeat import Phase
+
+from ..checks.optimizer_kinds import judged
+from ..data.indexed import Batch, Batches
+from ..distributed.seeds import rng_state, set_rng_state
+from ..distributed.stop import StopAgreement
+from ..distributed.world import World
+from ..loss.step import Step
+from ..metrics.epoch_totals import Tally
+from ..metrics.reduce import reduce_states
+from ..strategies.base import Parallel
+from .data import FitData
+from .progress import Progress
+from .trained import Trained
+
+
+class Validation:
+    """The evaluation after an epoch, of the weights and of their average where there is one."""
+
+    def __init__(self, trained: Trained, data: FitData, progress: Progress) -> None:
+        self._trained = trained
+        self._data = data
+        self._progress = progress
+        self._stop = StopAgreement(trained.world, progress.heartbeat)
+
+    def run(self) -> int:
+        """Add every validation sample to the tallies, once; the signal on which it was left, or 0.
+
+        All ranks take part in the agreement on a stop, and in a sharded forward. Where it is left the run will continue
+        with the whole validation, and with the random numbers that it began with.
+        """
+        if self._data.val is None:
+            return 0
+        self._progress.enter(Phase.VALIDATING)
+        device = self._trained.world.device
+        before = rng_state(device)
+        for tally in self._data.val_tallies:
+            with judged(self._trained.optimizer):
+                signal_number = self._evaluate(self._data.val, tally)
+            if signal_number:
+                set_rng_state(before, device)
+                for begun in self._data.val_tallies:
+                    begun.reset()
+                return signal_number
+        return 0
+
+    def _evaluate(self, batches: Batches, tally: Tally) -> int:
+        trained, is_of_average = self._trained, tally.phase == "ema"
+        averaged = trained.ema.in_place() if trained.ema is not None and is_of_average else contextlib.nullcontext()
+        tally.reset()
+        with averaged, trained.model.evaluating():
+            for i, batch in enumerate(batches.epoch(self._progress.position.epoch)):
+                self._stop.ask()
+                evaluate_batch(trained.model, trained.step, batch, tally, i)
+                self._progress.beat(Phase.VALIDATING, i + 1)
+                if signal_number := self._stop.agreed():
+                    return signal_number
+        return 0
+
+
+@torch.no_grad()
+def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally, number: int) -> None:
+    """Add this rank's share of batch `number` to the tally. All ranks take part where `model.forwards_together`."""
+    for micro_batch in batch.micro_batches:
+        if micro_batch.samples:
+            tally.add(model.run(step, micro_batch), micro_batch.samples, number)
+        else:
+            with model.without_trace():
+                model.run(step, micro_batch)
+
+
+def gather_values(world: World, tallies: Sequence[Tally]) -> dict[str, Any]:
+    """The tallies' values over all ranks, on rank 0; empty elsewhere. All ranks take part: one synchronisation."""
+    states = [tally.states() for tally in tallies]
+    reduced = reduce_states([state for part in states for state in part])
+    values: dict[str, Any] = {}
+    if reduced is not None and world.is_main:
+        for tally, part in zip(tallies, states, strict=True):
+            values |= tally.finish(reduced[: len(part)])
+            reduced = reduced[len(part) :]
+    return values

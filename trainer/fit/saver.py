@@ -1,0 +1,165 @@
+"""What a fit leaves on the disk, and how it continues from there: checkpoints, the history, the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from dtrain.errors import UserError
+from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Phase
+
+from ..checkpoint.background import Background, Disk
+from ..checkpoint.manager import Checkpoints, Moment, Snapshot, restore_best
+from ..checkpoint.results import Results
+from ..checks.arguments import Settings
+from ..checks.optimizer_kinds import judged
+from ..distributed.seeds import derive_seed, rng_state, seed_everything, set_rng_state
+from .data import FitData
+from .progress import Progress
+from .trained import Trained
+
+
+class Saver:
+    """Copies what is to be kept, and writes it behind the training. A context manager, around all of it.
+
+    Attributes:
+        run: where it goes.
+    """
+
+    def __init__(self, run: RunDir, trained: Trained, data: FitData, progress: Progress, settings: Settings) -> None:
+        self.run = run
+        self._trained = trained
+        self._data = data
+        self._progress = progress
+        self._seed = settings.seed
+        self._world = trained.world
+        self._disk = Disk(run)
+        self._results = Results(run, self._disk)
+        self._checkpoints = Checkpoints(run, trained.world, settings.checkpoint.keep, self._disk, trained.room)
+        self._background = Background()
+
+    def __enter__(self) -> Saver:
+        self._background.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._background.__exit__(kind, error, traceback)
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def save(self, *, results: bool, is_best: bool = False, checkpoint: bool = True) -> None:
+        """Copy what is to be kept, and write it behind the training. All ranks take part.
+
+        Args:
+            results: whether the history and the last weights are to be written, and with `is_best` the best ones.
+            checkpoint: whether the run is to be able to continue from here.
+        """
+        self._progress.beat(Phase.SAVING)
+        self._background.wait()  # for the copies before to be written
+        began = time.monotonic()
+        # Results first, also those that the disk refused before: a checkpoint has a link to the best weights.
+        jobs: list[Callable[[], None]] = [self._results.write] if self._world.is_main else []
+        if results:
+            self._copy_results(is_best=is_best)
+        if checkpoint:
+            jobs.append(self._copy_checkpoint())
+            jobs.append(lambda: setattr(self._progress, "checkpoint_s", time.monotonic() - began))
+        self._background.start(jobs)
+        self._progress.enter(Phase.LOADING)
+
+    def _copy_results(self, *, is_best: bool) -> None:
+        of_average = self._progress.best.is_of_average
+        with judged(self._trained.optimizer):
+            weights = self._trained.weights(self.run, is_best=is_best, is_best_of_average=of_average)
+            if self._world.is_main:
+                self._results.snapshot(weights, self._progress.rows)
+
+    def _copy_checkpoint(self) -> Callable[[], None]:
+        """Copy the state; what is returned writes it."""
+        position, own = self._progress.position, self._own_state()
+        buffers = [f"model/{name}" for name in own["buffers"]] + [f"loss/{name}" for name in own["loss_buffers"]]
+        moment = Moment(position.step, position.epoch - 1 if position.step_in_epoch == 0 else None)
+        shared = {**self._progress.state_dict(), **self._trained.state_dict()}
+        return self._checkpoints.snapshot(moment, self._progress.best.epoch, shared, own, buffers)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What each rank has to itself."""
+        model = self._trained.model
+        return {
+            "rng": rng_state(self._world.device),
+            "buffers": model.own_buffers(),
+            "loss_buffers": model.loss.own_buffers(),
+            "data": self._data.train.state_dict(),
+            # After training's they are empty, but for what wrappers remember of earlier epochs.
+            **{tally.phase: tally.state_dict() for tally in self._data.tallies},
+        }
+
+    def save_and_wait(self) -> None:
+        """Save all that there is, for a stop in this very step. All ranks take part.
+
+        Raises:
+            UserError: the checkpoint could not be written.
+        """
+        self.save(results=False)  # first, since the time may not suffice for both
+        self.save(results=True, checkpoint=False)
+        self._progress.enter(Phase.SAVING)
+        self._background.wait()
+        if self._world.from_main(self._checkpoints.failed):  # rank 0 has said why, before another rank ends
+            step, last = self._progress.position.step, self._disk.last_good()
+            raise UserError(f"stopped at step {step}, but the checkpoint could not be written; {last}")
+
+    def settle(self) -> None:
+        """Wait until all is written. All ranks take part; raises UserError where results can't be written."""
+        self._progress.enter(Phase.SAVING)
+        self._background.wait()
+        if self._world.is_main:
+            self._results.finish()
+
+    # -- continuing ------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint that is whole; begin where there is none. All ranks take part.
+
+        Raises:
+            ResumeError: there are checkpoints, and none that can be used.
+        """
+        seed_everything(derive_seed("rank", self._seed, self._world.rank))
+        snapshot = self._checkpoints.load(self._trained.misfit)
+        if snapshot is not None:
+            self._restore(snapshot)
+        if self._world.is_main:
+            with self._disk.tolerated("write metrics.jsonl"):
+                self.run.write_rows(self._progress.rows)
+        self._world.barrier()  # no rank saves before all have read
+        self._progress.beat()
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Become what was saved: to the bit on as many ranks, to the same curve on another number.
+
+        All ranks take part.
+        """
+        self._progress.load_state_dict(snapshot.shared)
+        self._trained.load_state_dict(snapshot.shared)
+        self._data.train.load_state_dict(snapshot.ranks[self._world.rank % snapshot.world_size]["data"])
+        # A script may validate only now.
+        known = [each for each in self._data.tallies if all(each.phase in own for own in snapshot.ranks.values())]
+        if snapshot.world_size == self._world.world_size:
+            own = snapshot.ranks[self._world.rank]
+            set_rng_state(own["rng"], self._world.device)
+            self._trained.model.load_own_buffers(own["buffers"])
+            self._trained.model.loss.load_own_buffers(own.get("loss_buffers", {}))
+            for tally in known:
+                tally.load_state_dict(own[tally.phase])
+        else:
+            seed_everything(derive_seed("rank", self._seed, self._world.rank, self._progress.position.step))
+            if self._world.is_main:
+                for tally in known:
+                    tally.load_merged([own[tally.phase] for own in snapshot.ranks.values()])
+        if self._world.is_main:
+            with self._disk.tolerated("write weights/best.pt"):
+                restore_best(snapshot.path, self.run)

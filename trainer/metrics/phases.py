@@ -1,0 +1,89 @@
+"""Which of a run's metrics each phase (train, val, ema) reports, and what of them may be monitored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from dtrain.errors import Problem, UserError, among
+from dtrain.schema.monitor import monitor_problem
+
+from .early_stopping import Best
+from .epoch_totals import Tally
+
+if TYPE_CHECKING:
+    from .metric_set import AnyMetric, Given
+
+
+class PhaseMetrics:
+    """The metrics by name, and what is made of them.
+
+    Args:
+        activations: by metric, what turns predictions into probabilities.
+        in_training: names of those that training reports too; None: all that do not keep samples.
+
+    Raises:
+        UserError: what is no metric, or a name that none has.
+    """
+
+    def __init__(
+        self,
+        given: Given | None,
+        device: torch.device,
+        activations: Mapping[str, str | None] | None = None,
+        in_training: Collection[str] | None = None,
+    ) -> None:
+        self._device = device
+        self._activations = dict(activations or {})
+        self._in_training = in_training
+        self.by_name: dict[str, AnyMetric] = {}
+        if given is not None and len(given):
+            from .metric_set import as_metrics  # torchmetrics takes a second or two to import
+
+            self.by_name = as_metrics(given)
+            if "loss" in self.by_name:
+                raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
+        _require_names("activations", self._activations, self.by_name)
+        _require_names("train_metrics", in_training or (), self.by_name)
+
+    def tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
+        """What adds up the phase's epoch: with metrics of its own, which others don't touch."""
+        if not self.by_name:
+            return Tally(phase, self._device)
+        from .metric_set import MetricSet, keeps_samples
+
+        chosen, names = self._in_training, list(self.by_name)
+        if phase == "train":
+            names = [n for n in names if (n in chosen if chosen is not None else not keeps_samples(self.by_name[n]))]
+        metrics = {name: copy.deepcopy(self.by_name[name]) for name in names}
+        activations = {name: self._activations.get(name) for name in names}
+        own = MetricSet(metrics, activations, self._device) if metrics else None
+        return Tally(phase, self._device, own, self.by_name)
+
+    def better(self, reported: str) -> str | None:
+        """Whether less or more of a reported value is better, where torchmetrics says so: min or max."""
+        higher = getattr(self.by_name.get(reported.partition("_")[2]), "higher_is_better", None)
+        return None if higher is None else "max" if higher else "min"
+
+    def require_mode(self, best: Best) -> None:
+        """Raise UserError where the best epoch would be the worst one."""
+        if (better := self.better(best.monitor)) not in (None, best.mode):
+            message = f"is {best.mode}, and of {best.monitor} {'more' if better == 'max' else 'less'} is better"
+            raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
+
+
+def require_monitor(monitor: str, tallies: Collection[Tally]) -> None:
+    """Raise UserError where no single number will be reported under that name."""
+    known = {name: values for tally in tallies for name, values in tally.known(monitor).items()}
+    if problem := monitor_problem(monitor, known):
+        raise UserError(f"monitor: {problem}")
+
+
+def _require_names(kind: str, asked: Collection[str], metrics: Collection[str]) -> None:
+    for name in asked:
+        if name not in metrics:
+            hint = among(name, list(metrics)) if metrics else "there are no metrics"
+            raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
