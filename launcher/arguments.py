@@ -1,4 +1,4 @@
-"""The arguments of `dtrain launch`: which are its own, and which those of the script; and torchrun's names for them."""
+"""The arguments of `dtrain launch`: which are its own and which the script's, and torchrun's names for options."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import click
 from dtrain.errors import UserError
 
 _TORCHRUN = {"--nproc-per-node": "--gpus", "--nnodes": "--nodes", "--rdzv-endpoint": "--rendezvous"}
-_NEEDLESS = "--standalone"  # of torchrun's, where nothing is to be said
-_MEETING = "on several nodes, node 0 is named by --rendezvous HOST:PORT, and that is all"
-_PRINTED = "what ranks print is in the run folder's logs/, and on the screen by --show-ranks"
-_INSTEAD = {  # of torchrun's options that are not known here
+_NEEDLESS = "--standalone"  # torchrun's, accepted without effect: it is dtrain's default
+_MEETING = "on several nodes, --rendezvous HOST:PORT, the address of node 0, is all that is needed"
+_PRINTED = "the ranks' output goes to the run folder's logs/; --show-ranks selects what is shown on the screen"
+_INSTEAD = {  # what replaces the torchrun options that dtrain does not have
     **dict.fromkeys(("--master-addr", "--master-port", "--rdzv-backend", "--rdzv-id", "--rdzv-conf"), _MEETING),
     **dict.fromkeys(("--log-dir", "--redirects", "--tee"), _PRINTED),
-    "--no-python": "each rank runs a Python script, from which a program may be started",
+    "--no-python": "each rank runs a Python script; start the program from one",
 }
 
 
 class LaunchCommand(click.Command):
-    """Options that dtrain does not know are the script's where they follow its name, as under torchrun."""
+    """Options that dtrain does not have belong to the script if they follow its name, as under torchrun."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Click's, of arguments in which `--` stands before those of a script."""
+        """click's own, after inserting `--` before a script's arguments."""
         own, dashes, rest = list(args), [], []
         if "--" in args:
             at = args.index("--")
@@ -33,7 +33,7 @@ class LaunchCommand(click.Command):
         for word in own[:place]:
             name = word.partition("=")[0]
             if instead := _INSTEAD.get(name.replace("_", "-")):
-                raise UserError(f"{name} is torchrun's, and not known here: {instead}")
+                raise UserError(f"{name} is a torchrun option that dtrain does not have: {instead}")
         if place is not None and not dashes and _is_script(own[: place + 1]):
             after = own[place + 1 :]
             foreign = any(self._option(word) is None for _, word in self._walk(after))
@@ -44,7 +44,7 @@ class LaunchCommand(click.Command):
         return super().parse_args(ctx, [word for word in words if word != _NEEDLESS] + dashes + rest)
 
     def _walk(self, args: list[str]) -> Iterator[tuple[int, str]]:
-        """The arguments and their places, without the values of dtrain's options."""
+        """The arguments with their positions, without the values of dtrain's options."""
         flags = {name for each in self.params if getattr(each, "is_flag", False) for name in each.opts}
         is_value = False
         for at, word in enumerate(args):
@@ -56,7 +56,7 @@ class LaunchCommand(click.Command):
             yield at, word
 
     def _option(self, word: str) -> str | None:
-        """The word as dtrain writes its option: torchrun has --nproc-per-node, or --nproc_per_node; None for others."""
+        """The word with dtrain's name for the option (torchrun's --nproc_per_node is --gpus); None if unknown."""
         if not word.startswith("-"):
             return None
         name, equals, value = word.partition("=")
@@ -66,12 +66,12 @@ class LaunchCommand(click.Command):
         return name + equals + value if name in {*known, _NEEDLESS} else None
 
     def _require_plain(self, before: list[str], after: list[str]) -> None:
-        """Raise UserError where some of these arguments of a script may have been meant for dtrain."""
+        """Raise UserError if any of these script arguments may have been meant for dtrain."""
         for _, word in self._walk(after):
             if self._option(word) is not None:
                 target, whole = before[-1], shlex.join(["dtrain", "launch", *before, "--", *after])
                 raise UserError(
-                    f"{word.partition('=')[0]} stands after {target}: if it is dtrain's, put it before {target}; "
+                    f"{word.partition('=')[0]} follows {target}: if it is meant for dtrain, put it before {target}; "
                     f"if it is the script's own: {whole}"
                 )
 

@@ -19,34 +19,47 @@ from .machine.cores import drop_openmp_mistake
 from .rank.stdio import open_standard_streams
 
 _GPUS = click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
-_WEIGHTS = click.option("--weights", type=click.Choice(["best", "last", "ema"]), default="best", show_default=True)
+_WEIGHTS = click.option(
+    "--weights",
+    type=click.Choice(["best", "last", "ema"]),
+    default="best",
+    show_default=True,
+    help="Which of the run's weights to load.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dtrain")
 def cli() -> None:
-    """Train a PyTorch job, described by one YAML file, on any number of GPUs with the same result."""
+    """Train a PyTorch job, described by one YAML file, on any number of GPUs, with the same result."""
 
 
 @cli.command(cls=LaunchCommand)
 @click.argument("job")
 @click.argument("arguments", nargs=-1)
 @_GPUS
-@click.option("--nodes", type=click.IntRange(1), metavar="M", help="Machines, the command on each; in Slurm jobs all.")
-@click.option("--node-rank", type=int, default=0, metavar="K", help="Which of them this one is, from 0.")
-@click.option("--rendezvous", metavar="HOST:PORT", help="Where node 0 is to be found.")
-@click.option("--slurm", is_flag=True, help="Submit it to Slurm; --gpus is per node, and may name a type: a100:4.")
-@click.option("--wait", is_flag=True, help="With --slurm: follow the job to its end, and exit as the run does.")
-@click.option("--slurm-node", is_flag=True, hidden=True)  # the task that Slurm starts on each node
-@click.option("--run-dir", metavar="DIR", help="The run's folder; by default a new one under runs/.")
-@click.option("--resume", is_flag=True, help="Continue --run-dir, or the newest unfinished run of this name.")
-@click.option("--dry-run", is_flag=True, help="Print the job as resolved, and start nothing.")
-@click.option("--show-ranks", default="0", metavar="K,K,..", help="Whose output is shown: ranks, or all.")
-@click.option("--max-restarts", type=click.IntRange(0), metavar="N", help="Start anew after so many failures.")
-@click.option("--wait-mlflow", is_flag=True, help="Come back when MLflow has all of the run, not before.")
-@click.option("-m", "--module", is_flag=True, help="JOB is a module, run as python -m does.")
 @click.option(
-    "--no-preload", is_flag=True, help="A fresh interpreter for each rank: none is forked with torch imported."
+    "--nodes",
+    type=click.IntRange(1),
+    metavar="M",
+    help="Number of machines; run the command on each. In a Slurm job: all.",
+)
+@click.option("--node-rank", type=int, default=0, metavar="K", help="This machine's number, from 0.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="Address of node 0.")
+@click.option("--slurm", is_flag=True, help="Submit to Slurm; --gpus is per node, and may name a type: a100:4.")
+@click.option("--wait", is_flag=True, help="With --slurm: wait until the run ends, and exit with its code.")
+@click.option("--slurm-node", is_flag=True, hidden=True)  # the task that Slurm starts on each node
+@click.option("--run-dir", metavar="DIR", help="Run folder; default: a new one under runs/.")
+@click.option("--resume", is_flag=True, help="Continue --run-dir, or the newest unfinished run of this name.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved job without starting anything.")
+@click.option("--show-ranks", default="0", metavar="K,K,..", help="Ranks whose output is shown, or all.")
+@click.option("--max-restarts", type=click.IntRange(0), metavar="N", help="Restart at most N times after failures.")
+@click.option("--wait-mlflow", is_flag=True, help="Return only when MLflow has received the whole run.")
+@click.option("-m", "--module", is_flag=True, help="JOB is a module, run as by python -m.")
+@click.option(
+    "--no-preload",
+    is_flag=True,
+    help="Start each rank in a fresh interpreter instead of forking it from one that has imported torch.",
 )
 def launch(
     job: str,
@@ -67,18 +80,20 @@ def launch(
     module: bool,
     no_preload: bool,
 ) -> int:
-    """Train JOB, a job.yaml or a torchrun script, on this machine.
+    """Train JOB, a job.yaml or a torchrun script.
 
-    ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1; for a script they are its own.
+    ARGUMENTS are key=value overrides of the job's fields, such as optimizer.lr=0.1, or the script's own arguments.
     """
-    gc.disable()  # imports are most of what follows, and make no garbage; the agent turns it on again
+    gc.disable()  # what follows is mostly imports, which make no garbage; the agent enables it again
     from .commands.launch import launch
     from .commands.request import Request
 
     if wait and not slurm:
-        raise UserError("--wait goes with --slurm: a run here is waited for anyway")
+        raise UserError("--wait needs --slurm: without it, dtrain launch waits for the run anyway")
     if wait_mlflow and slurm:
-        raise UserError("--wait-mlflow is for runs here: a job of Slurm's waits for MLflow as long as its time allows")
+        raise UserError(
+            "--wait-mlflow can't be combined with --slurm: a Slurm job waits as long as its time limit allows"
+        )
     if not slurm:
         check_gpus(gpus)
     request = Request(
@@ -116,14 +131,14 @@ def launch(
 @cli.command()
 @click.argument("job")
 @click.argument("overrides", nargs=-1, metavar="[KEY=A,B]...")
-@click.option("--gpus", default="auto", metavar="N", help="Processes of each run, one for each GPU; by default all.")
-@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: nodes of each run.")
+@click.option("--gpus", default="auto", metavar="N", help="Processes per run, one GPU each; auto: all visible GPUs.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: nodes per run.")
 @click.option("--slurm", is_flag=True, help="Submit all runs as one array job.")
 @click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="With --slurm: at most N runs at a time.")
-@click.option("--wait", is_flag=True, help="With --slurm: wait until all runs are over.")
-@click.option("--run-dir", metavar="DIR", help="The folder of the run folders; by default a new one under runs/.")
-@click.option("--resume", is_flag=True, help="Continue the sweep in --run-dir: what is not finished.")
-@click.option("--dry-run", is_flag=True, help="Print the runs, and with --slurm what would be submitted.")
+@click.option("--wait", is_flag=True, help="With --slurm: wait until all runs have ended.")
+@click.option("--run-dir", metavar="DIR", help="Folder for the run folders; default: a new one under runs/.")
+@click.option("--resume", is_flag=True, help="Continue the unfinished runs of the sweep in --run-dir.")
+@click.option("--dry-run", is_flag=True, help="Print the runs (with --slurm, what would be submitted) and exit.")
 def sweep(
     job: str,
     overrides: tuple[str, ...],
@@ -136,7 +151,7 @@ def sweep(
     resume: bool,
     dry_run: bool,
 ) -> int:
-    """Run JOB with each combination of the values of KEY=A,B: a run folder each, side by side in MLflow."""
+    """Run JOB once for each combination of the values KEY=A,B, each in its own run folder, side by side in MLflow."""
     from dtrain.clusters.cluster import named
 
     from .commands.sweep import SweepRequest, sweep
@@ -148,27 +163,27 @@ def sweep(
 
 
 def check_gpus(gpus: str) -> None:
-    """Raise UserError where it is no number of GPUs of this machine."""
+    """Raise UserError unless it is auto or a positive number."""
     if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
         which = ""
         if "," in gpus:
-            which = f"; which GPUs, CUDA_VISIBLE_DEVICES says: CUDA_VISIBLE_DEVICES={gpus} dtrain launch ..."
+            which = f"; to choose GPUs, set CUDA_VISIBLE_DEVICES={gpus}"
         raise UserError(f"--gpus {gpus}: expected a number above 0, or auto{which}")
 
 
 @cli.command()
 @click.argument("job")
 @click.argument("overrides", nargs=-1)
-@click.option("--exact", is_flag=True, help="Also train a few steps on 1, 2 and 3 processes, and print what differs.")
-@click.option("--slurm", is_flag=True, help="Also ask Slurm and a node about it; --nodes and --gpus as for launch.")
-@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: how many.")
-@click.option("--gpus", default="auto", metavar="N", help="With --slurm: of each node; by default 1.")
+@click.option("--exact", is_flag=True, help="Also train a few steps on 1, 2 and 3 processes and compare.")
+@click.option("--slurm", is_flag=True, help="Also check it with Slurm and on a node; --nodes and --gpus as in launch.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="M", help="With --slurm: number of nodes.")
+@click.option("--gpus", default="auto", metavar="N", help="With --slurm: GPUs per node; default: 1.")
 def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes: int, gpus: str) -> int:
-    """Find what is wrong with JOB: schema, imports, arguments."""
+    """Check JOB without running it: schema, imports, arguments."""
     from .commands.check import Size, check
 
     if not slurm and (nodes > 1 or gpus != "auto"):
-        raise UserError("--nodes and --gpus go with --slurm: whether a job is right does not depend on them")
+        raise UserError("--nodes and --gpus need --slurm: the other checks do not depend on them")
     return check(job, overrides, exact, Size("slurm", nodes, gpus) if slurm else None)
 
 
@@ -188,9 +203,9 @@ def summary(job: str, overrides: tuple[str, ...]) -> int:
 @_GPUS
 @_WEIGHTS
 def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> int:
-    """Print loss and metrics of RUN's model on its validation set, as JSON.
+    """Print the loss and metrics of RUN's model on its validation set, as JSON.
 
-    OVERRIDES of its job name another set: data.val.split=test.
+    OVERRIDES select another dataset: data.val.split=test.
     """
     from .commands.evaluate import Trained, evaluate
 
@@ -202,14 +217,14 @@ def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> i
 @click.argument("run")
 @click.argument("data")
 @click.argument("overrides", nargs=-1)
-@click.option("-o", "--out", metavar="FILE", help="An .npy or .csv; by default predictions.npy in RUN.")
+@click.option("-o", "--out", metavar="FILE", help="Output file, .npy or .csv; default: predictions.npy in RUN.")
 @_GPUS
 @_WEIGHTS
 def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gpus: str, weights: str) -> int:
-    """Write what RUN's model predicts for each sample of DATA, in its order, and print the file's name.
+    """Write RUN's predictions for DATA, one per sample and in order, and print the file's name.
 
-    DATA is train or val, the sets of RUN's job (OVERRIDES may change them: data.val.split=test), or a file of features,
-    .npy or .csv, whose rows are the samples.
+    DATA is train or val, a dataset of RUN's job (OVERRIDES may change it: data.val.split=test), or a .npy or .csv file
+    of features with one sample per row.
     """
     from .commands.evaluate import Trained, predict
 
@@ -220,10 +235,10 @@ def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gp
 @cli.command()
 @click.argument("run")
 @click.option("--format", "form", type=click.Choice(["onnx", "safetensors", "pt"]), required=True)
-@click.option("-o", "--out", metavar="FILE", help="By default the job's name with the format's, here.")
+@click.option("-o", "--out", metavar="FILE", help="Output file; default: the job's name with the format's extension.")
 @_WEIGHTS
 def export(run: str, form: str, out: str | None, weights: str) -> int:
-    """Write RUN's model for others: ONNX, compared with PyTorch on real samples, or the weights alone."""
+    """Export RUN's model as ONNX, which is compared with PyTorch on real samples, or its weights alone."""
     from .commands.evaluate import Trained, export
 
     return export(Trained(run, (), weights), form, out)
@@ -243,7 +258,7 @@ def schema() -> int:
 @cli.command()
 @click.argument("run")
 def status(run: str) -> int:
-    """Show how RUN, a run folder, stands."""
+    """Show the status of RUN, a run folder."""
     from .commands.status import status
 
     return status(run)
@@ -251,10 +266,10 @@ def status(run: str) -> int:
 
 @cli.command()
 @click.argument("run")
-@click.option("--rank", default=0, metavar="K", help="By default 0.")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--rank", default=0, metavar="K", help="Which rank; default: 0.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing until the run ends.")
 def logs(run: str, rank: int, follow: bool) -> int:
-    """Print what a rank of RUN, a run folder, has printed."""
+    """Print the output of one rank of RUN, a run folder."""
     from .commands.logs import logs
 
     return logs(run, rank, follow)
@@ -263,7 +278,7 @@ def logs(run: str, rank: int, follow: bool) -> int:
 @cli.command()
 @click.argument("folder", required=False, metavar="[DIR]")
 def runs(folder: str | None) -> int:
-    """List the runs in DIR (by default runs), the newest last."""
+    """List the runs in DIR (default: runs), newest last."""
     from .commands.runs import runs
 
     return runs(folder)
@@ -280,22 +295,22 @@ def cancel(run: str, now: bool) -> int:
 
 
 @cli.command()
-@click.option("--tracking-uri", metavar="URI", help="By default MLFLOW_TRACKING_URI, else mlflow.db here.")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="By default 5000, or a free one.")
+@click.option("--tracking-uri", metavar="URI", help="Store to show; default: MLFLOW_TRACKING_URI, or mlflow.db here.")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Default: 5000, or a free port.")
 def ui(tracking_uri: str | None, port: int | None) -> int:
-    """Show and compare the runs in MLflow's pages."""
+    """Open MLflow's pages to show and compare runs."""
     from .commands.ui import ui
 
     return ui(tracking_uri, port)
 
 
 def require_working_directory() -> None:
-    """Raise UserError where it has been removed: there, no file can be found."""
+    """Raise UserError if it has been removed: no relative path works there."""
     try:
         os.getcwd()
     except FileNotFoundError:
         raise UserError(
-            "the working directory is gone: it was removed since this shell entered it; cd to another"
+            "the working directory no longer exists: it was removed after this shell entered it; cd to another one"
         ) from None
 
 
@@ -320,11 +335,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{error.strerror}: {error.filename or 'a file could not be written'}; make room", file=sys.stderr)
+        print(f"{error.strerror}: {error.filename or 'a file could not be written'}; free some space", file=sys.stderr)
         code = 1
     if "torch" in sys.modules:
         from .rank.finalize import leave
 
-        gc.freeze()  # nothing of this process is to be taken down
+        gc.freeze()  # skip the teardown of everything imported
         leave(code, dict(sys.modules))
     sys.exit(code)

@@ -51,11 +51,11 @@ REQUESTS = {
     "gpus-which": (["launch", "--gpus", "0,1", "job.yaml"], ["--gpus 0,1", "CUDA_VISIBLE_DEVICES=0,1 dtrain launch"]),
     "whose-option": (
         ["launch", "train.py", "--gpus", "2", "--lr", "0.1"],
-        ["--gpus stands after train.py", "dtrain launch train.py -- --gpus 2 --lr 0.1"],
+        ["--gpus follows train.py", "dtrain launch train.py -- --gpus 2 --lr 0.1"],
     ),
     "torchruns-option": (
         ["launch", "--master_addr", "here", "train.py"],
-        ["--master_addr is torchrun's, and not known here", "--rendezvous HOST:PORT"],
+        ["--master_addr is a torchrun option that dtrain does not have", "--rendezvous HOST:PORT"],
     ),
     "a-program": (["launch", "--gpus", "2", "./run.sh"], ["run.sh: is a program", "subprocess.run(['./run.sh']"]),
     "show-ranks-word": (["launch", "--show-ranks", "0,x", "job.yaml"], ["--show-ranks 0,x", "such as 0,2, or all"]),
@@ -82,7 +82,7 @@ def test_a_request_that_is_wrong(name, project):
 
 def test_a_working_directory_that_is_gone(project):
     done = project.shell("mkdir gone; cp job.yaml gone; cd gone; rm -r ../gone; dtrain launch job.yaml")
-    check_refused(project, done, "the working directory is gone")
+    check_refused(project, done, "the working directory no longer exists")
     assert len(done.err.splitlines()) == 1
 
 

@@ -396,7 +396,7 @@ def test_a_wrong_section_is_said_before_anything_is_submitted(project):
 
 def test_what_goes_with_slurm(project):
     for arguments, says in {
-        ("--wait",): "--wait goes with --slurm",
+        ("--wait",): "--wait needs --slurm",
         ("--slurm", "--gpus", "a100"): "--gpus a100: expected a number above 0, or with a type, such as a100:4",
     }.items():
         done = project.run("launch", *arguments, "job.yaml")

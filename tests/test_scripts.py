@@ -304,7 +304,7 @@ def test_check_exact_is_for_jobs_with_a_model(jobs):
 
 
 NO_EFFECT = "has no effect beside script, which sees to that itself; leave it out"
-NO_SCRIPT = "expected a script such as train.py, or a list: it, or -m and a module, and the arguments, found"
+NO_SCRIPT = "expected a script such as train.py, or a list: the script (or -m, module) and its arguments, found"
 MISTAKES = {
     "model": ("model: {_target_: net.Net}", f"job.yaml:3: model: {NO_EFFECT}"),
     "seed": ("seed: 1", f"job.yaml:3: seed: {NO_EFFECT}"),

@@ -33,7 +33,7 @@ from dtrain.schema.sections import (
 def _read_script(value: object) -> list[str]:
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str | int | float) for word in words) or words in ([""], ["-m"]):
-        raise ValueError("expected a script such as train.py, or a list: it, or -m and a module, and the arguments")
+        raise ValueError("expected a script such as train.py, or a list: the script (or -m, module) and its arguments")
     return [str(word).lower() if isinstance(word, bool) else str(word) for word in words]
 
 
@@ -56,19 +56,21 @@ class Job(Section):
     step: Target | None = Field(
         default=None, description="Instead of loss: function(model, batch) -> {loss, predictions, ...}."
     )
-    optimizer: OptimizerTarget = Field(description="Gets the parameters as its first argument.")
-    scheduler: SchedulerTarget | None = Field(default=None, description="Gets the optimizer as its first argument.")
+    optimizer: OptimizerTarget = Field(description="Called with the model's parameters as its first argument.")
+    scheduler: SchedulerTarget | None = Field(
+        default=None, description="Called with the optimizer as its first argument."
+    )
     metrics: dict[MetricName, MetricTarget] = Field(
         default_factory=dict, description="Each is reported as train_NAME and val_NAME."
     )
     fit: Fit = Field(description="How training runs.")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="When state is saved.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="When checkpoints are saved.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
-    launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
-    slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")
-    fsdp: Fsdp = Field(default_factory=Fsdp, description="Settings of strategy fsdp.")
+    launch: Launch = Field(default_factory=Launch, description="Device and hang timeout.")
+    slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs the job.")
+    fsdp: Fsdp = Field(default_factory=Fsdp, description="Settings for fit.strategy: fsdp.")
     deepspeed: Annotated[dict[str, Any], _DEEPSPEED] = Field(
-        default_factory=dict, description="DeepSpeed's own settings, or the path of its JSON file."
+        default_factory=dict, description="DeepSpeed's own configuration, or the path of its JSON file."
     )
 
     @property
@@ -79,12 +81,12 @@ class Job(Section):
 
     @property
     def monitor_mode(self) -> Literal["min", "max"]:
-        """Whether less or more of `monitor` is better."""
+        """Whether a lower or a higher `monitor` is better."""
         return self.fit.early_stopping.mode if self.fit.early_stopping else "min"
 
     @property
     def reported(self) -> dict[str, dict[str, float] | None]:
-        """What may be reported each epoch, and named by a monitor: see `monitor_problem`."""
+        """The values that an epoch may report, which a monitor may name: see `monitor_problem`."""
         train = [f"train_{name}" for name, metric in self.metrics.items() if metric.train is not False]
         phases = ["val"] * bool(self.data.val) + ["ema"] * bool(self.data.val and self.fit.ema)
         names = ["train_loss", *train, *(f"{phase}_{name}" for phase in phases for name in ["loss", *self.metrics])]
@@ -92,21 +94,21 @@ class Job(Section):
 
     @property
     def monitors(self) -> dict[str, str]:
-        """The keys that say what is monitored, with its name."""
+        """The keys that name a monitored value, with that name."""
         own = {"fit.early_stopping.monitor": self.monitor}
         scheduler = self.scheduler and self.scheduler.monitor
         return own | ({"scheduler.monitor": scheduler} if scheduler else {})
 
 
 class ScriptJob(Section):
-    """A job that runs a script of the user's own, as torchrun would: what the script does is its own affair."""
+    """A job that runs the user's own script, as torchrun would."""
 
     name: Name = Field(description="Names the run folder and the Slurm job.")
-    script: Script = Field(description="In place of a model: a script, or -m and a module, with its arguments.")
-    restarts: int = Field(default=0, ge=0, description="How often the processes are started again after a failure.")
+    script: Script = Field(description="Instead of a model: a script, or -m and a module, with its arguments.")
+    restarts: int = Field(default=0, ge=0, description="Maximum number of automatic restarts after a failure.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")
-    launch: Launch = Field(default_factory=Launch, description="What the processes run on.")
-    slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs it.")
+    launch: Launch = Field(default_factory=Launch, description="Device and hang timeout.")
+    slurm: Slurm = Field(default_factory=Slurm, description="How Slurm runs the job.")
 
     @property
     def is_module(self) -> bool:
@@ -120,7 +122,7 @@ class ScriptJob(Section):
 
     @property
     def arguments(self) -> list[str]:
-        """The program's own."""
+        """The program's own arguments."""
         return self.script[2 if self.is_module else 1 :]
 
 

@@ -1,4 +1,4 @@
-"""The sections of job.yaml. `Trainer` builds them too, so that both doors refuse the same values in the same words."""
+"""The sections of job.yaml. `Trainer` builds them too, so that both reject the same values with the same messages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Section(BaseModel):
 
 
 class Target(Section):
-    """A callable by its importable name, with its arguments beside it; they may be targets themselves."""
+    """A callable by its importable name, with its arguments as further keys; arguments may be targets themselves."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -54,45 +54,49 @@ class Target(Section):
 
 
 class MetricTarget(Target):
-    """A torchmetrics metric; `activation` and `train` are ours, the rest are its arguments."""
+    """A torchmetrics metric; `activation` and `train` are dtrain's, all other keys are its arguments."""
 
     activation: Literal["softmax", "sigmoid", "none"] | None = Field(
         default=None, description="Applied to the predictions before the metric sees them."
     )
     train: bool | None = Field(
         default=None,
-        description="Also on training predictions; by default unless the metric keeps all samples.",
+        description="Compute it on training predictions too; default: yes, unless the metric stores all samples.",
     )
 
 
 class SchedulerTarget(Target):
-    """A learning-rate scheduler; `interval` and `monitor` are ours, the rest are its arguments."""
+    """A learning-rate scheduler; `interval` and `monitor` are dtrain's, all other keys are its arguments."""
 
-    interval: Literal["epoch", "step"] = Field(default="epoch", description="Steps each epoch or each optimizer step.")
+    interval: Literal["epoch", "step"] = Field(
+        default="epoch", description="When the scheduler steps: after each epoch, or after each optimizer step."
+    )
     monitor: str | None = Field(
         default=None,
-        description="What one such as ReduceLROnPlateau looks at; by default what decides which weights are best.",
+        description="The value passed to ReduceLROnPlateau and its like; default: the one that selects the best "
+        "weights.",
     )
 
 
 class Group(Section):
-    """Parameters of the optimizer with settings of their own; `params` is ours, the rest are the optimizer's."""
+    """A parameter group with its own optimizer settings; `params` is dtrain's, all other keys are the optimizer's."""
 
     model_config = ConfigDict(extra="allow")
 
     params: Names = Field(
-        min_length=1, description="Patterns of names, such as '*.bias', or of classes, such as 'LayerNorm.*'."
+        min_length=1,
+        description="Patterns that match parameter names ('*.bias') or module classes ('LayerNorm.*').",
     )
 
 
 class OptimizerTarget(Target):
-    """An optimizer; `groups` is ours, the rest are its arguments."""
+    """An optimizer; `groups` is dtrain's, all other keys are its arguments."""
 
-    groups: list[Group] = Field(default_factory=list, description="Parameters with settings of their own.")
+    groups: list[Group] = Field(default_factory=list, description="Parameter groups with their own settings.")
 
 
 class Data(Section):
-    """What is trained on, and in what batches."""
+    """Datasets, and how they are read and batched."""
 
     train: Target = Field(description="The training dataset.")
     val: Target | None = Field(default=None, description="The validation dataset.")
@@ -100,20 +104,21 @@ class Data(Section):
     workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
     shuffle: bool = Field(default=True, description="Reshuffle the training samples each epoch.")
     sampler: Target | None = Field(
-        default=None, description="Gets the training dataset as its first argument; its order replaces `shuffle`."
+        default=None, description="Called with the training dataset; its order replaces `shuffle`."
     )
-    collate: Target | None = Field(default=None, description="Function that makes a batch of samples.")
+    collate: Target | None = Field(default=None, description="Function that collates samples into a batch.")
 
 
 class EarlyStopping(Section):
-    """What decides which weights are best, and when to stop."""
+    """Which value selects the best weights, and when to stop early."""
 
     monitor: str | None = Field(
-        default=None, description="A reported value, such as val_acc; by default val_loss, else train_loss."
+        default=None,
+        description="A reported value, such as val_acc; default: val_loss if there is data.val, else train_loss.",
     )
     mode: Literal["min", "max"] = Field(default="min", description="Whether a lower or a higher value is better.")
     patience: PositiveInt | None = Field(
-        default=None, description="Epochs without a better value before the run stops; null: never."
+        default=None, description="Epochs without improvement before the run stops; null: never stop early."
     )
 
 
@@ -122,82 +127,92 @@ class Fit(Section):
 
     epochs: PositiveInt = Field(description="Passes over the training dataset.")
     strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
-        default="ddp", description="How ranks share the work: ddp, or fsdp and deepspeed for models that outgrow a GPU."
+        default="ddp", description="ddp: the whole model on each rank; fsdp, deepspeed: sharded, for larger models."
     )
     micro_batch_size: PositiveInt | None = Field(
-        default=None, description="Largest number of samples in one forward pass of a rank; null: no limit."
+        default=None, description="Maximum number of samples per forward pass and rank; null: no limit."
     )
-    early_stopping: EarlyStopping | None = Field(default=None, description="Best weights and early stop.")
-    deterministic: bool = Field(default=False, description="Bit-identical repetition on CUDA, slower.")
+    early_stopping: EarlyStopping | None = Field(default=None, description="Best weights and early stopping.")
+    deterministic: bool = Field(
+        default=False, description="Use deterministic CUDA kernels only: bit-identical reruns, but slower."
+    )
     restarts: int = Field(
-        default=0, ge=0, description="How often a failed run is started again, from its last checkpoint."
+        default=0, ge=0, description="Maximum number of automatic restarts from the last checkpoint after a failure."
     )
-    sync_batchnorm: bool = Field(default=False, description="Batch norm over all ranks, on CUDA.")
+    sync_batchnorm: bool = Field(default=False, description="Compute batch norm statistics over all ranks (CUDA only).")
     find_unused_parameters: bool = Field(
-        default=False, description="ddp: batches may leave out some of the model's parameters, each batch others."
+        default=False, description="ddp only: allow batches whose loss does not use all parameters."
     )
     activation_checkpointing: Names = Field(
         default_factory=list,
-        description="Classes of modules that compute their activations again in the backward pass, to save memory.",
+        description="Module classes whose activations are recomputed in the backward pass to save memory.",
     )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         default="fp32", description="Compute precision; bf16 and fp16 use autocast."
     )
     clip_norm: float | None = Field(
-        default=None, gt=0, description="Largest norm of the gradients, over all parameters."
+        default=None, gt=0, description="Clip the gradient to this norm, taken over all parameters."
     )
     clip_value: float | None = Field(default=None, gt=0, description="Clip each gradient element to [-x, x].")
-    l1: float | None = Field(default=None, gt=0, description="Adds l1 sum |w| to the loss, over weights; no biases.")
-    l2: float | None = Field(default=None, gt=0, description="Adds l2/2 sum w^2 to the loss, over weights; no biases.")
+    l1: float | None = Field(
+        default=None, gt=0, description="L1 penalty: adds l1 * sum |w| to the loss; biases and norms are exempt."
+    )
+    l2: float | None = Field(
+        default=None, gt=0, description="L2 penalty: adds l2/2 * sum w^2 to the loss; biases and norms are exempt."
+    )
     ema: float | None = Field(
-        default=None, gt=0, lt=1, description="Decay of a moving average of the weights, evaluated and saved beside."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of an exponential moving average of the weights, which is evaluated and saved too.",
     )
     on_nonfinite: Literal["stop", "skip"] | None = Field(
-        default=None, description="Gradients with inf or nan end the run, or their batch is left out; null: neither."
+        default=None,
+        description="On inf or nan gradients: stop ends the run, skip skips the batch; null: no check.",
     )
 
 
 class Checkpoint(Section):
-    """When the state that a run continues from is saved."""
+    """When checkpoints are saved, and how many are kept."""
 
     every: Every = Field(default="epoch", description="epoch, or a number of optimizer steps.")
-    keep: int = Field(default=2, ge=1, description="Checkpoints kept, the newest ones.")
+    keep: int = Field(default=2, ge=1, description="How many of the newest checkpoints to keep.")
 
 
 class Mlflow(Section):
     """Where MLflow records the run."""
 
-    experiment: str | None = Field(default=None, description="Experiment; by default the job's name.")
-    tracking_uri: str | None = Field(default=None, description="Server or store; by default MLflow's own.")
-    run_name: str | None = Field(default=None, description="Run; by default the run folder's name.")
+    experiment: str | None = Field(default=None, description="Experiment name; default: the job's name.")
+    tracking_uri: str | None = Field(
+        default=None, description="Tracking server or store; default: MLFLOW_TRACKING_URI, or mlflow.db here."
+    )
+    run_name: str | None = Field(default=None, description="Run name; default: the run folder's name.")
 
 
 class Launch(Section):
-    """What the processes run on."""
+    """The device of the processes, and when they count as hung."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where present.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA if the node has it.")
     hang_timeout_s: float = Field(
         default=HANG_TIMEOUT_S, gt=0, description="Seconds without progress before the job is aborted."
     )
 
 
 class Fsdp(Section):
-    """How FSDP2 cuts the model."""
+    """How FSDP2 shards the model."""
 
     wrap: Names = Field(
         default_factory=list,
-        description="Classes of modules that are gathered one at a time; by default the repeated blocks.",
+        description="Module classes to shard and gather as units; default: the model's repeated blocks.",
     )
     reshard_after_forward: bool = Field(
-        default=True, description="Drop a block after its forward pass, and gather it again for the backward pass."
+        default=True, description="Free a unit's parameters after its forward pass; gather them again for the backward."
     )
-    offload: bool = Field(
-        default=False, description="Keep parameters, gradients and the optimizer's state in the CPU's memory."
-    )
+    offload: bool = Field(default=False, description="Keep parameters, gradients and optimizer state in CPU memory.")
 
 
 class Slurm(Section):
-    """How Slurm runs the job: sbatch's long options by their own names, and five of ours."""
+    """How Slurm runs the job: sbatch's long options by their own names, and five keys of dtrain's."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -209,30 +224,31 @@ class Slurm(Section):
     )
 
     setup: Lines = Field(
-        default_factory=list, description="Shell lines before the run: modules, conda, a virtual environment."
+        default_factory=list,
+        description="Shell lines to run before the job: modules, conda, a virtual environment.",
     )
     env: dict[EnvironmentName, str] = Field(default_factory=dict, description="Environment variables.")
     container: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="Apptainer image to run in."
+        default=None, description="Apptainer image to run the job in."
     )
     dtrain: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="The dtrain command on the nodes, if it differs from here."
+        default=None, description="The dtrain command on the nodes, if it differs from this machine's."
     )
-    requeue_on_failure: bool = Field(default=False, description="Requeue after a failure as well.")
+    requeue_on_failure: bool = Field(default=False, description="Requeue after failures too.")
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is sbatch's."""
+        """The options for sbatch."""
         return {name: value for name, value in self.extra.items() if name not in sbatch.PYXIS}
 
     @property
     def pyxis(self) -> dict[str, Any]:
-        """What srun is told of a container, by the plugin Pyxis."""
+        """The container options for srun, which the Pyxis plugin provides."""
         return {name: value for name, value in self.extra.items() if name in sbatch.PYXIS}
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What is not ours."""
+        """All keys that are not dtrain's own."""
         return dict(self.model_extra or {})
 
     @property
@@ -240,7 +256,7 @@ class Slurm(Section):
         return self.container is not None or bool(self.pyxis)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Each text of ours by its path."""
+        """The texts in dtrain's own keys, each with its path."""
         yield from ((f"setup.{index}", line) for index, line in enumerate(self.setup))
         yield from ((f"env.{name}", value) for name, value in self.env.items())
         for name in ("container", "dtrain"):
