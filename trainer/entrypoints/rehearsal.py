@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import IterableDataset, Sampler, Subset
 
@@ -25,6 +24,7 @@ from dtrain.run.heartbeat import Heartbeat
 from dtrain.run.rank_request import Rehearse
 from dtrain.schema.job import Job
 
+from ..checks.batch_norm import is_per_rank
 from ..data.indexed import Source
 from ..distributed.stop import Stopped
 from .train import begin, build_source, build_trainer
@@ -116,12 +116,11 @@ class FirstOfStream(IterableDataset[Any]):
 
 
 def layers_apart(net: nn.Module) -> list[str]:
-    """The types of the layers that do something else on each rank: statistics and masks of its own share."""
-    synchronised = nn.SyncBatchNorm
+    """The types of the layers that work differently on each rank: statistics and masks of its own share."""
     found = {
         type(layer).__name__
         for layer in net.modules()
-        if (isinstance(layer, _BatchNorm) and not isinstance(layer, synchronised))
+        if is_per_rank(layer)
         or (isinstance(layer, _DropoutNd) and layer.p > 0)
         or (isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0)
     }

@@ -14,6 +14,7 @@ from dtrain.run.heartbeat import Heartbeat, Phase
 
 from ..checkpoint.background import say
 from ..checks.arguments import Settings
+from ..checks.batch_norm import warn_of_small_shares
 from ..checks.optimizer_kinds import start_training, stop_training
 from ..distributed.stop import DOUBT, StopAgreement, Stopped
 from ..metrics.early_stopping import Best
@@ -99,6 +100,7 @@ class Loop:
             self.train_step(batch.micro_batches)
             if not progress.samples_done:  # the optimizer has a state from now on
                 self.trained.require_savable()
+                warn_of_small_shares(self.trained.model.bare, batch.samples, self.world)
             progress.end_step(batch.samples, time.perf_counter() - step_began)
             self.after_step()
         progress.enter(Phase.WAITING)
