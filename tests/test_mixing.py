@@ -67,8 +67,17 @@ class Centred(nn.Module):
         return self.layer(self.drop(x) - x.mean(0))
 
 
-def normed() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+class Frozen(nn.Sequential):
+    """Keeps its batch norm in evaluation mode."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def normed(kind: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
+    return kind(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
 
 
 def said(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
@@ -85,11 +94,11 @@ def said(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
     with redirect_stderr(errors):
         trainer.fit(loader, epochs=1)
     found["fit"] = errors.getvalue().splitlines()
-    small, enough, frozen = (normed() for _ in range(3))
-    frozen[1].eval()
+    frozen, left_frozen = normed(Frozen), normed()
+    left_frozen[1].eval()
     for name, net, size in (
-        *(("centred", Centred(), 12), ("small", small, 12)),
-        *(("enough", enough, 32), ("frozen", frozen, 12)),
+        *(("centred", Centred(), 12), ("small", normed(), 12), ("enough", normed(), 32)),
+        *(("frozen", frozen, 12), ("left frozen", left_frozen, 12)),
     ):
         _fits.clear()  # as in another process
         trainer = Trainer(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
@@ -97,6 +106,7 @@ def said(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
         with redirect_stderr(errors := io.StringIO()):
             trainer.fit(loader, epochs=1, run_dir=f"{folder}-{name}")
         found[name] = [line for line in errors.getvalue().splitlines() if "warning" in line]
+    assert frozen[1].num_batches_tracked == left_frozen[1].num_batches_tracked == 0
     return found
 
 
@@ -108,7 +118,7 @@ def test_samples_that_depend_on_the_others_in_their_batch_are_found(tmp_path):
         assert found[name] == other[name]
         assert found[name][0].startswith("the loss of 4 training samples is ")
         assert "as two: what comes of a sample depends on the others in its batch (padding" in found[name][0]
-    assert found["enough"] == found["frozen"] == other["centred"] == other["small"] == []
+    assert found["enough"] == found["frozen"] == found["left frozen"] == other["centred"] == other["small"] == []
     assert found["centred"][0].startswith("warning: the loss of 6 training samples is ")
     assert ["12 samples on 2 ranks are 6 a rank" in line for line in found["small"]] == [True]
     assert found["fit"][0] == f"warning: {found['padded, False'][0]}"

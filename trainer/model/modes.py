@@ -1,4 +1,4 @@
-"""Which parts of a model train and which are in evaluation mode: as the user's code has set them."""
+"""Which parts of a model are in training mode and which in evaluation mode: as the user's code has set them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 
 def begin_training(net: nn.Module) -> None:
-    """Put the model into training mode, but for the parts that are in evaluation mode within one that trains.
+    """Put the model into training mode, except for parts that are meant to stay in evaluation mode.
 
-    Those were put there on purpose, a frozen backbone's batch norm for one. A model that is in evaluation mode as a
-    whole was left so by what came before.
+    Those are the ones that are in it while the model trains, such as a frozen backbone's batch norm, and the ones that
+    the model's own `train` puts there. A model that is in evaluation mode as a whole was left so by what came before.
     """
     modes = {module: module.training or not net.training for module in net.modules()}
-    net.train()  # a model's own method may do more than set modes
-    _set_modes(modes)
+    net.train()
+    _set_modes({module: mode and module.training for module, mode in modes.items()})
 
 
 @contextlib.contextmanager
 def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """In the block, all of the model is in evaluation mode; afterwards each part is in the mode it was in."""
+    """In the block, the whole model is in evaluation mode; afterwards each part is in the mode it was in before."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -31,6 +31,6 @@ def evaluation_mode(net: nn.Module) -> Iterator[None]:
 
 
 def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    for module, mode in modes.items():  # those that hold others come first
+    for module, mode in modes.items():  # parents come before their children
         if module.training is not mode:
             module.train(mode)
