@@ -24,8 +24,8 @@ def unusable() -> str | None:
     host = socket.gethostname()
     elsewhere = f", sbatch --exclude={host} keeps a run off this node" if "SLURM_JOB_ID" in os.environ else ""
     return (
-        f"{host} has GPUs ({found}), and torch can use none of them: {refusal()}; nvidia-smi may tell more{elsewhere}; "
-        "to compute on the CPU all the same: launch.device=cpu, for a script CUDA_VISIBLE_DEVICES= (set and empty)"
+        f"{host} has GPUs ({found}), but torch can't use any of them: {refusal()}; nvidia-smi may tell "
+        f"more{elsewhere}; to use the CPU instead: launch.device=cpu, or for a script CUDA_VISIBLE_DEVICES= (empty)"
     )
 
 

@@ -89,7 +89,7 @@ def collision(folder: Path, name: str) -> Problem | None:
     if own is None or other is None:
         return None
     whose = "a package that dtrain needs" if name in OURS else f"Python's own {name}"
-    message = f"{name} is {whose}, {other}, beside which {short(str(own))} cannot be imported"
+    message = f"{name} is {whose}, {other}, so {short(str(own))} cannot be imported under that name"
     return Problem(message, hint=f"rename yours, such as {own.name} to my_{own.name}")
 
 

@@ -152,7 +152,7 @@ class Reader:
                     message = "expected a mapping, or a list of mappings, such as *anchor"
                     self.problems.append(self._problem(message, key.start_mark.line, _join(path, "<<")))
         for key, _ in merges[1:]:
-            message = "given twice; several go into one, the first of them counts most: <<: [*a, *b]"
+            message = "given twice; to merge several, list them, the first takes precedence: <<: [*a, *b]"
             self.problems.append(self._problem(message, key.start_mark.line, _join(path, "<<")))
 
     def _child(self, start: yaml.Node, node: yaml.Node, dotted: str, depth: int) -> object:

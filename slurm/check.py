@@ -66,13 +66,13 @@ def beyond(partition: Partition, options: dict[str, object], nodes: int, gpus: G
     if gpus is not None:
         there = partition.gpus.get(gpus.kind, 0) if gpus.kind else max(partition.gpus.values(), default=0)
         if gpus.kind and not there:
-            others = ", ".join(kind or "some without a type" for kind in partition.gpus) or "none at all"
+            others = ", ".join(kind or "some without a type" for kind in partition.gpus) or "none"
             problems.append(Problem(f"--gpus {gpus}: partition {name} has no GPUs of this type, but {others}"))
         elif gpus.count > there:
-            problems.append(Problem(f"--gpus {gpus}: a node of partition {name} has {there} at most"))
+            problems.append(Problem(f"--gpus {gpus}: a node of partition {name} has at most {there}"))
     cpus = options.get("cpus-per-task")
     if isinstance(cpus, int) and cpus > partition.cpus:
-        problem = f"{cpus} are more than a node of partition {name} has, {partition.cpus}"
+        problem = f"{cpus} are more than the {partition.cpus} of a node in partition {name}"
         problems.append(Problem(problem, "slurm.cpus-per-task"))
     return problems
 
@@ -111,15 +111,15 @@ def _look_at_node(found: Findings, slurm: Slurm, folder: Path, dtrain: Sequence[
     lines = done.stdout.splitlines()
     says = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     if "sees it" not in lines and done.returncode != 0 and "allocate" in done.stderr:
-        found.notes.append(f"no node could be looked at: {says[0]}")
+        found.notes.append(f"no node could be checked: {says[0]}")
         return
     if "sees it" not in lines:
-        found.problems.append(Problem(f"the nodes do not see {folder}: submit from a folder that they share"))
+        found.problems.append(Problem(f"{folder} is not visible on the nodes: submit from a shared folder"))
     versions = [line.rpartition(" ")[2] for line in lines if line.startswith("dtrain")]
     if not versions:
         hint = "activate its environment in slurm.setup" if not slurm.is_in_container else "install it in the image"
         found.problems.append(Problem(f"the nodes can't run {shlex.join(dtrain)} ({says[0]})", hint=hint))
     elif versions[0] != __version__:
-        found.problems.append(Problem(f"the nodes have dtrain {versions[0]}, and here it is {__version__}"))
+        found.problems.append(Problem(f"the nodes have dtrain {versions[0]}, but this machine has {__version__}"))
     else:
-        found.notes.append(f"a node sees {folder}, and has this dtrain")
+        found.notes.append(f"a node sees {folder} and has the same dtrain")

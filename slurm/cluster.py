@@ -92,7 +92,7 @@ def _cpus(wanted: Submittable, slurm: Slurm) -> int | None:
     try:
         return cpus_beside(wanted.gpus, slurm.options)
     except UserError as error:
-        say(f"warning: {error}; the job may get one CPU for its GPUs: slurm.cpus-per-gpu says how many")
+        say(f"warning: {error}; the job may get one CPU for all its GPUs; set slurm.cpus-per-gpu")
         return None
 
 

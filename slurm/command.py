@@ -49,5 +49,5 @@ def ask(*command: str, stdin: str = "", timeout_s: float = 30.0) -> subprocess.C
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{command[0]} did not answer in {timeout_s:.0f} s; is Slurm's controller up?  scontrol ping"
+            f"{command[0]} did not answer within {timeout_s:.0f} s; is Slurm's controller up? (scontrol ping)"
         ) from None

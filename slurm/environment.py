@@ -52,7 +52,7 @@ def place(environment: Mapping[str, str]) -> Place:
     wrong = [name for name in names if not environment.get(name, "").isdecimal()]
     wrong += [name for name in ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE") if not environment.get(name)]
     if wrong:
-        raise UserError(f"this is for srun to start, within a job of Slurm: no {wrong[0]}")
+        raise UserError(f"only srun may start this, within a Slurm job: no {wrong[0]}")
     job_id, step_id, rank, tasks, node, local_rank = (int(environment[name]) for name in names)
     hosts = expand(environment["SLURM_STEP_NODELIST"])
     port = FIRST_PORT + (job_id + _STEP_APART * step_id) % NUM_PORTS

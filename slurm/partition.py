@@ -141,7 +141,7 @@ def cpus_beside(gpus: Gpus, options: Mapping[str, object]) -> int | None:
     if sbatch.CPUS & options.keys() or variables & os.environ.keys():
         return None
     if "clusters" in options:
-        raise UserError("the nodes of other clusters are not looked at")
+        raise UserError("nodes of other clusters are not checked")
     names = str(options.get("partition") or os.environ.get("SBATCH_PARTITION") or default_partition())
     partitions = [partition for name in names.split(",") if (partition := look_at(name)) is not None]
     if any(partition.gives_cpus for partition in partitions):

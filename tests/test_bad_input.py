@@ -119,7 +119,7 @@ def test_all_that_is_wrong_in_a_job_at_once(project):
         (f"job.yaml:{line('batch_size')}: data.batch_size: expected a whole number, found 'many'", ""),
         (f"job.yaml:{line('_target_: torhc')}: loss._target_: there is no module torhc", "did you mean torch?"),
         (f"job.yaml:{line('_target_: broken')}: optimizer._target_: broken.py:1: SyntaxError", ""),
-        (f"job.yaml:{line('acc:')}: metrics.acc: BinaryAUROC guesses", "say activation: sigmoid or softmax"),
+        (f"job.yaml:{line('acc:')}: metrics.acc: BinaryAUROC guesses", "set activation: sigmoid or softmax"),
         (f"job.yaml:{line('monitor')}: fit.early_stopping.monitor: nothing is reported as val_ac", "mean val_acc?"),
         ("override fit.micro_batch_size=.inf: fit.micro_batch_size: expected a whole number", ""),
         ("override checkpoint.keep=0: checkpoint.keep: expected at least 1, found 0", ""),

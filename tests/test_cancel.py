@@ -79,7 +79,7 @@ def test_now_ends_it_without_a_checkpoint(project, store):
             assert first.wait().out == done.out
         launched = launch.wait()  # although its ranks still wait
     assert done.code == 0, done.err
-    assert "run was killed in epoch 2, step 6; nothing was saved after the last checkpoint\n" in done.out
+    assert "run was killed in epoch 2, step 6; nothing after the last checkpoint was saved\n" in done.out
     assert "to continue: dtrain launch --resume --run-dir run --gpus 2 run/job.yaml\n" in done.out
     assert launched.code == 130
     assert "Traceback" not in launched.err
@@ -182,7 +182,7 @@ def test_a_lock_that_another_process_holds(number, running, project, bystander):
     name_in_lock(running, pid=pid)
     done = project.run("cancel", "--now", "run")
     assert (done.code, done.out) == (2, "")
-    assert done.err == "run is locked, but not by the process that its lock names; by which: fuser run/lock\n"
+    assert done.err == "run is locked, but not by the process named in its lock; to find which one: fuser run/lock\n"
 
 
 def test_a_run_on_another_host(project, bystander):
@@ -256,7 +256,7 @@ def test_an_agent_that_does_not_listen_is_killed(writer, capsys, monkeypatch):
     monkeypatch.setattr(cancel_command, "PATIENCE_S", 0.2)
     assert cancel_command.cancel("run", now=True) == 0
     assert process.wait() == -signal.SIGKILL
-    assert capsys.readouterr().out == "run was killed in epoch 3, step 7; nothing was saved after the last checkpoint\n"
+    assert capsys.readouterr().out == "run was killed in epoch 3, step 7; nothing after the last checkpoint was saved\n"
     assert RunDir("run").status()["state"] == "killed"
 
 

@@ -54,11 +54,11 @@ def test_a_job_that_keeps_its_promises(project: Project):
     done = project.run("check", "--exact", "job.yaml", "data.workers=1")
     assert done.code == 0, done.err
     for size in (2, 3):
-        what = rf"^{size} processes beside 1: largest difference in weights (.*), in reported values (.*)$"
+        what = rf"^{size} processes against 1: largest difference in weights (.*), in reported values (.*)$"
         ((weights, values),) = re.findall(what, done.out, re.MULTILINE)
         for difference in (weights, values):
             assert difference == "none" or float(difference.split(" (")[0]) < 1e-5
-    assert "2 processes, stopped after 3 steps and continued: not a bit differs" in done.out
+    assert "2 processes, stopped after 3 steps and continued: bit-identical" in done.out
     assert "its own" not in done.out
     assert not project.runs()
     assert kept() == before
@@ -83,7 +83,7 @@ def test_streams_are_cut_too(splits, project: Project):
     project.job(data={"train": {"_target_": "stream.Points", "splits": splits}, "batch_size": 8})
     done = project.run("check", "--exact", "job.yaml")
     assert done.code == 0, done.err
-    assert "2 processes, stopped after 3 steps and continued: not a bit differs" in done.out
+    assert "2 processes, stopped after 3 steps and continued: bit-identical" in done.out
     assert ("each process has its own part of the stream" in done.out) == splits
     largest = re.findall(r"largest difference in weights (\S+)", done.out)
     assert all((each != "none" and float(each) > 1e-3) == splits for each in largest)

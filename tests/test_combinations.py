@@ -273,7 +273,7 @@ def refusals(combination: Combination) -> list[str]:
         found += ["DeepSpeed exchanges Adagrad"] if combination.optimizer == "Adagrad" else []
         found += ["fit.ema"] if combination.strategy == "ZeRO 3" and "ema" in combination.limits else []
     if {"clip_norm", "clip_value"} <= set(combination.limits):
-        found += ["clips the gradients once more"]
+        found += ["is a second way of clipping"]
     if combination.model in ("sparse", "complex") and "clip_value" in combination.limits:
         found += ["fit.clip_value"]
     return found

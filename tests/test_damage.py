@@ -45,7 +45,7 @@ def test_what_nobody_reads_and_what_is_damaged_stops_no_run_but_a_folder_that_is
     errors = (project.folder / "err").read_text().splitlines()
     for text in damage:
         assert len([line for line in errors if text in line]) == 1
-    assert errors[-1] == "run was removed or moved while the run went on: nothing of it could be saved any more"
+    assert errors[-1] == "run was removed or moved during the run: nothing more could be saved"
     assert not run.path.exists()
 
 
@@ -58,7 +58,7 @@ def test_rows_that_are_none_are_passed_over(tmp_path, capsys):
     assert run.rows() == [row, {"epoch": 2, "step": 10}]
     assert run.last_row() == {"epoch": 2, "step": 10}
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"warning: {run.metrics}:{line}: is damaged, and passed over" for line in (2, 3, 4, 6)]
+    assert said == [f"warning: {run.metrics}:{line}: damaged, so it is skipped" for line in (2, 3, 4, 6)]
     run.metrics.unlink()
     assert (run.rows(), run.last_row(), run.status()) == ([], None, {})
 
@@ -83,7 +83,7 @@ def test_files_that_are_objects_of_another_kind_are_passed_over(file, text, tmp_
     assert status(str(tmp_path)) == 0
     printed = capsys.readouterr()
     assert "epoch     2, step 10\n" in printed.out
-    assert printed.err == f"warning: {tmp_path / file}: is damaged, and passed over\n"
+    assert printed.err == f"warning: {tmp_path / file}: damaged, so it is skipped\n"
 
 
 def test_folders_of_killed_commands_are_removed(tmp_path):

@@ -73,7 +73,7 @@ class ReadOnlyFolder:
 
 
 HOST = f" (on {socket.gethostname()})"
-REMEDY = {"file size limit": HOST, "full disk": f"{HOST}; make room", "read-only folder": HOST}
+REMEDY = {"file size limit": HOST, "full disk": f"{HOST}; free some space", "read-only folder": HOST}
 OUTAGES = {"file size limit": SizeLimit, "full disk": FullDisk, "read-only folder": ReadOnlyFolder}
 
 
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(folder, project):
     with project.running(*run, "fit.epochs=4") as command:
         command.until(
             lambda: (
-                f"run/new: can't write status.json: No space left on device{HOST}; make room; the run goes on"
+                f"run/new: can't write status.json: No space left on device{HOST}; free some space; the run goes on"
                 in command.err
             )
         )

@@ -59,7 +59,7 @@ def machine(monkeypatch, tmp_path) -> Callable[..., None]:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no driver": (
         {"counted": 0, "error": RuntimeError("Found no NVIDIA driver on your system."), "SLURM_JOB_GPUS": "0"},
-        r"\(SLURM_JOB_GPUS=0\), .*: Found no NVIDIA driver.*; to compute on the CPU all the same: launch.device=cpu",
+        r"\(SLURM_JOB_GPUS=0\), .*: Found no NVIDIA driver.*; to use the CPU instead: launch.device=cpu",
     ),
     "an old driver": ({"counted": 0, "error": RuntimeError(OLD), "devices": 2}, r"nvidia0, .*nvidia1\), .* too old"),
     "off the bus": (
@@ -149,7 +149,7 @@ def test_a_rank_has_its_gpu_before_its_model_is_built(monkeypatch):
 def test_gpus_that_are_named_and_not_there(visible, machine):
     machine(1, None, CUDA_VISIBLE_DEVICES=visible)
     for asked in ("auto", "1"):
-        with pytest.raises(UserError, match=rf"{visible} names \d GPUs, of which a process on {HOST} sees 1: .*MIG"):
+        with pytest.raises(UserError, match=rf"{visible} names \d GPUs, but a process on {HOST} sees 1: .*MIG"):
             choose_processes(asked, "auto")
 
 
@@ -164,7 +164,7 @@ def test_a_launch_on_such_a_node_leaves_nothing(project):
         pytest.skip("there are GPUs")
     done = project.run("launch", "job.yaml", SLURM_JOB_GPUS="0,1", CUDA_VISIBLE_DEVICES="0,1")
     assert done.code == 2
-    assert re.match(rf"{HOST} has GPUs \(SLURM_JOB_GPUS=0,1\), and torch can use none of them: .+\n$", done.err)
+    assert re.match(rf"{HOST} has GPUs \(SLURM_JOB_GPUS=0,1\), but torch can't use any of them: .+\n$", done.err)
     assert not project.runs()
 
 

@@ -84,7 +84,7 @@ def test_the_rank_that_stands_is_named(name, project: Project):
     )
     done = project.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml")
     assert done.code == 1, done.err
-    assert re.search(rf"rank 1 failed: has not moved for \d+ s: {says}", done.last_lines), done.err
+    assert re.search(rf"rank 1 failed: has made no progress for \d+ s: {says}", done.last_lines), done.err
     assert "most recent call first" not in done.err
     if name != "suspended":
         assert re.search(r'hangs.py", line \d+ in stand', done.last_lines), done.err
@@ -114,7 +114,7 @@ def test_ranks_that_wait_for_their_devices_are_not_told_apart(tmp_path, monkeypa
     heartbeats[0].enter(Phase.WAITING)
     error = Watchdog(heartbeats, timeout_s=0).explain({0: os.getpid(), 1: os.getpid()}, {0: tmp_path, 1: tmp_path})
     assert error["rank"] == 0
-    assert "waiting for its device. So do all ranks, but this one alone looks" in error["message"]
+    assert "waiting for its device. All ranks are, but only this one checks" in error["message"]
 
 
 class Watched(bytearray):

@@ -85,7 +85,7 @@ UNREADABLE = {
         "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
         "job.yaml:1: more than 50000 values, aliases expanded",
     ),
-    "large": ("#" * ((1 << 20) + 1), "job.yaml: larger than 1 MiB, which is no job file"),
+    "large": ("#" * ((1 << 20) + 1), "job.yaml: larger than 1 MiB: this is not a job file"),
 }
 
 
@@ -191,7 +191,7 @@ INVALID = {
     ),
     "loss and step": (
         GOOD + "step: {_target_: operator.add}\n",
-        ["job.yaml:14: step: makes its own loss; give either loss or step"],
+        ["job.yaml:14: step: returns its own loss; give either loss or step"],
     ),
     "neither loss nor step": (
         GOOD.replace("loss: {", "#"),
@@ -230,14 +230,14 @@ INVALID = {
 """,
         [
             "job.yaml:13: fit.precision: fp16 is not supported with deepspeed; use bf16, or fsdp",
-            "job.yaml:14: fit.ema: averages whole parameters, of which stage 3 leaves each rank a part; use stage 2, "
+            "job.yaml:14: fit.ema: averages whole parameters, but stage 3 leaves each rank only a shard; use stage 2, "
             "or fsdp",
-            "job.yaml:18: deepspeed.zero_optimization.offload_param.device: what is on NVMe is not in dtrain's "
-            "checkpoints; use cpu",
-            "job.yaml:18: deepspeed.zero_optimization.zenflow: updates weights behind the step, which is not exact; "
+            "job.yaml:18: deepspeed.zero_optimization.offload_param.device: dtrain's checkpoints do not include state "
+            "on NVMe; use cpu",
+            "job.yaml:18: deepspeed.zero_optimization.zenflow: updates weights asynchronously, which is not exact; "
             "leave it out",
-            "job.yaml:20: deepspeed.tensor_parallel: would give ranks the same samples, and dtrain gives each its own; "
-            "leave it out",
+            "job.yaml:20: deepspeed.tensor_parallel: would give ranks the same samples, but dtrain gives each rank "
+            "its own; leave it out",
         ],
     ),
     "a stage that there is not": (
@@ -268,7 +268,8 @@ INVALID = {
         [
             "job.yaml:3: model.<<: expected a mapping, or a list of mappings, such as *anchor",
             "job.yaml:9: optimizer.<<: expected a mapping, or a list of mappings, such as *anchor",
-            "job.yaml:9: optimizer.<<: given twice; several go into one, the first of them counts most: <<: [*a, *b]",
+            "job.yaml:9: optimizer.<<: given twice; to merge several, list them, the first takes precedence: "
+            "<<: [*a, *b]",
         ],
     ),
     "a merged value": (
@@ -284,7 +285,7 @@ INVALID = {
     ),
     "settings of another strategy": (
         GOOD + "fsdp: {wrap: Block}\n",
-        ["job.yaml:14: fsdp: settings of a strategy that fit.strategy does not choose"],
+        ["job.yaml:14: fsdp: settings for a strategy that fit.strategy does not select"],
     ),
 }
 
@@ -394,9 +395,9 @@ def test_overrides_set_add_and_replace():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("fit.epochs", "override fit.epochs: expected key=value, the key dotted such as fit.epochs"),
-        ("=3", "override =3: expected key=value, the key dotted such as fit.epochs"),
-        ("fit..epochs=3", "override fit..epochs=3: expected key=value, the key dotted such as fit.epochs"),
+        ("fit.epochs", "override fit.epochs: expected key=value, with a dotted key such as fit.epochs"),
+        ("=3", "override =3: expected key=value, with a dotted key such as fit.epochs"),
+        ("fit..epochs=3", "override fit..epochs=3: expected key=value, with a dotted key such as fit.epochs"),
         ("fit.epochs=x", "override fit.epochs=x: fit.epochs: expected a whole number, found 'x'"),
         ("fit.epochs.a=3", "override fit.epochs.a=3: fit.epochs is 10, which has no a"),
         ("model.s.2=1", "override model.s.2=1: model.s is a list of 2, which has no 2"),
@@ -454,7 +455,7 @@ def test_deepspeed_settings_come_from_a_file():
     assert load_job("job.yaml").job == job
     Path("zero.json").write_text('{"zero_optimization": 1,\n}')
     assert mistakes(GOOD, "fit.strategy=deepspeed", "deepspeed=zero.json")[0].startswith(
-        "override deepspeed=zero.json: deepspeed: zero.json:2: no JSON: "
+        "override deepspeed=zero.json: deepspeed: zero.json:2: not valid JSON:  "
     )
 
 

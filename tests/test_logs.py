@@ -145,7 +145,7 @@ def test_logs_prints_what_the_rank_printed(killed):
 def test_logs_names_the_rank_that_failed(killed):
     done = killed.run("logs", "-f", "run")
     assert (done.code, done.out) == (0, "a line of 0\n" * 1000)
-    assert done.err == "it was rank 2 that failed first: dtrain logs run --rank 2\n"
+    assert done.err == "rank 2 failed first: dtrain logs run --rank 2\n"
 
 
 def test_logs_of_a_rank_that_is_not_there(killed):

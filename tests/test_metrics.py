@@ -497,7 +497,7 @@ def test_a_metric_that_cannot_be_computed_is_named():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (Running(tm.MeanSquaredError()), "metric m: Running is of the last updates"),
+        (Running(tm.MeanSquaredError()), "metric m: Running depends on how many updates"),
         (
             MetricCollection([BootStrapper(tm.MeanSquaredError())]),
             "metric m: BootStrapper draws samples",

@@ -145,15 +145,15 @@ def refuse(project: Project, *arguments: str) -> str:
 
 def test_what_a_user_gets_wrong(job):
     assert "needs --rendezvous HOST:PORT" in refuse(job, "--nodes", "2")
-    assert "--node-rank 2: with --nodes 2 it is 0 to 1" in refuse(
+    assert "--node-rank 2: with --nodes 2 it must be 0 to 1" in refuse(
         job, "--nodes", "2", "--node-rank", "2", "--rendezvous", "localhost:29500"
     )
     assert "expected HOST:PORT" in refuse(job, "--nodes", "2", "--rendezvous", "localhost")
     assert "are for runs on several nodes" in refuse(job, "--rendezvous", "localhost:29500")
-    assert "no host of that name" in refuse(
+    assert "can't resolve that host name" in refuse(
         job, "--nodes", "2", "--node-rank", "1", "--rendezvous", "nowhere.invalid:29500"
     )
-    assert "it is not this one" in refuse(job, "--nodes", "2", "--rendezvous", "192.0.2.1:29500")
+    assert "but this is another one" in refuse(job, "--nodes", "2", "--rendezvous", "192.0.2.1:29500")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -163,13 +163,15 @@ def test_what_a_user_gets_wrong(job):
 
 def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(nodes, "GATHER_S", 0.5)
-    with pytest.raises(UserError, match=r"nobody answers \(Connection refused\), for 0 s: is dtrain running on node 0"):
+    with pytest.raises(UserError, match=r"no answer \(Connection refused\) for 0 s: is dtrain running on node 0"):
         nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", free_port()), {})
 
 
 def test_the_others_do_not_come(monkeypatch):
     monkeypatch.setattr(nodes, "GATHER_S", 0.5)
-    with pytest.raises(UserError, match=r"no sign of node 1, 2 at 127.0.0.1:\d+ in 0 s; start the same command there"):
+    with pytest.raises(
+        UserError, match=r"node 1, 2 did not reach 127.0.0.1:\d+ within 0 s; start the same command there"
+    ):
         nodes.Nodes(nodes.Endpoint(3, 0, "127.0.0.1", free_port()), {})
 
 
@@ -196,7 +198,7 @@ def test_a_slow_node_is_awaited_and_named(monkeypatch, capsys):
         assert asking.result() == "here"
         del first, waiting
     gc.collect()
-    with pytest.raises(UserError, match=r"node 0 \(gpu1\) has ended before the run began: look at its screen"):
+    with pytest.raises(UserError, match=r"node 0 \(gpu1\) ended before the run began; check its output"):
         second.from_first("code")
 
 
@@ -204,7 +206,7 @@ def test_something_else_answers(monkeypatch):
     monkeypatch.setattr(nodes, "ANSWER_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match="something else than dtrain's node 0 answers there"):
+        with pytest.raises(UserError, match="what answers there is not dtrain's node 0"):
             nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", port), {})
 
 

@@ -99,7 +99,7 @@ def test_what_cannot_have_it():
         Penalty(sparse, l2=0.1).add()
     net = nn.Linear(4, 1)
     for strategy, optimizer, says in (
-        ({"zero_optimization": {"stage": 1}}, torch.optim.SGD(net.parameters()), "fit.l1: is for whole weights"),
+        ({"zero_optimization": {"stage": 1}}, torch.optim.SGD(net.parameters()), "fit.l1: needs whole weights"),
         ("ddp", torch.optim.LBFGS(net.parameters()), "fit.l1 can't go with it"),
     ):
         with pytest.raises(UserError, match=says):

@@ -98,7 +98,7 @@ def test_a_damaged_row_is_passed_over_and_said(text, project):
     run.job.write_bytes(b"\xff")
     done = project.run("runs")
     assert done.out.rstrip().split("  ")[-2:] == ["val_loss 0.25", "ended 24 h ago"]
-    assert done.err == ("warning: runs/x/metrics.jsonl:2: is damaged, and passed over\n" if text else "")
+    assert done.err == ("warning: runs/x/metrics.jsonl:2: damaged, so it is skipped\n" if text else "")
 
 
 def test_no_runs(project):

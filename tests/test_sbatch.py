@@ -221,7 +221,7 @@ def test_a_place_among_the_tasks():
     unknown = {**TASK, "SLURM_STEP_NODELIST": "no-such-host-[1-3]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
     assert place(unknown).host == "10.0.0.7"
     assert not is_task({**TASK, "SLURM_NODELIST": "127.0.0.7"})  # a batch job that was submitted from a step
-    with pytest.raises(UserError, match="for srun to start, within a job of Slurm: no SLURM_STEP_ID"):
+    with pytest.raises(UserError, match="only srun may start this, within a Slurm job: no SLURM_STEP_ID"):
         place({"SLURM_JOB_ID": "15"})
 
 
@@ -249,11 +249,11 @@ def test_the_part_of_one_of_two_tasks_on_a_node(visible, on_node, asked, gpus, o
 def test_what_does_not_fit_the_tasks(monkeypatch):
     for name, value in {**TASK, "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--gpus 3 is per node, and srun has started 2 tasks on this one"):
+    with pytest.raises(UserError, match="--gpus 3 is per node, but srun started 2 tasks on this one"):
         located(Request("job.yaml", gpus="3"), None, started_by_srun=False)
-    with pytest.raises(UserError, match="--nodes 2: srun has started this on 3"):
+    with pytest.raises(UserError, match="--nodes 2: srun started this on 3"):
         located(Request("job.yaml"), 2, started_by_srun=False)
-    with pytest.raises(UserError, match="2 tasks on a node with 1 GPUs: one a GPU, or one a node"):
+    with pytest.raises(UserError, match="2 tasks on a node with 1 GPUs: start one per GPU, or one per node"):
         located(Request("job.yaml"), None, started_by_srun=False)
     assert located(Request("job.yaml"), 1, started_by_srun=False).nodes == 1
 
@@ -303,16 +303,16 @@ def test_cpus_that_can_t_be_known_are_said(project):
     done = project.run("launch", "--slurm", "--dry-run", "job.yaml", PATH="/usr/nothing")
     assert done.code == 0
     assert "warning: scontrol is not found" in done.err
-    assert "the job may get one CPU for its GPUs: slurm.cpus-per-gpu says how many" in done.err
+    assert "the job may get one CPU for all its GPUs; set slurm.cpus-per-gpu" in done.err
 
 
 def test_options_by_version():
     asked = ["--parsable", "--stepmgr", "--power=level", "--prefer=a100"]
     assert unknown_to("21.08.8", asked) == [
-        "slurm.stepmgr: there since Slurm 24.05, and here it is 21.08.8",
-        "slurm.prefer: there since Slurm 22.05, and here it is 21.08.8",
+        "slurm.stepmgr: new in Slurm 24.05, but this is 21.08.8",
+        "slurm.prefer: new in Slurm 22.05, but this is 21.08.8",
     ]
-    assert unknown_to("25.05.1", asked) == ["slurm.power: there until Slurm 23.11, and here it is 25.05.1"]
+    assert unknown_to("25.05.1", asked) == ["slurm.power: gone after Slurm 23.11, but this is 25.05.1"]
     assert unknown_to("24.05.0-rc1", asked[:2]) == []
 
 
@@ -338,7 +338,7 @@ def test_python_in_a_container_does_not_look_outside():
     [
         ("Resources", "queued: waiting for free nodes or GPUs"),
         ("(Priority)", "queued: waiting: jobs of higher priority are ahead"),
-        ("ReqNodeNotAvail, UnavailableNodes:n1", "queued: a node that it needs is down or reserved"),
+        ("ReqNodeNotAvail, UnavailableNodes:n1", "queued: a node it needs is down or reserved"),
         ("JobHeldUser", "queued: held by you: scontrol release 7"),
         ("SomethingNew", "queued: SomethingNew"),
     ],
@@ -360,16 +360,19 @@ fit: {epochs: 1}
 WRONG = {
     "unknown": ("{tme: 5}", "slurm.tme: is not an sbatch option; did you mean time?"),
     "underscore": ("{cpus_per_task: 5}", "slurm.cpus_per_task: is not an sbatch option; did you mean cpus-per-task?"),
-    "ours": ("{nodes: 2}", "slurm.nodes: is dtrain's own: the command line says how many: --nodes and --gpus"),
-    "gres": ("{gres: 'nic:1,gpu:2'}", "slurm.gres: names GPUs, which are dtrain's own: the command line says how many"),
-    "array": ("{array: 1-4}", "slurm.array: is dtrain's own: dtrain sweep makes arrays"),
-    "no-flag": ("{mem: true}", "slurm.mem: true is no value for it"),
+    "ours": ("{nodes: 2}", "slurm.nodes: is dtrain's own: set it on the command line with --nodes and --gpus"),
+    "gres": (
+        "{gres: 'nic:1,gpu:2'}",
+        "slurm.gres: names GPUs, which dtrain requests itself: set it on the command line",
+    ),
+    "array": ("{array: 1-4}", "slurm.array: is set by dtrain: dtrain sweep makes arrays"),
+    "no-flag": ("{mem: true}", "slurm.mem: true is not a value for it"),
     "flag": ("{contiguous: 3}", "slurm.contiguous: expected true or false"),
     "mapping": ("{mem: {a: 1}}", "slurm.mem: expected text or a number, or a list of them"),
     "null": ("{mem: null}", "slurm.mem: expected text or a number, or a list of them"),
     "setup": ("{setup: {module: x}}", "slurm.setup: expected a list"),
     "env": ("{env: {'a b': x}}", "slurm.env.a b: "),
-    "signal": ("{signal: USR1@90}", "slurm.signal: expected B:USR2@ and the seconds ahead of the time limit"),
+    "signal": ("{signal: USR1@90}", "slurm.signal: expected B:USR2@ and a number of seconds before the time limit"),
     "nul": ('{comment: "a\\0b"}', "slurm.comment: holds a NUL character"),
 }
 
@@ -397,7 +400,7 @@ def test_a_wrong_section_is_said_before_anything_is_submitted(project):
 def test_what_goes_with_slurm(project):
     for arguments, says in {
         ("--wait",): "--wait needs --slurm",
-        ("--slurm", "--gpus", "a100"): "--gpus a100: expected a number above 0, or with a type, such as a100:4",
+        ("--slurm", "--gpus", "a100"): "--gpus a100: expected a number above 0, optionally with a type, such as a100:4",
     }.items():
         done = project.run("launch", *arguments, "job.yaml")
         assert done.code == 2

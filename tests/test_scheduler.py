@@ -162,8 +162,12 @@ def test_a_value_is_fed_to_those_that_want_one(tmp_path):
 
 
 REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
-    "less for more": (ReduceLROnPlateau, {"monitor": "val_acc", "mode": "max"}, "is min, .* val_acc, of which more"),
-    "more for less": (lambda optimizer: ReduceLROnPlateau(optimizer, "max"), {}, "is max, .* val_loss, of which less"),
+    "less for more": (ReduceLROnPlateau, {"monitor": "val_acc", "mode": "max"}, "is min, .* val_acc, for which higher"),
+    "more for less": (
+        lambda optimizer: ReduceLROnPlateau(optimizer, "max"),
+        {},
+        "is max, .* val_loss, for which lower",
+    ),
     "monitor": (
         ReduceLROnPlateau,
         {"scheduler_monitor": "val_los"},
@@ -242,9 +246,9 @@ fit: {epochs: 1, early_stopping: {monitor: val_acc, mode: max}}
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (None, r"scheduler: its mode is min, and it looks at val_acc, of which more is better; mode: max, or"),
+        (None, r"scheduler: its mode is min, but it monitors val_acc, for which higher is better; mode: max, or"),
         ("scheduler.monitor=val_los", "scheduler.monitor: nothing is reported as val_los; did you mean val_loss"),
-        ("scheduler._target_=torch.optim.SGD", "scheduler._target_: an optimizer is no scheduler"),
+        ("scheduler._target_=torch.optim.SGD", "scheduler._target_: is an optimizer, not a scheduler"),
         *((f"optimizer.lr={value}", "optimizer.lr: expected a positive number") for value in ("fast", "[0.1]", "")),
         *((f"optimizer.lr={value}", "optimizer.lr: expected a positive number") for value in (".nan", ".inf", "-1")),
         ("optimizer.groups=[{params: '*', lr: fast}]", "optimizer.groups.0.lr: expected a positive number"),

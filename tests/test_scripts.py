@@ -37,7 +37,7 @@ def test_what_a_script_leaves(project):
         project.write(name, "raise RuntimeError('imported from the working directory')")
     done = project.run("launch", "--gpus", "2", "--run-dir", "run", "code/train.py")
     assert done.code == 0, done.err
-    assert "finished; logs in run;" in done.err  # no Trainer, so no weights to speak of
+    assert "finished: logs are in run;" in done.err  # no Trainer, so no weights to speak of
     assert "from rank" not in done.err
     assert "from rank 0" in done.out
     assert "to stderr of rank 0" in done.out
@@ -137,8 +137,8 @@ REFUSED = {
     "no-module": (["-m", "package.nothing"], "there is no module package.nothing; looked for in "),
     "no-package": (["-m", "nothing.at.all"], "there is no module nothing.at.all"),
     "in-a-module": (["-m", "package.fine.more"], "there is no module package.fine.more"),
-    "no-main": (["-m", "package"], "package is a package without a __main__.py; name a module in it"),
-    "a-path": (["-m", "package/fine.py"], "there is no module package/fine.py; a script is named without -m"),
+    "no-main": (["-m", "package"], "package is a package without __main__.py; name a module in it"),
+    "a-path": (["-m", "package/fine.py"], "there is no module package/fine.py; to run a script, omit -m"),
     "relative": (["-m", ".fine"], "-m .fine: expected a module's name"),
     "module-syntax": (
         ["-m", "package.indented"],
@@ -192,7 +192,7 @@ def test_a_variable_that_torch_reads_on_import_is_not_set_too_late(project):
     project.write("train.py", SETS)
     done = project.run("launch", "--run-dir", "run", "train.py")
     assert done.code == 0, done.err
-    assert "train.py sets TORCH_LOGS, which libraries read when they are imported: each rank gets a fresh" in done.err
+    assert "train.py sets TORCH_LOGS, which libraries read at import time: each rank gets a fresh" in done.err
     assert project.run_dir().rank_log(0).read_text() == "True\n"
 
 
@@ -273,7 +273,10 @@ def test_a_script_job_may_name_a_module(jobs):
     jobs.write("go", "")
     done = jobs.run("launch", "--run-dir", "run", "jobs/job.yaml", "script=[-m, sub.module, --lr, 0.1]")
     assert done.code == 0, done.err
-    assert "jobs/statistics.py has the name of a module of Python's, which torch has loaded: each rank gets" in done.err
+    assert (
+        "jobs/statistics.py has the name of a standard library module that torch has imported: each rank gets"
+        in done.err
+    )
     argv, path, folder, *_ = json.loads((jobs.folder / "report-0.json").read_text())
     assert argv == [str(jobs.folder / "jobs" / "sub" / "module.py"), "--lr", "0.1"]
     assert (path, folder) == (str(jobs.folder / "jobs"), str(jobs.folder))
@@ -300,16 +303,16 @@ def test_check_finds_what_is_wrong_with_the_script(name, jobs):
 def test_check_exact_is_for_jobs_with_a_model(jobs):
     done = jobs.run("check", "--exact", "jobs/job.yaml")
     assert done.code == 2
-    assert "jobs/job.yaml:3: script: trains by itself: --exact is for jobs with a model" in done.err
+    assert "jobs/job.yaml:3: script: is a script that trains by itself: --exact is for jobs with a model" in done.err
 
 
-NO_EFFECT = "has no effect beside script, which sees to that itself; leave it out"
+NO_EFFECT = "has no effect with script, which decides that itself; leave it out"
 NO_SCRIPT = "expected a script such as train.py, or a list: the script (or -m, module) and its arguments, found"
 MISTAKES = {
     "model": ("model: {_target_: net.Net}", f"job.yaml:3: model: {NO_EFFECT}"),
     "seed": ("seed: 1", f"job.yaml:3: seed: {NO_EFFECT}"),
     "two": ("fit: {epochs: 1}\nstep: x", f"job.yaml:3: fit: {NO_EFFECT}\njob.yaml:4: step: {NO_EFFECT}"),
-    "restarts": ("fit: {restarts: 3}", f"job.yaml:3: fit: {NO_EFFECT}; its restarts stand beside script"),
+    "restarts": ("fit: {restarts: 3}", f"job.yaml:3: fit: {NO_EFFECT}; with script, write restarts beside it"),
     "unknown": ("lunch: {device: cpu}", "job.yaml:3: lunch: unknown key; did you mean launch?"),
     "within": ("mlflow: {experimant: a}", "job.yaml:3: mlflow.experimant: unknown key; did you mean experiment?"),
     "device": (

@@ -81,7 +81,7 @@ def test_the_store_is_found_without_its_password_in_a_file(monkeypatch: pytest.M
     text = dump_job(Job.model_validate({**JOB, "mlflow": {"tracking_uri": URI}}))
     assert "tracking_uri: https://***@mlflow.example/x" in text
     kept = "https://***@mlflow.example/x"
-    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to the whole address"):
+    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to the full address"):
         resolve_tracking_uri(kept)
     hand_on(URI)
     assert resolve_tracking_uri(kept) == resolve_tracking_uri(None, kept) == URI
@@ -123,7 +123,7 @@ def test_the_copy_of_the_code_has_no_secrets(folder: Path, tmp_path: Path):
             "account.json",
             "openai_api_key.txt",
         ],
-        "secret, by its name or what is in it",
+        "secret, judging by its name or content",
     )
     assert copy.left_out == {**links, **secrets, "job.yaml's passwords": "in addresses"}
 
@@ -177,7 +177,7 @@ def test_modules_from_elsewhere_are_copied_whole_or_not_at_all(
     assert expected <= copied
     assert not any(name.startswith(("large", "parts")) or name.endswith(".key") for name in copied)
     for name in ("large", "parts"):
-        assert copy.left_out[name].endswith(f"this run goes on with that in {project / name}")
+        assert copy.left_out[name].endswith(f"the run uses the original in {project / name}")
     assert "linked.py" not in copy.left_out
 
 
@@ -203,7 +203,7 @@ def test_a_run_on_one_machine_is_nobody_elses(project):
     assert set(addresses) <= {"127.0.0.1", "::1"}
     run = RunDir(project.folder / "run")
     assert run.path.stat().st_mode & 0o777 == 0o750
-    assert "id_rsa (secret, by its name or what is in it)" in done.err
+    assert "id_rsa (secret, judging by its name or content)" in done.err
     everything = [path.read_bytes() for path in run.path.rglob("*") if path.is_file()]
     assert not [text for text in (*everything, done.err.encode()) if b"hunter2" in text]
     assert "of the cluster" not in run.env.read_text()

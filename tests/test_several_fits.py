@@ -92,7 +92,7 @@ def test_folds_that_were_stopped_in_the_second_come_to_the_same_bits(project):
         assert RunDir(project.folder / fit).status()["state"] == "finished"
         assert differences(final_state(project.folder / fit), final_state(project.folder / "whole" / fit)) == []
     done = project.run("launch", "--resume", "--run-dir", "run/fit-2", "folds.py")
-    assert (done.code, done.err) == (2, f"run/fit-2 is one fit of the run in {run.path}, which --resume can continue\n")
+    assert (done.code, done.err) == (2, f"run/fit-2 is one fit of the run in {run.path}; --resume that run\n")
 
 
 def test_a_fit_that_ends_with_the_run_says_what_the_run_does(tmp_path, monkeypatch, capsys):

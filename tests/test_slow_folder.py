@@ -117,7 +117,7 @@ def test_a_stop_and_its_continuation_on_a_slow_folder_without_locks(slow, projec
         project.write("go", "")
         stopped = command.wait()
     assert stopped.code == 75, stopped.err
-    assert "lies on a file system without locks" in stopped.err
+    assert "is on a file system without locks" in stopped.err
     assert run.status()["state"] == "stopped"
     (project.folder / "ranks").unlink()
     done = project.run(*launch, "--resume")

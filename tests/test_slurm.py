@@ -268,7 +268,7 @@ def test_a_check_of_a_node_without_dtrain(site, tmp_path_factory):
     lines = ["source() { :; }", f"dtrain() {{ false; }}; cd {hidden}"]
     done = site.run("check", "--slurm", "job.yaml", f"slurm.setup={json.dumps([*lines, 'exit 3'])}")
     assert done.code == 2
-    assert f"the nodes do not see {site.folder}" in done.err
+    assert f"{site.folder} is not visible on the nodes" in done.err
     assert "the nodes can't run" in done.err
 
 
@@ -293,7 +293,7 @@ def test_what_sbatch_refuses_leaves_nothing(site):
     assert "Traceback" not in done.err
     if re.search(r" 2[1-3]\.", site.cluster.run("sbatch", "--version")):
         done = site.run("launch", "--slurm", "--run-dir", "run", "job.yaml", "slurm.stepmgr=true")
-        assert "slurm.stepmgr: there since Slurm 24.05, and here it is 2" in done.err
+        assert "slurm.stepmgr: new in Slurm 24.05, but this is 2" in done.err
     assert not (site.folder / "run").exists()
 
 

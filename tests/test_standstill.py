@@ -157,7 +157,9 @@ def test_who_has_not_begun_is_said_at_growing_intervals(tmp_path, standing, monk
 
     assert said_at(FIRST_S - 1) == ""
     text = said_at(FIRST_S)
-    assert text.startswith(f"no step is done after {FIRST_S:.0f} s: rank 1: starting; rank 1 stands here (all stacks")
+    assert text.startswith(
+        f"no step has completed after {FIRST_S:.0f} s: rank 1: starting; rank 1 stands here (all stacks"
+    )
     assert "in stand" in text
     assert "in stand" in log.read_text()
     assert said_at(2 * FIRST_S - 1) == ""

@@ -112,7 +112,7 @@ def test_ctrl_c_twice_ends_at_once(project):
         until_waiting(project, command)
         command.until(project.run_dir().latest.exists)  # written behind the training
         command.signal(signal.SIGINT, to_group=True)
-        command.until(lambda: "again to end at once" in command.err)
+        command.until(lambda: "repeat to end at once" in command.err)
         command.signal(signal.SIGINT, to_group=True)
         done = command.wait()  # although the ranks still wait
     assert done.code == 130
@@ -221,8 +221,8 @@ def test_a_killed_agent_leaves_nothing_running_and_resume_finishes(options, proj
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if the tracker before were still at work
         with project.running(*SIZE, *JOB, "--resume") as command:
             assert command.end() == 0
-            assert "MLflow is still being sent this run" in command.err
-            assert "still being sent" in project.run("status", "run").out
+            assert "MLflow upload is unfinished" in command.err
+            assert "upload unfinished" in project.run("status", "run").out
             assert "not all in MLflow" in project.run("runs", ".").out
             assert client.get_run(mlflow_run).info.status == "KILLED"
             lock.close()
@@ -284,6 +284,6 @@ def test_ctrl_c_twice_ends_a_script_that_does_not_listen(project):
             command.signal(signal.SIGINT)
         done = command.wait()
     assert done.code == 130
-    assert "SIGINT: passed on to the ranks; again to end at once" in done.err
+    assert "SIGINT: passed on to the ranks; repeat to end at once" in done.err
     assert "Traceback" not in done.err
     assert project.status()["state"] == "killed"

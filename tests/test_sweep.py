@@ -93,7 +93,7 @@ def test_a_sweep_that_was_stopped_continues(project):
 
     other = project.run("sweep", "--resume", "--run-dir", "all", "job.yaml", "optimizer.lr=0.1,0.5")
     assert other.code == 2
-    assert "was begun with other values" in other.err
+    assert "was started with other values" in other.err
     done = project.run("sweep", "--gpus", "2", "--resume", "--run-dir", "all", *arguments)
     assert done.code == 0, done.err
     assert [run.status()["step"] for run in (first, second)] == [STEPS, STEPS]
@@ -114,10 +114,10 @@ def test_a_run_that_fails_does_not_keep_the_others_from_running(project):
     [
         (["job.yaml", "fit.epochs=1,x"], "fit.epochs"),
         (["job.yaml", "optimizer.lrr=0.1,0.2"], "optimizer.lrr"),
-        (["job.yaml", "--max-parallel", "2", "optimizer.lr=0.1,0.2"], "--max-parallel go with --slurm"),
+        (["job.yaml", "--max-parallel", "2", "optimizer.lr=0.1,0.2"], "--max-parallel need --slurm"),
         (["job.yaml", "--resume", "optimizer.lr=0.1,0.2"], "--resume needs --run-dir"),
         (["job.yaml", "--resume", "--run-dir", ".", "optimizer.lr=0.1,0.2"], "holds no sweep to resume"),
-        (["script.yaml"], "trains by itself: sweeps are for jobs with a model"),
+        (["script.yaml"], "is a script that is a script that trains by itself: sweeps are for jobs with a model"),
         (["job.yaml", "--slurm", "--dry-run", "slurm.time=1,2"], "can't be swept"),
         (["nowhere.yaml", "a=1,2"], "nowhere.yaml"),
     ],

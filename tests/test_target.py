@@ -181,7 +181,7 @@ def test_partial_names_a_function():
     assert named == {"f": [resolve("net.plain")], "not": (1, 1)}
     half = instantiate(target("net.Net", _partial_=True, depth={"_target_": "builtins.list"}))
     assert half(5).sizes == (5, [])
-    with pytest.raises(TypeError, match=r"not callable; a function is named by {_target_: .*, _partial_: true}"):
+    with pytest.raises(TypeError, match=r"not callable; to pass a function, write {_target_: .*, _partial_: true}"):
         instantiate(target("functools.reduce", **{}), "net.plain", [1, 2])
 
 
@@ -195,13 +195,13 @@ def test_partial_names_a_function():
             ["here.f.depht: net.Net takes no argument depht; did"],
         ),
         ({"_target_": "net.plain", "_partial_": 1}, ["here.f._partial_: expected true or false, found 1"]),
-        ({"_target_": "net.positions", "_args_": [1]}, ["here.f._args_: is Hydra's, and not known here"]),
+        ({"_target_": "net.positions", "_args_": [1]}, ["here.f._args_: is Hydra's; dtrain has only"]),
         (
             {"_target_": "net.positions", "_partal_": 1},
             ["here.f._partal_: net.positions takes no argument _partal_; did"],
         ),
         ({"_traget_": "net.plain"}, ["here.f._traget_: unknown key; did you mean _target_?"]),
-        ("net.plain", ["here.f: net.caller takes a function here, and 'net.plain' is text; a function is named by"]),
+        ("net.plain", ["here.f: net.caller takes a function here, and 'net.plain' is text; to pass a function, write"]),
         (["net.plain"], ["here.f: net.caller takes a function here, and 'net.plain' is text"]),
     ],
 )
@@ -231,7 +231,7 @@ def test_functions_of_a_job_may_be_objects_of_a_class(folder: Path):
     for collate, says in {
         "net.Collate, by: 3": None,
         "net.Collate, by: 3, c: 3": "data.collate.c: net.Collate takes no argument c",
-        "net.Net, width: 3": "data.collate: net.Net is a class, and its objects cannot be called: it has no __call__",
+        "net.Net, width: 3": "data.collate: net.Net is a class whose objects cannot be called: it has no __call__",
         "net.Net, _partial_: true": None,
     }.items():
         Path("job.yaml").write_text(wrong.replace("net.plain, c: 3", collate))
@@ -323,8 +323,8 @@ def test_every_target_of_a_job_is_checked_and_placed(folder: Path):
         "job.yaml:13: metrics.bad: torchmetrics.Accuracy: ValueError: Optional arg `num_classes` must be "
         "type `int` when task is ClassificationTask.MULTICLASS.",
         "job.yaml:14: metrics.auc: BinaryAUROC guesses from each batch whether it was given logits or "
-        "probabilities; say activation: sigmoid or softmax (logits), or none (probabilities)",
-        "job.yaml:16: metrics.net: Flatten is no metric: it lacks update, compute or reset",
+        "probabilities; set activation: sigmoid or softmax (logits), or none (probabilities)",
+        "job.yaml:16: metrics.net: Flatten is not a metric: it lacks update, compute or reset",
         "job.yaml:18: metrics.other.x: net.only takes no argument x",
     ]
 

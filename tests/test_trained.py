@@ -140,12 +140,12 @@ REFUSED = {
     "weights": (["evaluate", "run", "--weights", "ema"], "ema.pt does not exist; there are best, last: --weights best"),
     "no-val": (
         ["evaluate", "run", "data.val=null", "fit.early_stopping=null"],
-        "the job has no data.val to evaluate on; say one",
+        "the job has no data.val to evaluate on; set one",
     ),
     "override": (["evaluate", "run", "data.val.sise=3"], "data.points takes no argument sise; did you mean size?"),
     "no-file": (["predict", "run", "missing.npy"], "missing.npy: no such file"),
     "no-set": (["predict", "run", "vla"], "vla: expected features in a file, .npy or .csv, did you mean val?"),
-    "out": (["predict", "run", "val", "-o", "a.txt"], "--out a.txt: expected a name that ends in .npy or .csv"),
+    "out": (["predict", "run", "val", "-o", "a.txt"], "--out a.txt: expected a name ending in .npy or .csv"),
     "folder": (["export", "run", "--format", "pt", "-o", "none/a.pt"], "none/a.pt can't be written: No such file"),
     "format": (["export", "run", "--format", "tf"], "Invalid value for '--format'"),
 }

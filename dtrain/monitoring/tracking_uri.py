@@ -27,7 +27,7 @@ def resolve_tracking_uri(asked: str | None, before: str | None = None) -> str:
     uri = asked or given or before or DEFAULT
     if HIDDEN in uri:
         if given is None or hide_password(given) != uri:
-            raise UserError(f"{uri}: the run's files are without its password; set {VARIABLE} to the whole address")
+            raise UserError(f"{uri}: its password is not stored in the run's files; set {VARIABLE} to the full address")
         uri = given
     sqlite = _SQLITE.fullmatch(uri)
     if not sqlite:

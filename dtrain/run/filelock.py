@@ -32,6 +32,6 @@ def warn_of_no_locks(folder: Path) -> None:
         _warned.add(folder)
         with suppress(OSError):
             print(
-                f"warning: {folder} lies on a file system without locks: don't start two commands for it at once",
+                f"warning: {folder} is on a file system without locks: don't start two commands on it at once",
                 file=sys.stderr,
             )

@@ -23,7 +23,7 @@ from dtrain.run.filelock import try_lock, warn_of_no_locks
 
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
 # In a rank's log: what follows is for its reader, not for the screen.
-END_OF_OUTPUT = "dtrain: the run has failed; what follows is why"
+END_OF_OUTPUT = "dtrain: the run has failed, because of the following"
 STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # so is what is between them
 CHECKPOINT_PART = "rank-{}.bin"  # what a rank has written of a checkpoint
 EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
@@ -351,7 +351,7 @@ def warn_of_damage(place: str | Path) -> None:
     if str(place) not in _damaged:
         _damaged.add(str(place))
         with contextlib.suppress(OSError):
-            print(f"warning: {place}: is damaged, and passed over", file=sys.stderr)
+            print(f"warning: {place}: damaged, so it is skipped", file=sys.stderr)
 
 
 def has_ended(process: int, timeout_s: float = 0.0) -> bool:

@@ -58,7 +58,7 @@ class Snapshot:
                 continue
             files = set(_files(place)) if place.is_dir() else {place}
             if not (self._has_room([path.stat().st_size for path in files]) and _loaded_files(name) <= files):
-                self.left_out[name] = f"too large, or not to be copied whole; this run goes on with that in {place}"
+                self.left_out[name] = f"too large to copy; the run uses the original in {place}"
                 continue
             self.left_out.pop(place.name, None)  # a link to it
             if place.is_dir():
@@ -71,7 +71,7 @@ class Snapshot:
             return "a link out of the folder"
         if not self._has_room([path.stat().st_size]):
             return TOO_LARGE
-        return "secret, by its name or what is in it" if is_secret_file(path) else None
+        return "secret, judging by its name or content" if is_secret_file(path) else None
 
     def _has_room(self, sizes: Sequence[int]) -> bool:
         is_small = max(sizes, default=0) <= MAX_FILE and self._bytes + sum(sizes) <= MAX_TOTAL

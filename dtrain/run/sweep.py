@@ -75,7 +75,7 @@ def grid(overrides: Sequence[str]) -> tuple[list[str], list[Point]]:
     keys = [override.partition("=")[0] for override in overrides]
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"{key} is given twice; several values go into one: {key}=a,b")
+            raise UserError(f"{key} is given twice; give all its values at once: {key}=a,b")
     choices = [_choices(override) for override in overrides]
     common = [each[0] for each in choices if len(each) == 1]
     swept = [each for each in choices if len(each) > 1]
@@ -87,5 +87,5 @@ def _choices(override: str) -> list[str]:
     key, equals, text = override.partition("=")
     values = split(text)
     if values is None:
-        raise UserError(f"{override}: cannot be read as values with commas between; quote what is one")
+        raise UserError(f"{override}: cannot be read as comma-separated values; quote a value that contains commas")
     return [f"{key}{equals}{value}" for value in values] or [override]

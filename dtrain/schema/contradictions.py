@@ -16,11 +16,11 @@ def contradictions_of(fit: Fit) -> list[Problem]:
     """What is wrong between settings of this section that are each right."""
     problems = []
     if fit.clip_norm and fit.clip_value:
-        problems.append(Problem("clips the gradients once more; give either clip_norm or clip_value", "fit.clip_value"))
+        problems.append(Problem("is a second way of clipping; give either clip_norm or clip_value", "fit.clip_value"))
     if fit.find_unused_parameters and fit.strategy != "ddp":
-        problems.append(Problem("goes with ddp alone", "fit.find_unused_parameters"))
+        problems.append(Problem("works with ddp only", "fit.find_unused_parameters"))
     if fit.precision == "fp16" and fit.on_nonfinite == "stop":
-        message = "fp16 finds its scale by steps that overflow and are left out; use skip, or bf16"
+        message = "fp16's gradient scaler skips steps that overflow, so it can't stop at them; use skip, or bf16"
         problems.append(Problem(message, "fit.on_nonfinite"))
     return problems
 
@@ -29,7 +29,7 @@ def contradictions(job: Job) -> list[Problem]:
     """What is wrong between fields that are each right."""
     problems = []
     if job.loss and job.step:
-        problems.append(Problem("makes its own loss; give either loss or step", "step"))
+        problems.append(Problem("returns its own loss; give either loss or step", "step"))
     if not job.loss and not job.step:
         problems.append(Problem("missing; give loss or step", "loss"))
     problems += contradictions_of(job.fit)
@@ -40,9 +40,9 @@ def contradictions(job: Job) -> list[Problem]:
         )
     for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
         if is_given and job.fit.strategy != section:
-            problems.append(Problem("settings of a strategy that fit.strategy does not choose", section))
+            problems.append(Problem("settings for a strategy that fit.strategy does not select", section))
     if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
-        message = "an optimizer is no scheduler; torch's are in torch.optim.lr_scheduler"
+        message = "is an optimizer, not a scheduler; torch's schedulers are in torch.optim.lr_scheduler"
         problems.append(Problem(message, "scheduler._target_"))
     problems += [each for path, name in job.monitors.items() for each in _wrong_monitor(job, name, path)]
     problems += _wrong_plateau(job)
@@ -70,8 +70,8 @@ def _wrong_plateau(job: Job) -> list[Problem]:
     known = job.monitor_mode if watched == job.monitor else "min" if watched.endswith("_loss") else mode
     if mode == known or mode not in ("min", "max"):
         return []
-    better = "less" if known == "min" else "more"
-    message = f"its mode is {mode}, and it looks at {watched}, of which {better} is better"
+    better = "lower" if known == "min" else "higher"
+    message = f"its mode is {mode}, but it monitors {watched}, for which {better} is better"
     return [Problem(message, "scheduler", hint=f"mode: {known}, or another value as scheduler.monitor")]
 
 

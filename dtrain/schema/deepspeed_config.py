@@ -18,23 +18,23 @@ _ITS_OWN = (
     *("comms_logger", "flops_profiler", "disable_python_gc", "tensorboard", "wandb", "csv_monitor", "comet"),
 )
 _OF_THE_JOB = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping", "optimizer", "fp16", "bf16")
-_SAME_SAMPLES = "would give ranks the same samples, and dtrain gives each its own; leave it out"
+_SAME_SAMPLES = "would give ranks the same samples, but dtrain gives each rank its own; leave it out"
 _REFUSED = {
     "gradient_accumulation_steps": "follows from data.batch_size, fit.micro_batch_size and the number of ranks; "
     "leave it out",
     "scheduler": "is the job's own, under scheduler; leave it out",
-    "amp": "is not in DeepSpeed any more; use fit.precision",
-    "activation_checkpointing": "is dtrain's: use fit.activation_checkpointing",
-    "checkpoint": "is dtrain's: see the section checkpoint",
+    "amp": "no longer exists in DeepSpeed; use fit.precision",
+    "activation_checkpointing": "is set by dtrain: use fit.activation_checkpointing",
+    "checkpoint": "is set by dtrain: use the section checkpoint",
     "dataloader_drop_last": "dtrain drops no sample; leave it out",
     "gradient_allreduce_op": "dtrain's gradient is the batch's mean; leave it out",
-    "managed_gradient_accumulation": "is dtrain's; leave it out",
+    "managed_gradient_accumulation": "is set by dtrain; leave it out",
     "tensor_parallel": _SAME_SAMPLES,
     "expert_parallel": _SAME_SAMPLES,
     "sequence_parallel_size": _SAME_SAMPLES,
     "pipeline": _SAME_SAMPLES,
-    "data_efficiency": "would change the order of the samples, which is dtrain's; leave it out",
-    "hybrid_engine": "is for reinforcement learning, which dtrain has no loop for; leave it out",
+    "data_efficiency": "would change the order of the samples, which dtrain determines; leave it out",
+    "hybrid_engine": "is for reinforcement learning, which dtrain does not support; leave it out",
     "autotuning": "starts jobs of its own; leave it out",
     "compile": "is not supported; leave it out",
 }
@@ -75,7 +75,7 @@ def disagreements(
         elif key in said and value != said[key][1]:
             yield Problem(f"is {value}, where {said[key][0]} is {said[key][1] or 'null'}; make them agree", path)
         elif key not in _ITS_OWN and key not in _OF_THE_JOB:
-            hint = did_you_mean(key, [*_ITS_OWN, *_OF_THE_JOB]) or f"known here: {', '.join(_ITS_OWN)}"
+            hint = did_you_mean(key, [*_ITS_OWN, *_OF_THE_JOB]) or f"known keys: {', '.join(_ITS_OWN)}"
             yield Problem("unknown key", path, hint=hint)
     yield from _precision(config, fit.precision)
     if optimizer is not None and "optimizer" in config:
@@ -83,7 +83,7 @@ def disagreements(
     yield from _zero(config.get("zero_optimization", {}), fit.ema)
     for name, value in (("l1", fit.l1), ("l2", fit.l2)):
         if value is not None:
-            message = "is for whole weights, of which ZeRO trains flat parts; use ddp or fsdp"
+            message = "needs whole weights, but ZeRO trains flattened shards of them; use ddp or fsdp"
             mend = ", or optimizer.groups with weight_decay" if name == "l2" else ""
             yield Problem(message + mend, f"fit.{name}")
 
@@ -133,12 +133,12 @@ def _zero(zero: Any, ema: float | None) -> Iterator[Problem]:
     for part in ("offload_optimizer", "offload_param"):
         offload = zero.get(part) or {}
         if isinstance(offload, Mapping) and offload.get("device") == "nvme":
-            yield Problem("what is on NVMe is not in dtrain's checkpoints; use cpu", f"{path}.{part}.device")
+            yield Problem("dtrain's checkpoints do not include state on NVMe; use cpu", f"{path}.{part}.device")
     if zero.get("zenflow"):
-        yield Problem("updates weights behind the step, which is not exact; leave it out", f"{path}.zenflow")
+        yield Problem("updates weights asynchronously, which is not exact; leave it out", f"{path}.zenflow")
     if ema is not None and zero.get("stage") == 3:
         yield Problem(
-            "averages whole parameters, of which stage 3 leaves each rank a part; use stage 2, or fsdp", "fit.ema"
+            "averages whole parameters, but stage 3 leaves each rank only a shard; use stage 2, or fsdp", "fit.ema"
         )
 
 

@@ -65,7 +65,7 @@ def bind_function(target: Target) -> Callable[..., Any]:
 
 
 def _how_to_name_a_function(name: str) -> str:
-    return f"a function is named by {{_target_: {name}, {_PARTIAL}: true}}"
+    return f"to pass a function, write {{_target_: {name}, {_PARTIAL}: true}}"
 
 
 def _resolve_callable(name: object) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def _check_object(target: Target, positional: int, where: str, given: Collection
     """`check_target`, where it is to be called."""
     problems = check_target(target, positional, where, given)
     if target.arguments.get(_PARTIAL):
-        message = "names a function, where its result is needed; leave it out"
+        message = "passes the function itself where its result is needed; leave it out"
         problems.append(Problem(message, f"{where}.{_PARTIAL}"))
     return problems
 
@@ -121,7 +121,7 @@ def _check_function(target: Target, positional: int, where: str) -> list[Problem
     problems = check_target(target, 0, where)
     call = next((vars(each)["__call__"] for each in found.__mro__ if "__call__" in vars(each)), None)
     if call is None:
-        message = f"{target.target} is a class, and its objects cannot be called: it has no __call__"
+        message = f"{target.target} is a class whose objects cannot be called: it has no __call__"
         return [*problems, Problem(message, where)]
     if signature := _signature(call):
         name = f"{target.target}.__call__"
@@ -140,7 +140,7 @@ def _check_call(
     for key in _HYDRAS:
         if key in arguments:
             del arguments[key]
-            message = f"is Hydra's, and not known here, where there are _target_ and {_PARTIAL}"
+            message = f"is Hydra's; dtrain has only _target_ and {_PARTIAL}"
             nested.append(Problem(message, f"{where}.{key}"))
     try:
         signature = _signature(_resolve_callable(name))
@@ -282,12 +282,12 @@ def _check_metric(target: MetricTarget, where: str) -> tuple[object, list[Proble
 def _unfit(metric: object, target: MetricTarget, where: str) -> list[Problem]:
     kind = type(metric).__name__
     if not all(hasattr(metric, each) for each in ("update", "compute", "reset")):
-        return [Problem(f"{kind} is no metric: it lacks update, compute or reset", where)]
+        return [Problem(f"{kind} is not a metric: it lacks update, compute or reset", where)]
     if reason := why_unfit(metric):
         return [Problem(reason, where)]
     if target.activation is None and guesses_logits(metric):
         message = f"{kind} guesses from each batch whether it was given logits or probabilities"
-        hint = "say activation: sigmoid or softmax (logits), or none (probabilities)"
+        hint = "set activation: sigmoid or softmax (logits), or none (probabilities)"
         return [Problem(message, where, hint=hint)]
     return []
 

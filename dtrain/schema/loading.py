@@ -172,7 +172,7 @@ def _read_text(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(Problem(f"cannot be read: {reason}", file=str(path))) from None
     if len(content) > _MAX_BYTES:
-        raise UserError(Problem("larger than 1 MiB, which is no job file", file=str(path)))
+        raise UserError(Problem("larger than 1 MiB: this is not a job file", file=str(path)))
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -186,7 +186,7 @@ def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) ->
     *parents, last = key.split(".")
     source = f"override {override}"
     if not equals or not all([*parents, last]):
-        return [Problem("expected key=value, the key dotted such as fit.epochs", file=source)]
+        return [Problem("expected key=value, with a dotted key such as fit.epochs", file=source)]
     reader = Reader(source, has_lines=False)
     try:
         value = reader.read(text)
@@ -223,7 +223,7 @@ def _read_deepspeed(document: dict[Any, Any], places: dict[str, Place], path: Pa
     except UserError as error:
         found = error.problems[0]
     except json.JSONDecodeError as error:
-        found = Problem(f"no JSON: {error.msg}", file=name, line=error.lineno)
+        found = Problem(f"not valid JSON: {error.msg}", file=name, line=error.lineno)
     else:
         return []
     del document["deepspeed"]
@@ -270,10 +270,12 @@ def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
     if kind == "extra_forbidden":
         *parents, key = map(str, error["loc"])
         if job is ScriptJob and path in Job.model_fields:
-            hint = "its restarts stand beside script" if path == "fit" and "restarts" in str(error["input"]) else None
-            return Problem("has no effect beside script, which sees to that itself; leave it out", path, hint=hint)
+            hint = (
+                "with script, write restarts beside it" if path == "fit" and "restarts" in str(error["input"]) else None
+            )
+            return Problem("has no effect with script, which decides that itself; leave it out", path, hint=hint)
         known = _fields(job, parents)
-        hint = did_you_mean(key, known) or f"known here: {', '.join(known)}"
+        hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
         return Problem("unknown key", path, hint=hint)
     found = f"found {_show(error['input'])}"
     if kind == "literal_error":

@@ -54,7 +54,7 @@ SINCE = {
 UNTIL = {"power": "23.11"}
 _OUR_SIGNAL = re.compile(r"(?:R?B|BR):(?:SIG)?USR2@\d+")  # what the batch script listens to
 
-_SIZE = "the command line says how many: --nodes and --gpus"
+_SIZE = "set it on the command line with --nodes and --gpus"
 _OUTPUT = "all output goes to the run folder's logs"
 # What dtrain sets itself, and why it can't be set here.
 TAKEN = {
@@ -63,32 +63,32 @@ TAKEN = {
     **dict.fromkeys(("output", "error", "open-mode", "input"), _OUTPUT),
     **dict.fromkeys(("requeue", "no-requeue"), "a run is requeued, and continues, until it is done"),
     "array": "dtrain sweep makes arrays",
-    **dict.fromkeys(("chdir", "container-workdir"), "the job runs in the folder from which it is submitted"),
+    **dict.fromkeys(("chdir", "container-workdir"), "the job runs in the folder it is submitted from"),
     "job-name": "it is the job's name",
-    "nodefile": "name the nodes: nodelist",
+    "nodefile": "use nodelist to name the nodes",
     "wrap": "dtrain writes the script",
-    **dict.fromkeys(("parsable", "quiet", "verbose", "wait", "test-only", "ignore-pbs"), "it is not for a job"),
+    **dict.fromkeys(("parsable", "quiet", "verbose", "wait", "test-only", "ignore-pbs"), "it has no meaning for a job"),
 }
 
 
 def problem(name: str, value: object, ours: Iterable[str]) -> str | None:
     """What is wrong with the option, in words; None where nothing is. `ours` are the section's other keys."""
     if name in TAKEN:
-        return f"is dtrain's own: {TAKEN[name]}"
+        return f"is set by dtrain: {TAKEN[name]}"
     if name not in OPTIONS:
         near = nearest(name.replace("_", "-"), OPTIONS) or nearest(name, ours)
         return "is not an sbatch option" + (f"; did you mean {near}?" if near else "")
     if isinstance(value, bool):
-        return None if name in FLAGS | _PYXIS_FLAGS else f"{str(value).lower()} is no value for it"
+        return None if name in FLAGS | _PYXIS_FLAGS else f"{str(value).lower()} is not a value for it"
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str | int | float) and not isinstance(word, bool) for word in words):
         return "expected text or a number, or a list of them"
     if any("\0" in str(word) for word in words):
         return "holds a NUL character"
     if name == "signal" and not _OUR_SIGNAL.fullmatch(str(value)):
-        return "expected B:USR2@ and the seconds ahead of the time limit, such as B:USR2@300"
+        return "expected B:USR2@ and a number of seconds before the time limit, such as B:USR2@300"
     if name == "gres" and any(re.match(r"(gres[:/])?gpu\b", word) for word in ",".join(map(str, words)).split(",")):
-        return f"names GPUs, which are dtrain's own: {_SIZE}"
+        return f"names GPUs, which dtrain requests itself: {_SIZE}"
     if name in FLAGS - _WITH_VALUE | _PYXIS_FLAGS:
         return "expected true or false"
     return None
@@ -117,8 +117,8 @@ def unknown_to(version: str, arguments: Iterable[str]) -> list[str]:
     too_new = [name for name in names if here < _release(SINCE.get(name, "0"))]
     gone = [name for name in names if name in UNTIL and here > _release(UNTIL[name])]
     return [
-        *(f"slurm.{name}: there since Slurm {SINCE[name]}, and here it is {version}" for name in too_new),
-        *(f"slurm.{name}: there until Slurm {UNTIL[name]}, and here it is {version}" for name in gone),
+        *(f"slurm.{name}: new in Slurm {SINCE[name]}, but this is {version}" for name in too_new),
+        *(f"slurm.{name}: gone after Slurm {UNTIL[name]}, but this is {version}" for name in gone),
     ]
 
 

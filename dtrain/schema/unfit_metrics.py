@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _REASONS = {
-    "Running": "is of the last updates, and into how many updates a batch is cut depends on the number of ranks",
-    "BootStrapper": "draws samples in each update, and would draw others on another number of ranks; a function of all "
+    "Running": "depends on how many updates a batch is split into, and so on the number of ranks",
+    "BootStrapper": "draws random samples in each update, which depend on the number of ranks; a function of all "
     "(predictions, target) can draw from all of them",
     "MetricTracker": "keeps the values of epochs, which metrics.jsonl does: give the metric in it",
     "_AbstractGroupStatScores": "counts a group as another one where a batch, or a rank's part of it, lacks a group; "

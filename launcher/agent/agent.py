@@ -78,7 +78,7 @@ def run_ranks(
                 gc.enable()
                 agent.run()
         except KeyboardInterrupt:
-            end = End("killed", EXIT_INTERRUPTED, "interrupted; nothing was saved after the last checkpoint")
+            end = End("killed", EXIT_INTERRUPTED, "interrupted; nothing after the last checkpoint was saved")
         else:
             end = how_it_ended(agent.cause, requests, run)
         requests.are_over = True
@@ -115,7 +115,7 @@ def _supervisor(
 
     def on_restart(error: root_cause.Error) -> None:
         saved = ", from the last checkpoint" if task.is_job else ""  # what a script goes on from is its own affair
-        _say(f"{root_cause.headline(error, run)}\nstarting the ranks again{saved}")
+        _say(f"{root_cause.headline(error, run)}\nrestarting the ranks{saved}")
         if keeper is not None:
             keeper.restarted()
 
@@ -199,7 +199,7 @@ class StopRequests:
         if self.first is not None:
             return
         self.first = number
-        name, again = signal.Signals(number).name, "; again to end at once" if number == signal.SIGINT else ""
+        name, again = signal.Signals(number).name, "; repeat to end at once" if number == signal.SIGINT else ""
         for heartbeat in self._heartbeats.values():
             heartbeat.stop = number
         if self.are_heard:
@@ -254,12 +254,13 @@ def how_it_ended(cause: root_cause.Error | None, requests: StopRequests, run: Ru
     if asked not in (None, signal.SIGUSR2) and not requests.are_heard:
         return End("killed", 128 + asked, "ended on request")
     if cause is None:
-        found = "weights/best.pt and all else" if run.best_weights.exists() else "logs"  # a script may train by itself
+        # A script may train by itself, and then there are logs alone.
+        found = "weights/best.pt and everything else is" if run.best_weights.exists() else "logs are"
         compare = "" if missing("mlflow") else "; to compare runs: dtrain ui"
-        return End("finished", 0, f"finished; {found} in {run}{compare}")
+        return End("finished", 0, f"finished: {found} in {run}{compare}")
     if cause["type"] == "Timeout":
         code = 1 if asked is None else 128 + asked  # None: another node was asked
-        return End("killed", code, "the ranks did not stop when they were asked to, and were killed", cause)
+        return End("killed", code, "the ranks did not stop when asked to, and were killed", cause)
     return End("failed", root_cause.exit_code(cause), root_cause.headline(cause, run), cause)
 
 

@@ -85,14 +85,14 @@ class Nodes:
 
     def _greet(self, endpoint: Endpoint, hello: dict[str, Any]) -> None:
         if self.store.add(f"taken/{self.node_rank}", 1) > 1:
-            raise UserError(f"--node-rank {self.node_rank}: another node of {endpoint} has that number already")
+            raise UserError(f"--node-rank {self.node_rank}: another node of {endpoint} already has that number")
         self.store.set(f"hello/{self.node_rank}", json.dumps(hello))
         print(f"node {self.node_rank} of {self.num_nodes} at {endpoint}: waiting for the others", file=sys.stderr)
         missing, wait = list(range(self.num_nodes)), _Wait()
         while missing := [node for node in missing if not self._has(f"hello/{node}")]:
             if not wait.goes_on(endpoint.name(*missing)):
                 raise UserError(
-                    f"no sign of {endpoint.name(*missing)} at {endpoint} in {GATHER_S:.0f} s; "
+                    f"{endpoint.name(*missing)} did not reach {endpoint} within {GATHER_S:.0f} s; "
                     "start the same command there"
                 )
         hellos = [json.loads(self.store.get(f"hello/{node}")) for node in range(self.num_nodes)]
@@ -123,7 +123,7 @@ class Nodes:
         wait = _Wait()
         while not self._has(f"first/{key}"):
             if not wait.goes_on(f"{first} to start the run"):
-                raise UserError(f"{first} did not start the run in {GATHER_S:.0f} s: look at its screen")
+                raise UserError(f"{first} did not start the run within {GATHER_S:.0f} s; check its output")
         return str(self.store.get(f"first/{key}"), "utf-8")
 
     def _has(self, key: str) -> bool:
@@ -131,7 +131,7 @@ class Nodes:
             with _silenced():
                 return bool(self.store.check([key]))
         except (DistNetworkError, DistStoreError):
-            raise UserError(f"{self._endpoint.name(0)} has ended before the run began: look at its screen") from None
+            raise UserError(f"{self._endpoint.name(0)} ended before the run began; check its output") from None
 
     # -- while it runs ---------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ def _host_store(endpoint: Endpoint) -> TCPStore:
             probe.bind((endpoint.host, 0))
     except OSError as error:
         raise UserError(
-            f"--rendezvous {endpoint}: node 0 must run on that host, and it is not this one ({error.strerror})"
+            f"--rendezvous {endpoint}: node 0 must run on that host, but this is another one ({error.strerror})"
         ) from None
     try:
         return _new_store(endpoint.host, endpoint.port, is_local=endpoint.num_nodes == 1)
@@ -263,13 +263,13 @@ def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
                 addresses = connection.getsockname()[0], connection.getpeername()[0]
             break
         except socket.gaierror:
-            raise UserError(f"--rendezvous {endpoint}: no host of that name is known here") from None
+            raise UserError(f"--rendezvous {endpoint}: this machine can't resolve that host name") from None
         except OSError as error:
             why = error.strerror or error
             if not wait.goes_on(f"{endpoint.name(0)} at {endpoint} ({why})"):
                 raise UserError(
-                    f"--rendezvous {endpoint}: nobody answers ({why}), for {GATHER_S:.0f} s: is dtrain running on "
-                    f"{endpoint.name(0)}, with --node-rank 0, and may this node reach that port?"
+                    f"--rendezvous {endpoint}: no answer ({why}) for {GATHER_S:.0f} s: is dtrain running on "
+                    f"{endpoint.name(0)} with --node-rank 0, and can this node reach that port?"
                 ) from None
     found: list[TCPStore] = []
 
@@ -284,7 +284,7 @@ def _find_store(endpoint: Endpoint) -> tuple[TCPStore, tuple[str, str]]:
         connecting.start()
         connecting.join(ANSWER_S)
     if not found:
-        raise UserError(f"--rendezvous {endpoint}: something else than dtrain's node 0 answers there")
+        raise UserError(f"--rendezvous {endpoint}: what answers there is not dtrain's node 0")
     found[0].set_timeout(timedelta(minutes=5))
     return found[0], addresses
 

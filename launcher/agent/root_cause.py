@@ -91,7 +91,7 @@ def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, f
     left = [end.rank for end in ends if end.exit_code == 0]
     if not left or found.record is None or not found.record["victim"]:
         return None
-    error = _left(left, ended_at, f"rank {found.rank} was still to exchange data with it")
+    error = _left(left, ended_at, f"rank {found.rank} still had to exchange data with it")
     lines = found.record["traceback"] if has_users_lines(found.record["traceback"]) else ""
     return {**error, "message": error["message"] + ", here:" * bool(lines), "traceback": lines}
 
@@ -104,7 +104,7 @@ def left_unmet(beats: Mapping[int, Beat], exit_codes: Mapping[int, int | None], 
     """
     left = [rank for rank, code in exit_codes.items() if code == 0 and not beats[rank].has_joined]
     waiting = [rank for rank, code in exit_codes.items() if code is None and beats[rank].phase == Phase.JOINING]
-    return _left(left, ended_at, f"rank {waiting[0]} waits for it to join") if left and waiting else {}
+    return _left(left, ended_at, f"rank {waiting[0]} was waiting for it to join") if left and waiting else {}
 
 
 def _left(ranks: Sequence[int], ended_at: Mapping[int, float], meanwhile: str) -> Error:
@@ -134,7 +134,7 @@ def describe(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str])
     kind = signal.Signals(-code).name
     message = f"killed by signal {kind}"
     if code == -signal.SIGKILL and oom_kills() > oom_kills_before:
-        message += " (out of memory: the kernel has just killed a process of this node)"
+        message += " (out of memory: the kernel just killed a process on this node)"
     return _error(end.rank, kind, message, suspicion=end.suspicion)
 
 
@@ -150,17 +150,17 @@ def last_words(log: Path, begin: int) -> str:
 
 def gave_up(rank: int) -> Error:
     """Ranks that were asked to stop, and did not."""
-    return _error(rank, "Timeout", "did not stop when it was asked to, and was killed", suspicion=1)
+    return _error(rank, "Timeout", "did not stop when asked to, and was killed", suspicion=1)
 
 
 def lost_node(node: int) -> Error:
     """A node whose agent gives no sign of life."""
-    return {**_error(None, "NodeLost", f"node {node} is gone: its agent gives no sign of life"), "suspicion": 1}
+    return {**_error(None, "NodeLost", f"node {node} is gone: its agent no longer responds"), "suspicion": 1}
 
 
 def lost_folder(run: RunDir) -> Error:
     """A run folder that somebody has removed or moved."""
-    message = f"{run} was removed or moved while the run went on: nothing of it could be saved any more"
+    message = f"{run} was removed or moved during the run: nothing more could be saved"
     return _error(None, "FolderLost", message)
 
 

@@ -49,7 +49,9 @@ class Beginning:
         doing = [f"rank {', '.join(map(str, ranks))}: {DOING[phase]}" for phase, ranks in by_phase.items() if ranks]
         first = laggard(late, found)
         where = f"; rank {first} stands here (all stacks are in {logs[first].parent}):\n{stacks.shown(found[first])}"
-        self._say(f"no step is done after {waited:.0f} s: {'; '.join(doing)}{where if found[first] else ''}".rstrip())
+        self._say(
+            f"no step has completed after {waited:.0f} s: {'; '.join(doing)}{where if found[first] else ''}".rstrip()
+        )
 
     def _has_begun(self, beat: Beat) -> bool:
         if not self._is_job:

@@ -20,8 +20,8 @@ DOING = {
     Phase.LOADING: "loading data",
     Phase.FORWARD: "in its forward pass",
     Phase.BACKWARD: "in its backward pass or the exchange of gradients",
-    Phase.WAITING: "waiting for its device. So do all ranks, but this one alone looks at it: which one's has not come "
-    "back from a kernel or an exchange can't be seen from here",
+    Phase.WAITING: "waiting for its device. All ranks are, but only this one checks its own, so that the rank whose "
+    "kernel or exchange hangs can't be told from here",
     Phase.VALIDATING: "validating",
     Phase.REPORTING: "exchanging metrics",
     Phase.DONE: "done",
@@ -68,7 +68,7 @@ class Watchdog:
             standing_in = next((each for each in of_children if stacks.in_users_code(each)), standing_in)
         standing = (time.monotonic_ns() - beat.moved_ns) / 1e9 if beat.moved_ns else 0.0
         where = f"{beat.in_fit}epoch {beat.epoch}, after step {beat.step}" if beat.epochs else "before its first step"
-        since = f"has not moved for {standing:.0f} s" if beat.epochs else "has not begun, while others have"
+        since = f"has made no progress for {standing:.0f} s" if beat.epochs else "has not started, while others have"
         suspended = "; the process is suspended (SIGSTOP)" if is_suspended(pid) else ""
         return {
             "rank": rank,

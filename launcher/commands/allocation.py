@@ -40,7 +40,7 @@ def located(request: Request, nodes: int | None, *, started_by_srun: bool) -> Re
         return replace(request, nodes=nodes or 1)
     here = place(os.environ)
     if nodes is not None and nodes != len(here.hosts):
-        raise UserError(f"--nodes {nodes}: srun has started this on {len(here.hosts)}; leave it out, or say --nodes 1")
+        raise UserError(f"--nodes {nodes}: srun started this on {len(here.hosts)} nodes; omit it, or use --nodes 1")
     if here.local_size > 1:
         request = _share(request, here)
     return replace(request, nodes=here.tasks, node_rank=here.rank, place=here)
@@ -101,15 +101,15 @@ def _share(request: Request, here: Place) -> Request:
     if request.gpus != "auto":
         if int(request.gpus) % count:
             raise UserError(
-                f"--gpus {request.gpus} is per node, and srun has started {count} tasks on this one: leave it out, "
-                f"or say --gpus {count}, or start one task a node"
+                f"--gpus {request.gpus} is per node, but srun started {count} tasks on this one: omit it, "
+                f"use --gpus {count}, or start one task per node"
             )
         request = replace(request, gpus=str(int(request.gpus) // count))
     gpus, given = visible_gpus(), os.environ.get("SLURM_GPUS_ON_NODE")
     if given is not None and len(gpus) != int(given):  # Slurm shows each task its own
         return request
     if given is not None and len(gpus) < count:
-        raise UserError(f"srun has started {count} tasks on a node with {given} GPUs: one a GPU, or one a node")
+        raise UserError(f"srun started {count} tasks on a node with {given} GPUs: start one per GPU, or one per node")
     if each := len(gpus) // count:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[here.local_rank * each :][:each])
     return request

@@ -59,11 +59,13 @@ def cancel(path: str, now: bool) -> int:
                 continue
             except OSError as error:
                 raise UserError(
-                    f"process {writer.pid}, which writes {run}, can't be signalled: {error.strerror}"
+                    f"process {writer.pid}, which writes to {run}, can't be signalled: {error.strerror}"
                 ) from None
             _end(run, writer, process, now)
         return _say_outcome(run)
-    raise UserError(f"{run} is locked, but not by the process that its lock names; by which: fuser {run.lock_file}")
+    raise UserError(
+        f"{run} is locked, but not by the process named in its lock; to find which one: fuser {run.lock_file}"
+    )
 
 
 def _end_job(run: RunDir, job: Submitted, queued: QueuedJob | None, now: bool) -> int:
@@ -99,7 +101,7 @@ def _end(run: RunDir, writer: Writer, process: int, now: bool) -> None:
             _send(process, signal.SIGKILL)
         if time.monotonic() - said_at > SAY_EVERY_S:
             said_at = time.monotonic()
-            what = place(status) if is_running else "waiting for MLflow to have it"
+            what = place(status) if is_running else "waiting for the upload to MLflow"
             print(f"{run} is {status.get('state')}: {what}", file=sys.stderr)
 
 
@@ -135,7 +137,7 @@ def _say_outcome(run: RunDir) -> int:
         if status.get("error"):
             print(headline(status["error"], run))
         return 1
-    saved = ", with a checkpoint" if status["state"] == "stopped" else "; nothing was saved after the last checkpoint"
+    saved = ", with a checkpoint" if status["state"] == "stopped" else "; nothing after the last checkpoint was saved"
     print(f"{run} was {status['state']} {where}{saved}")
     if run.job.exists():
         print(f"to continue: {_continuation(run)}")
@@ -149,5 +151,5 @@ def _continuation(run: RunDir) -> str:
         return Request(str(run.job), gpus=str(run.ranks_of_checkpoint() or "auto")).continuation(run)
     writer = run.last_writer()
     if writer is not None and writer.is_agent:
-        return f"the command that began it, with --resume {shlex.join(['--run-dir', str(run)])}"
+        return f"the original command, with --resume {shlex.join(['--run-dir', str(run)])}"
     return f"the script again, with Trainer(..., run_dir={str(run)!r}, resume=True)"

@@ -63,7 +63,9 @@ def _check_script(loaded: LoadedScript, exact: bool) -> None:
 
     program = find_program(loaded)
     if exact:
-        raise UserError(loaded.at(Problem("trains by itself: --exact is for jobs with a model", "script")))
+        raise UserError(
+            loaded.at(Problem("is a script that trains by itself: --exact is for jobs with a model", "script"))
+        )
     print(f"{loaded.path} is right: schema and {program.file}")
 
 

@@ -54,17 +54,19 @@ def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
     runs = [rehearsals.run(f"{size}-ranks", size) for size in SIZES]
     for size, run in zip(SIZES[1:], runs[1:], strict=True):
         weights, values = _difference(_weights(runs[0]), _weights(run)), _difference(_values(runs[0]), _values(run))
-        print(f"{size} processes beside 1: largest difference in weights {weights}, in reported values {values}")
+        print(f"{size} processes against 1: largest difference in weights {weights}, in reported values {values}")
     stopped = rehearsals.run("stopped", 2, stop_after=STOP_AFTER)
     trace = max(
         _difference(_weights(runs[1]), _weights(stopped)),
         _difference(_values(runs[1]), _values(stopped)),
         key=lambda difference: difference.size,
     )
-    what = f"largest difference {trace}" if trace.size else "not a bit differs"
+    what = f"largest difference {trace}" if trace.size else "bit-identical"
     print(f"2 processes, stopped after {STOP_AFTER} steps and continued: {what}")
     if apart := json.loads(runs[0].answer.read_text(encoding="utf-8")):
-        print(f"each process has its own {' and '.join(apart)}: their runs are alike, not equal (docs/exactness.md)")
+        print(
+            f"each process has its own {' and '.join(apart)}: on other numbers of processes runs are similar, not equal"
+        )
     return int(trace.size > 0 and job.launch.device == "cpu")
 
 

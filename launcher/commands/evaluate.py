@@ -69,7 +69,9 @@ class Trained:
         """
         loaded = load(self.run_dir.job, (*HERE, *self.overrides))
         if isinstance(loaded, LoadedScript):
-            raise UserError(f"{self.run} is the run of a script, which alone knows its model: {loaded.job.program}")
+            raise UserError(
+                f"{self.run} is a script's run, and only the script can build its model: {loaded.job.program}"
+            )
         return loaded
 
 
@@ -77,7 +79,7 @@ def evaluate(trained: Trained, gpus: str) -> int:
     """Print loss and metrics of a run's model on its validation set, as JSON."""
     weights, loaded = trained.file, trained.load()
     if loaded.job.data.val is None:
-        raise UserError("the job has no data.val to evaluate on; say one: data.val._target_=data.test")
+        raise UserError("the job has no data.val to evaluate on; set one: data.val._target_=data.test")
     print(_ask(Evaluate(trained.code, str(weights)), loaded, gpus))
     return 0
 
@@ -88,17 +90,17 @@ def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
     if data not in ("train", "val"):
         file = Path(data)
         if file.suffix not in TABLES:
-            hint = did_you_mean(data, ["train", "val"]) or "or the job's sets: train, val"
+            hint = did_you_mean(data, ["train", "val"]) or "or one of the job's datasets: train, val"
             raise UserError(f"{data}: expected features in a file, {' or '.join(TABLES)}, {hint}")
         if not file.is_file():
             raise UserError(f"{data}: no such file")
         require(f"to read {data}, dtrain", *NEEDED_FOR.get(file.suffix, ()))
         data = str(file.absolute())
     elif data == "val" and loaded.job.data.val is None:
-        raise UserError("the job has no data.val; say one: data.val._target_=data.test")
+        raise UserError("the job has no data.val; set one: data.val._target_=data.test")
     target = Path(out) if out is not None else trained.run_dir.path / "predictions.npy"
     if target.suffix not in TABLES:
-        raise UserError(f"--out {target}: expected a name that ends in {' or '.join(TABLES)}")
+        raise UserError(f"--out {target}: expected a name ending in {' or '.join(TABLES)}")
     with _new_file(target) as filled:
         _ask(Evaluate(trained.code, str(weights), data, str(filled)), loaded, gpus)
     print(target)
@@ -122,7 +124,7 @@ def summary(path: str, overrides: Sequence[str]) -> int:
     require("dtrain summary", "torchinfo")
     loaded = load(path, (*HERE, *overrides))
     if isinstance(loaded, LoadedScript):
-        raise UserError(loaded.at(Problem("builds its own model: dtrain.summary(net, ...) in it sums it up", "script")))
+        raise UserError(loaded.at(Problem("builds its own model: call dtrain.summary(net, ...) in it", "script")))
     print(_ask(Summarize(str(loaded.folder.absolute())), _whole(loaded), "1"))
     return 0
 
@@ -167,7 +169,7 @@ def _new_file(target: Path) -> Iterator[Path]:
         filled = folder / target.name
         yield filled
         if target.exists():
-            raise UserError(f"{target} has come to exist meanwhile; name another file with --out")
+            raise UserError(f"{target} was created in the meantime; name another file with --out")
         filled.chmod(0o644)
         filled.replace(target)
     finally:

@@ -134,14 +134,14 @@ def _launch_program(
 
 def _sets_on_import(program: Program) -> bool:
     if variable := program.sets_on_import:
-        _say_fresh(f"{program.name} sets {variable}, which libraries read when they are imported")
+        _say_fresh(f"{program.name} sets {variable}, which libraries read at import time")
     return variable is not None
 
 
 def _is_hidden(program: Program) -> bool:
     """Whether a module beside the program has the name of one of Python's that is loaded by now."""
     if hidden := hidden_modules(Path(program.folder), program.file):
-        _say_fresh(f"{short(str(hidden[0]))} has the name of a module of Python's, which torch has loaded")
+        _say_fresh(f"{short(str(hidden[0]))} has the name of a standard library module that torch has imported")
     return bool(hidden)
 
 
@@ -177,7 +177,7 @@ def _start(
     if nodes is not None and nodes.node_rank > 0:
         run, arguments = RunDir(nodes.from_first("run")), json.loads(nodes.from_first("arguments"))
         if not run.lock_file.exists():
-            raise UserError(f"node 0 has made {run}, not visible on this node: use a shared --run-dir")
+            raise UserError(f"node 0 created {run}, which is not visible on this node; use a shared --run-dir")
         task = replace(task, run_dir=str(run), arguments=tuple(arguments) if task.is_job else task.arguments)
         return run_ranks(task, num_ranks, run, nodes=nodes, restarts=restarts)
     with ExitStack() as held:

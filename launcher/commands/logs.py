@@ -42,7 +42,7 @@ def logs(path: str, rank: int, follow: bool) -> int:
         raise UserError(f"rank {rank} of {run} has printed nothing yet" + ("" if has_ended else "; -f waits for it"))
     failed = (status.get("error") or {}).get("rank", rank)
     if failed != rank:
-        print(f"it was rank {failed} that failed first: dtrain logs {run} --rank {failed}", file=sys.stderr)
+        print(f"rank {failed} failed first: dtrain logs {run} --rank {failed}", file=sys.stderr)
     return 0
 
 
@@ -52,7 +52,9 @@ def _check_rank(run: RunDir, rank: int) -> None:
         raise UserError(f"{run} has no rank {rank}; it has {', '.join(map(str, ranks)) or 'none yet'}")
     writer = run.last_writer()
     if not run.rank_log(rank).exists() and writer is not None and not writer.is_agent:
-        raise UserError(f"{run} has no logs: its script was started without dtrain launch, and printed where that was")
+        raise UserError(
+            f"{run} has no logs: its script was started without dtrain launch, so its output went to that terminal"
+        )
 
 
 def _write(text: bytes) -> None:

@@ -74,10 +74,12 @@ def check_nodes(request: Request) -> None:
     """Raise UserError where the nodes can't find each other by what was said of them."""
     if request.nodes == 1:
         if request.node_rank or request.rendezvous:
-            raise UserError("--node-rank and --rendezvous are for runs on several nodes: say how many with --nodes")
+            raise UserError("--node-rank and --rendezvous are for runs on several nodes: set --nodes")
         return
     if not 0 <= request.node_rank < request.nodes:
-        raise UserError(f"--node-rank {request.node_rank}: with --nodes {request.nodes} it is 0 to {request.nodes - 1}")
+        raise UserError(
+            f"--node-rank {request.node_rank}: with --nodes {request.nodes} it must be 0 to {request.nodes - 1}"
+        )
     if request.rendezvous is None and request.place is not None:
         return
     if request.rendezvous is None:

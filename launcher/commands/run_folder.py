@@ -39,7 +39,7 @@ def find_run(request: Request, name: str) -> RunDir:
         raise UserError(f"{run} does not exist, so there is nothing to resume")
     script = RunDir(run.path.absolute().parent)
     if run.path.absolute() in [fit.path.absolute() for fit in script.fits()]:
-        raise UserError(f"{run} is one fit of the run in {script}, which --resume can continue")
+        raise UserError(f"{run} is one fit of the run in {script}; --resume that run")
     return run
 
 
@@ -83,7 +83,7 @@ def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
         copy.add_modules()
         write_json(run.env, {**environment(origin), "left_out_of_code": list(copy.left_out)})
         if kept_out := [f"{name} ({why})" for name, why in copy.left_out.items() if why != TOO_LARGE]:
-            say(f"{run.code} is without {', '.join(kept_out)}")
+            say(f"{run.code} does not contain {', '.join(kept_out)}")
     if job is not None:
         write_text(run.job, job)  # last: with it, the run is one that --resume can continue
 

@@ -104,14 +104,14 @@ def parse_gpus(text: str) -> Gpus:
     """--gpus; raises UserError where it is no number of GPUs."""
     gpus = Gpus.parse("1" if text == "auto" else text)
     if gpus is None:
-        raise UserError(f"--gpus {text}: expected a number above 0, or with a type, such as a100:4")
+        raise UserError(f"--gpus {text}: expected a number above 0, optionally with a type, such as a100:4")
     return gpus
 
 
 def refuse_second(run: RunDir) -> None:
     """Raise UserError where the run has a job that is queued or runs."""
     if (job := submitted(run)) and (queued := job.look_up()) and not queued.is_over:
-        raise UserError(f"{run} is {job} already, {queued.describe()}; to stop it: dtrain cancel {run}")
+        raise UserError(f"{run} already is {job}, {queued.describe()}; to stop it: dtrain cancel {run}")
 
 
 def mark_submitted(run: RunDir) -> None:
@@ -139,7 +139,7 @@ def follow(run: RunDir, job: Submitted) -> int:
         time.sleep(LOOK_EVERY_S)
     status = run.status()
     if status.get("exit_code") is None:
-        ended = queued.describe() if queued is not None else f"gone from {job.cluster.title}'s queue"
-        print(f"job {job.job_id} is over ({ended}), and the run did not end by itself: {log}", file=sys.stderr)
+        ended = queued.describe() if queued is not None else f"no longer in {job.cluster.title}'s queue"
+        print(f"job {job.job_id} ended ({ended}) before the run did: {log}", file=sys.stderr)
         return 1
     return int(status["exit_code"])

@@ -51,7 +51,7 @@ def sweep(request: SweepRequest) -> int:
         UserError: the request is wrong; nothing was started or written.
     """
     if request.cluster is None and (request.nodes > 1 or request.wait or request.max_parallel):
-        raise UserError("--nodes, --wait and --max-parallel go with --slurm: here the runs go one after the other")
+        raise UserError("--nodes, --wait and --max-parallel need --slurm: without it, the runs go one after the other")
     common, points = grid(request.overrides)
     loaded = [_load(request.job, [*common, *point]) for point in points]
     jobs = [each.job for each in loaded]
@@ -76,7 +76,9 @@ def _load(path: str, overrides: Sequence[str]) -> LoadedJob:
     loaded = load(path, overrides)
     hand_on(loaded.job.mlflow.tracking_uri)
     if not isinstance(loaded, LoadedJob):
-        raise UserError(loaded.at(Problem("trains by itself: sweeps are for jobs with a model", "script")))
+        raise UserError(
+            loaded.at(Problem("is a script that trains by itself: sweeps are for jobs with a model", "script"))
+        )
     return loaded
 
 
@@ -99,7 +101,7 @@ def _unfinished(asked: Sweep, jobs: Sequence[Job]) -> list[RunDir]:
     """The runs of the sweep in that folder that have something left to do."""
     before = Sweep.read(asked.folder)
     if before != asked:
-        raise UserError(f"{asked.folder} was begun with other values; say the same ones to continue it")
+        raise UserError(f"{asked.folder} was started with other values; give the same ones to continue it")
     return [run for run, job in zip(asked.runs, jobs, strict=True) if not is_done(run, job)]
 
 
@@ -129,7 +131,7 @@ def _run(request: SweepRequest, found: Sweep, runs: Sequence[tuple[RunDir, list[
             if code == 2:
                 if not any(each.status() for each in found.runs):
                     shutil.rmtree(found.folder)
-                raise UserError(f"the sweep ends here: {found.point(run)} could not be started")
+                raise UserError(f"the sweep stops here: {found.point(run)} could not be started")
             failed |= code != 0
     print_runs(found.runs)
     return int(failed)
@@ -150,7 +152,7 @@ def _submit(
     """Submit the runs as one array."""
     if len({str(getattr(each.job, cluster.name)) + each.job.launch.device for each in loaded}) > 1:
         swept = f"{cluster.name} and launch.device"
-        raise UserError(f"{swept} can't be swept with --{cluster.name}: all runs of an array ask for the same")
+        raise UserError(f"{swept} can't be swept with --{cluster.name}: all runs of an array request the same")
     if not runs:
         print(f"{found.folder} is finished; nothing to resume", file=sys.stderr)
         return 0

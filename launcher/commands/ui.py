@@ -29,8 +29,8 @@ def ui(tracking_uri: str | None, port: int | None) -> int:
     file = sqlite_file(uri)
     if file and not file.exists():
         raise UserError(
-            f"no runs recorded in {file} yet; `dtrain launch` makes it, in the working directory, some seconds after "
-            "the first step"
+            f"no runs recorded in {file} yet; `dtrain launch` creates it in the working directory, a few seconds "
+            "after the first step"
         )
     require("dtrain ui", "mlflow")
     return _serve(uri, _choose_port(port))
@@ -40,7 +40,7 @@ def _choose_port(asked: int | None) -> int:
     """The port asked for, else MLflow's usual one, else any that is free."""
     if asked is not None:
         if not _is_free(asked):
-            raise UserError(f"port {asked} is taken; without --port a free one is found")
+            raise UserError(f"port {asked} is taken; omit --port to use a free one")
         return asked
     if _is_free(USUAL_PORT):
         return USUAL_PORT

@@ -39,7 +39,7 @@ def drop_openmp_mistake(environment: MutableMapping[str, str]) -> None:
     if value is not None and openmp_threads(value) is None:
         del environment["OMP_NUM_THREADS"]
         if value.strip():
-            print(f"warning: OMP_NUM_THREADS={value} is no number of threads, and ignored", file=sys.stderr)
+            print(f"warning: OMP_NUM_THREADS={value} is not a number of threads; ignored", file=sys.stderr)
 
 
 def _quotas(proc: Path) -> Iterator[float]:

@@ -38,8 +38,8 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
     host, visible = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (named := _num_named(visible)) > found:
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES={visible} names {named} GPUs, of which a process on {host} sees {found}: "
-            "name those that are there (nvidia-smi -L); of GPUs cut by MIG, CUDA shows a process one part"
+            f"CUDA_VISIBLE_DEVICES={visible} names {named} GPUs, but a process on {host} sees {found}: "
+            "name GPUs that exist (nvidia-smi -L); with MIG, CUDA shows a process one instance only"
         )
     if asked is not None and asked > found:
         raise UserError(f"--gpus {asked}: {host} has {found} visible; ask for at most {found}")
@@ -62,7 +62,7 @@ def _on_cpu(num_ranks: int) -> tuple[int, Literal["cpu"]]:
     cores = usable_cores()
     if num_ranks > CROWD * cores:
         many = num_processes(num_ranks, "CPU")
-        say(f"warning: {many}, {cores} cores: they take turns, and even their start takes long")
+        say(f"warning: {many}, {cores} cores: they will take turns, and even starting them is slow")
     return num_ranks, "cpu"
 
 

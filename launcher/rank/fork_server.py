@@ -192,7 +192,7 @@ class ForkedProcess:
     def _receive(self) -> int:
         message = self._connection.recv(_NUMBER.size, socket.MSG_WAITALL)
         if len(message) < _NUMBER.size:
-            raise EOFError("the fork server is gone")
+            raise EOFError("the fork server has died")
         return int(_NUMBER.unpack(message)[0])
 
 

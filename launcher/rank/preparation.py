@@ -107,9 +107,9 @@ def only_for_gpus(job: Job, num_ranks: int) -> Iterator[Problem]:
     if job.fit.sync_batchnorm and num_ranks > 1:
         yield Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
     if job.fit.precision == "fp16":
-        yield Problem("fp16 is for GPUs; on a CPU bf16 needs no scaler", "fit.precision")
+        yield Problem("fp16 needs a GPU; on the CPU use bf16", "fit.precision")
     if job.fsdp.offload:
-        yield Problem("keeps in the CPU's memory what a GPU has no room for, and there is no GPU here", "fsdp.offload")
+        yield Problem("moves GPU state to CPU memory, but there is no GPU here", "fsdp.offload")
 
 
 def resolved(job: Job | ScriptJob, device: Literal["cpu", "cuda"]) -> str:

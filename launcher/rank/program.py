@@ -70,10 +70,10 @@ def refuse_other_program(name: str) -> None:
     except (OSError, ValueError):
         return
     if b"python" in begin and begin.startswith(b"#!"):
-        raise UserError(Problem("is a Python script: its name must end in .py", file=name))
+        raise UserError(Problem("is a Python script, so its name must end in .py", file=name))
     if begin.startswith((b"#!", b"\x7fELF")):
         hint = f"start it from one: subprocess.run([{os.path.join('.', os.path.normpath(name))!r}], check=True)"
-        raise UserError(Problem("is a program, and each rank runs a Python script", file=name, hint=hint))
+        raise UserError(Problem("is a program, but each rank runs a Python script", file=name, hint=hint))
 
 
 def find_module(name: str, folder: str) -> Program:
@@ -89,9 +89,9 @@ def find_module(name: str, folder: str) -> Program:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = _find_spec(f"{name}.__main__")
             if spec is None:
-                raise UserError(f"{name} is a package without a __main__.py; name a module in it")
+                raise UserError(f"{name} is a package without __main__.py; name a module in it")
     if spec is None or spec.origin is None:
-        hint = f"a script is named without -m: {name}" if name.endswith(".py") else f"looked for in {folder} first"
+        hint = f"to run a script, omit -m: {name}" if name.endswith(".py") else f"looked for in {folder} first"
         raise UserError(Problem(f"there is no module {name}", hint=hint))
     file = Path(spec.origin)
     has_source = file.suffix == ".py" and file.is_file()  # not in an archive

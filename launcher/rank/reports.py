@@ -33,8 +33,8 @@ _DYING_S = 0.5  # for a loading process to end that can't be spoken to any more
 _FRAME = re.compile(r'  File "([^"]+)", line \d+')
 _NO_SHARED_MEMORY = re.compile(r"(/torch_\w+|/psm_\w+|shared memory).*No space left on device", re.DOTALL)
 _SHARED_MEMORY = (
-    "; that is /dev/shm, through which loading processes pass their batches: make it larger "
-    "(docker run --shm-size=8g), or load in fewer processes (data.workers)"
+    "; that is /dev/shm, through which loading processes pass their batches: enlarge it "
+    "(docker run --shm-size=8g), or use fewer loading processes (data.workers)"
 )
 
 

@@ -192,7 +192,7 @@ class Checkpoints:
     # -- continuing ------------------------------------------------------------------------------
 
     def load(self, misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot | None:
-        """The newest checkpoint that is whole and fits, or None where there is none at all.
+        """The newest checkpoint that is whole and fits, or None where there is none.
 
         Each one passed over is reported; damaged ones get another name, and are kept. What runs that were killed
         left half written is removed.

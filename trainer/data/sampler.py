@@ -57,7 +57,7 @@ def draw_batches(
     All ranks take part: they get it from rank 0. Its length may be an estimate.
 
     Raises:
-        UserError: it draws an empty batch, none at all, or without an end.
+        UserError: it draws an empty batch, none, or without an end.
     """
     expected, name = length(sampler), type(sampler).__name__
     most = 2 * expected if expected else MOST

@@ -114,9 +114,9 @@ def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
     """
     mode = getattr(scheduler, "mode", None)
     if is_fed(scheduler) and known is not None and mode in ("min", "max") and mode != known:
-        name, better = type(scheduler).__name__, "less" if known == "min" else "more"
-        message = f"the mode of {name} is {mode}, and it looks at {monitor}, of which {better} is better"
-        hint = f"mode: {known}, or another value to look at (scheduler.monitor, scheduler_monitor)"
+        name, better = type(scheduler).__name__, "lower" if known == "min" else "higher"
+        message = f"the mode of {name} is {mode}, but it monitors {monitor}, for which {better} is better"
+        hint = f"mode: {known}, or monitor another value (scheduler.monitor, scheduler_monitor)"
         raise UserError(Problem(message, "scheduler", hint=hint))
 
 
