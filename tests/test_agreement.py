@@ -54,7 +54,7 @@ DIFFERENT: dict[str, tuple[Callable[[int], Any], str]] = {
         r"Holder.files is \['/data/000.png', .*\['/data/099.png', .*sort what is listed",
     ),
     "labels": (lambda rank: Holder(samples=[(f"{i}.png", i * rank) for i in range(9)]), "Holder.samples"),
-    "one label of many": (lambda rank: Holder(a=[0] * 70 + [rank] + [0] * 70), "another that begins alike"),
+    "one label of many": (lambda rank: Holder(a=[0] * 70 + [rank] + [0] * 70), "another one with the same beginning"),
     "a part of several": (
         lambda rank: ConcatDataset([WHOLE, Subset(WHOLE, range(rank, rank + 5))]),
         r"ConcatDataset.datasets\[1\].indices",

@@ -163,7 +163,7 @@ ACCURACY_OF_3 = {"_target_": "torchmetrics.Accuracy", "task": "binary"}
 # By name: the dataset, the metrics, and what must be said.
 TRAINING = {
     "empty": ({"_target_": "more.empty"}, {}, ["is empty: its len() is 0"]),
-    "silent": ({"_target_": "more.Silent"}, {}, ["Silent gives no sample in epoch 1"]),
+    "silent": ({"_target_": "more.Silent"}, {}, ["Silent yields no samples in epoch 1"]),
     "no-dataset": ({"_target_": "builtins.int"}, {}, ["int has no length", "__len__ and __getitem__", "__iter__"]),
     "triples": ({"_target_": "more.triples"}, {}, ["a sample must be (features, target)", "_target_: module.function"]),
     "metric": (JOB["data"]["train"], {"acc": {**ACCURACY_OF_3, "activation": "none"}}, ["acc"]),

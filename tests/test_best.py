@@ -66,7 +66,7 @@ def test_patience_counts_epochs_in_a_row(patience, values, exhausted_after):
 
 
 def test_a_value_that_is_no_single_number_is_no_monitor():
-    with pytest.raises(UserError, match="val_acc names no single value"):
+    with pytest.raises(UserError, match="val_acc is not a single value"):
         Best("val_acc").update({"epoch": 1, "val_acc": [0.5, 0.4], "val_loss": 1.0})
 
 

@@ -257,53 +257,62 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "shard empty": (lambda folder: replace(folder / "rank-0.bin", b""), r"rank-0\.bin is cut short: 0 of"),
     "shard missing": (lambda folder: (folder / "rank-0.bin").unlink(), r"rank-0\.bin is missing"),
-    "shard flipped": (lambda folder: flip(folder / "rank-0.bin"), r"rank-0\.bin is damaged: its bytes"),
+    "shard flipped": (lambda folder: flip(folder / "rank-0.bin"), r"rank-0\.bin is damaged: its checksum"),
     "shard is a folder": (
         lambda folder: (folder / "rank-0.bin").unlink() or (folder / "rank-0.bin").mkdir(),
         r"rank-0\.bin is missing",
     ),
     "best weights missing": (lambda folder: (folder / "best.pt").unlink(), r"best\.pt is missing"),
-    "best weights flipped": (lambda folder: flip(folder / "best.pt"), r"best\.pt is damaged: its bytes"),
+    "best weights flipped": (lambda folder: flip(folder / "best.pt"), r"best\.pt is damaged: its checksum"),
     "index missing": (lambda folder: (folder / "index.json").unlink(), r"index\.json is missing"),
-    "index empty": (lambda folder: replace(folder / "index.json", b""), r"index\.json is damaged: its bytes"),
-    "index flipped": (lambda folder: flip(folder / "index.json"), r"index\.json is damaged: its bytes"),
-    "index no JSON": (signed(lambda folder: replace(folder / "index.json", b"{")), r"index\.json is no index: JSON"),
-    "index no text": (signed(lambda folder: replace(folder / "index.json", b"\xff")), r"index\.json is no index: Uni"),
-    "index a list": (signed(lambda folder: replace(folder / "index.json", b"[]")), r"index\.json is no index: TypeEr"),
+    "index empty": (lambda folder: replace(folder / "index.json", b""), r"index\.json is damaged: its checksum"),
+    "index flipped": (lambda folder: flip(folder / "index.json"), r"index\.json is damaged: its checksum"),
+    "index no JSON": (
+        signed(lambda folder: replace(folder / "index.json", b"{")),
+        r"index\.json is not an index: JSON",
+    ),
+    "index no text": (
+        signed(lambda folder: replace(folder / "index.json", b"\xff")),
+        r"index\.json is not an index: Uni",
+    ),
+    "index a list": (
+        signed(lambda folder: replace(folder / "index.json", b"[]")),
+        r"index\.json is not an index: TypeEr",
+    ),
     "index without files": (
         lambda folder: edit_index(folder, lambda index: index.pop("files")),
-        r"index\.json is no index: KeyError: 'files'",
+        r"index\.json is not an index: KeyError: 'files'",
     ),
     "index without tensors": (
         lambda folder: edit_index(folder, lambda index: index.pop("tensors")),
-        "its content makes no sense: KeyError: 'tensors'",
+        "its content is invalid: KeyError: 'tensors'",
     ),
     "index with another place": (
         lambda folder: edit_index(folder, lambda index: index["tensors"]["state.json"]["parts"][0].__setitem__(3, 64)),
-        "its content makes no sense",
+        "its content is invalid",
     ),
     "index with a place behind the end": (
         lambda folder: edit_index(
             folder, lambda index: index["tensors"]["state.json"]["parts"][0].__setitem__(3, 10**6)
         ),
-        r"rank-0\.bin is cut short: state\.json is not all there",
+        r"rank-0\.bin is cut short: state\.json is incomplete",
     ),
     "index with no such dtype": (
         lambda folder: edit_index(folder, lambda index: index["tensors"]["model/weight"].update(dtype="object")),
-        "its content makes no sense: KeyError: 'object'",
+        "its content is invalid: KeyError: 'object'",
     ),
     "index with an endless shape": (
         lambda folder: edit_index(folder, lambda index: index["tensors"]["model/weight"].update(shape=[2**60])),
-        "its content makes no sense: RuntimeError",
+        "its content is invalid: RuntimeError",
     ),
     "sums missing": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
-    "sums empty": (lambda folder: replace(folder / "SHA256SUMS", b""), "SHA256SUMS is damaged: it does not name"),
+    "sums empty": (lambda folder: replace(folder / "SHA256SUMS", b""), "SHA256SUMS is damaged: it does not list"),
     "sums garbled": (lambda folder: replace(folder / "SHA256SUMS", b"\x00 1"), "SHA256SUMS is damaged: it does not"),
-    "sums no text": (lambda folder: replace(folder / "SHA256SUMS", b"\xff"), "SHA256SUMS is damaged: it is no text"),
+    "sums no text": (lambda folder: replace(folder / "SHA256SUMS", b"\xff"), "SHA256SUMS is damaged: it is not text"),
     "sums flipped": (lambda folder: flip(folder / "SHA256SUMS"), "(is damaged|SHA256SUMS does not list|is missing)"),
     "sums cut": (
         lambda folder: replace(folder / "SHA256SUMS", (folder / "SHA256SUMS").read_bytes()[:-100]),
-        "SHA256SUMS is damaged: it does not name",
+        "SHA256SUMS is damaged: it does not list",
     ),
     "all gone": (lambda folder: [path.unlink() for path in folder.iterdir()], "SHA256SUMS is missing"),
 }
@@ -331,7 +340,7 @@ def test_a_damaged_checkpoint_is_passed_over(kind, two, capsys):
     assert found is not None
     assert (found.path.name, found.shared["step"], found.ranks[0]["drawn"].tolist()) == (FIRST, 1, [1.0] * 5)
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"checkpoint {two.checkpoints}/{SECOND} is passed over: ")
+    assert line.startswith(f"checkpoint {two.checkpoints}/{SECOND} is skipped: ")
     assert line.endswith(f"; continuing from {FIRST}")
     assert re.search(said, line), line
     assert sorted(os.listdir(two.checkpoints)) == [f"damaged-{SECOND}", "latest", FIRST]  # nothing is lost
@@ -416,7 +425,7 @@ def test_what_is_not_this_runs_is_passed_over_and_stays(kind, two, capsys):
     assert found is not None
     assert found.path.name == FIRST
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"checkpoint {two.checkpoints}/{SECOND} is passed over: ")
+    assert line.startswith(f"checkpoint {two.checkpoints}/{SECOND} is skipped: ")
     assert f"{said}; continuing from {FIRST}" in line
     assert names(two) == [FIRST, SECOND]
     save(checkpoints, Moment(1, 1))  # still there
@@ -489,7 +498,7 @@ def test_a_pickle_in_a_tensors_place_is_never_loaded(two, tmp_path):
             data[position : position + len(payload)] = payload
         replace(folder / "rank-0.bin", bytes(data[: index["files"]["rank-0.bin"]]))
         sign(folder)
-    with pytest.raises(ResumeError, match="its content makes no sense"):
+    with pytest.raises(ResumeError, match="its content is invalid"):
         open_checkpoints(two).load(fits)
     assert not (tmp_path / "executed").exists()
 

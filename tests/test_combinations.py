@@ -254,7 +254,7 @@ def refusals(combination: Combination) -> list[str]:
         if is_believed and name == "graph" and combination.loader not in READY:
             found += ["does not make a row or an entry of each"]
         if is_believed and (not loss.is_regular or loss.units is None):
-            found += ["is no mean over samples", "it is their sum", "a step then returns its `weight`"]
+            found += ["is not a mean over samples", "it is their sum", "a step then returns its `weight`"]
         is_micro = combination.micro_batch_size is not None
         for loader_name, ranks in (
             (combination.loader, max(combination.ranks, combination.resumed_ranks)),

@@ -101,10 +101,10 @@ def test_pixels():
 
 
 WRONG = {
-    "reduction": (lambda: FocalLoss(reduction="sun"), "reduction must be mean, sum or none, it is 'sun'"),
-    "gamma": (lambda: MulticlassFocalLoss(gamma=-1), "gamma must be at least 0, it is -1"),
-    "alpha": (lambda: FocalLoss(alpha=2), "alpha must be between 0 and 1, it is 2"),
-    "log of zero": (lambda: SCELoss(log_zero=4), "log_zero must be below 0, it is 4"),
+    "reduction": (lambda: FocalLoss(reduction="sun"), "reduction must be mean, sum or none, not 'sun'"),
+    "gamma": (lambda: MulticlassFocalLoss(gamma=-1), "gamma must be at least 0, not -1"),
+    "alpha": (lambda: FocalLoss(alpha=2), "alpha must be between 0 and 1, not 2"),
+    "log of zero": (lambda: SCELoss(log_zero=4), "log_zero must be below 0, not 4"),
     "classes for numbers": (lambda: FocalLoss()(LOGITS, CLASSES), "for classes by number there is MulticlassFocalLoss"),
     "numbers for classes": (lambda: SCELoss()(LOGITS, BINARY), "SCELoss wants logits (N, C, ...) and class numbers"),
     "one class": (

@@ -29,7 +29,7 @@ def test_numbers_beside_a_plain_loop(number, tmp_path, monkeypatch):
 
 
 def test_what_needs_a_gpu_says_so(tmp_path):
-    with pytest.raises(LeftOut, match="fp16 is for GPUs"):
+    with pytest.raises(LeftOut, match="fp16 needs a GPU"):
         CHECKS[11].run(Place("cpu", tmp_path))
 
 

@@ -67,7 +67,7 @@ def test_weights_that_are_no_numbers_end_the_run(shown, monkeypatch):
 
 
 def test_a_loss_from_which_nothing_is_learned_ends_the_run():
-    message = "epoch 1, steps 1 to 4: train_loss is nan, .*the weights are what they were before: nothing is learned"
+    message = "epoch 1, steps 1 to 4: train_loss is nan, .*the weights have not changed: nothing is learned"
     with pytest.raises(UserError, match=message):
         train(Net(), masked)
 
@@ -113,7 +113,7 @@ class OfItself(nn.Module):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (sign, "epoch 1, steps 1 to 4: the weights are what they were before: nothing is learned; the loss has no"),
+        (sign, "epoch 1, steps 1 to 4: the weights have not changed: nothing is learned; the loss has no"),
         (of_nothing_trained, "the loss depends on none of the model's parameters that this SGD trains"),
         (OfItself(), "the loss depends on none of the model's parameters that this SGD trains"),
     ],
@@ -126,15 +126,13 @@ def test_weights_that_no_step_changes_end_the_run(loss, message):
 def test_where_nothing_is_left_to_learn_is_said(capsys):
     rows = train(Net(), lambda predictions, target: (predictions * 0).mean())
     assert [row["train_loss"] for row in rows] == [0, 0]
-    assert "the weights are what they were before, and train_loss is 0: there is nothing to learn" in (
-        capsys.readouterr().err
-    )
+    assert "the weights have not changed, and train_loss is 0: there is nothing to learn" in (capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ([0, 0], "epoch 2, steps 5 to 8: the weights are what they were before: nothing is learned; .*rate .0. is"),
+        ([0, 0], "epoch 2, steps 5 to 8: the weights have not changed: nothing is learned; .*rate .0. is"),
         ([1, -1], "a learning rate is -0.1 after step 4, by the scheduler: it must be a positive number"),
         ([1, math.nan], "a learning rate is nan after step 4, by the scheduler: it must be a positive number"),
         ([0, 1], None),  # a warm-up
@@ -183,7 +181,7 @@ def test_all_ranks_say_the_same(tmp_path):
     first, second = run_ranks(2, of_all_ranks, str(tmp_path))
     assert first == second
     begin = ["the weights are not finite", "the loss does not depend", "epoch 1, steps 1 to 4: train_loss is nan"]
-    begin.append("epoch 1, steps 1 to 4: the weights are what they were before")
+    begin.append("epoch 1, steps 1 to 4: the weights have not changed")
     assert all(message.startswith(expected) for message, expected in zip(first, begin, strict=True))
 
 
@@ -193,15 +191,15 @@ def parts(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "a dataset": (lambda: parts() | {"net": TensorDataset(torch.zeros(1))}, "model: TensorDataset is no model"),
-    "a model's class": (lambda: parts() | {"net": Net}, "model: Net is given as a class"),
-    "a loss's class": (lambda: parts(loss_fn=nn.MSELoss), r"loss: MSELoss is given as a class: .*MSELoss\(\)"),
-    "a loss's name": (lambda: parts(loss_fn="mse"), "loss: str is no loss"),
-    "an optimizer's class": (lambda: parts(optimizer=SGD), r"SGD is given as a class: .*SGD\(net.parameters"),
+    "a dataset": (lambda: parts() | {"net": TensorDataset(torch.zeros(1))}, "model: TensorDataset is not a model"),
+    "a model's class": (lambda: parts() | {"net": Net}, "model: Net is a class"),
+    "a loss's class": (lambda: parts(loss_fn=nn.MSELoss), r"loss: MSELoss is a class: .*MSELoss\(\)"),
+    "a loss's name": (lambda: parts(loss_fn="mse"), "loss: str is not a loss"),
+    "an optimizer's class": (lambda: parts(optimizer=SGD), r"SGD is a class: .*SGD\(net.parameters"),
     "no optimizer": (lambda: parts(optimizer=nn.Linear(1, 1)), "optimizer: Linear is no optimizer: it lacks step"),
     "another model's": (
         lambda: parts(optimizer=SGD(Net().parameters(), lr=0.1)),
-        "optimizer: none of the 2 parameters of this SGD is one of the Net's",
+        "optimizer: none of the 2 parameters of this SGD belongs to the Net",
     ),
     "frozen": (lambda: parts(net=Net().requires_grad_(False)), "all parameters of this SGD are frozen"),
     "metrics": (lambda: parts(metrics_dict=[nn.MSELoss()]), "metrics: a list of metrics has no names"),

@@ -617,7 +617,7 @@ def test_a_collate_function_that_fails_where_it_leaves_out_all():
     indices.seeds = [0, 0]
     with pytest.raises(IndexError) as raised:
         SampleReading(Corrupt(), careless).answer(indices)
-    assert "leaves out all samples of a rank's share, let it return None" in raised.value.__notes__[0]
+    assert "drops all samples of a rank's share, let it return None" in raised.value.__notes__[0]
     with pytest.raises(AttributeError) as raised:
         SampleReading(Corrupt(), broken).answer(indices)
     assert raised.value.__notes__ == ["collate of samples 1, 2 of Corrupt"]
@@ -645,7 +645,7 @@ class Endless(Sampler):
     [
         (ragged_batches, "a batch of list can't be cut: all its parts must be tensors, arrays, or lists"),
         (lambda: DataLoader(Numbers(2), BATCH, drop_last=True), "drop_last leaves no batch of Numbers: 2 samples"),
-        (lambda: DataLoader(Numbers(), batch_sampler=[[0], []]), "list has drawn an empty batch for epoch 1"),
+        (lambda: DataLoader(Numbers(), batch_sampler=[[0], []]), "list drew an empty batch for epoch 1"),
         (lambda: DataLoader(Numbers(), batch_sampler=Endless()), "Endless draws more than 6 batches, its length is 3"),
         (lambda: DataLoader(Numbers(), timeout=3), "the DataLoader's timeout is for loading processes"),
         (
@@ -670,7 +670,7 @@ def test_batches_that_can_not_be_cut_are_read_in_one_process():
 def test_predict_refuses_what_gives_no_row_for_each_sample():
     trainer = Trainer(nn.Linear(1, 1), nn.MSELoss(), device="cpu")
     for options in ({"drop_last": True}, {"batch_size": None}, {"sampler": [1, 2]}, {"batch_sampler": [[1], [2]]}):
-        with pytest.raises(UserError, match="predict gives a row for each sample of Numbers"):
+        with pytest.raises(UserError, match="predict returns a row for each sample of Numbers"):
             trainer.predict(DataLoader(Numbers(), **options))
 
 

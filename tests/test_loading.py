@@ -28,7 +28,7 @@ fit:
 slurm: {time: 01:00:00}
 """
 SECTIONS = (
-    "known here: name, seed, model, data, loss, step, optimizer, scheduler, metrics, fit, checkpoint, "
+    "known keys: name, seed, model, data, loss, step, optimizer, scheduler, metrics, fit, checkpoint, "
     "mlflow, launch, slurm, fsdp, deepspeed, script"
 )
 
@@ -455,7 +455,7 @@ def test_deepspeed_settings_come_from_a_file():
     assert load_job("job.yaml").job == job
     Path("zero.json").write_text('{"zero_optimization": 1,\n}')
     assert mistakes(GOOD, "fit.strategy=deepspeed", "deepspeed=zero.json")[0].startswith(
-        "override deepspeed=zero.json: deepspeed: zero.json:2: not valid JSON:  "
+        "override deepspeed=zero.json: deepspeed: zero.json:2: not valid JSON: "
     )
 
 

@@ -233,7 +233,7 @@ def step_with(loss_fn: Any, samples: int, is_whole: bool, dtype: torch.dtype = t
 @pytest.mark.parametrize("loss_fn", [contrast, hidden_weights, functools.partial(contrast)])
 def test_a_loss_that_is_no_mean_over_samples_is_refused_where_a_batch_is_cut(loss_fn):
     with pytest.raises(
-        UserError, match=r"of 8 samples is \d\.\d+, but its parts of 4 and 4 make .* no mean over samples"
+        UserError, match=r"of 8 samples is \d\.\d+, but its parts of 4 and 4 make .* not a mean over samples"
     ):
         step_with(loss_fn, 8, is_whole=False)
     step_with(loss_fn, 8, is_whole=True)

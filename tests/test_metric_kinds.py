@@ -253,7 +253,7 @@ CLASSES = tm.Accuracy(task="multiclass", num_classes=3, average=None)
         ({"x": tm.MetricCollection({"acc": CLASSES})}, "val_x_f1", "nothing is reported as val_x_f1; .*val_x_acc"),
         ({"x": values_by_class}, "val_x", "nothing is reported as val_x"),
         ({"x": CLASSES}, "val_y", "nothing is reported as val_y"),
-        ({"loss": CLASSES}, None, "a metric is called loss"),
+        ({"loss": CLASSES}, None, "a metric is named loss"),
     ],
 )
 def test_misfits_end_the_run_before_its_first_step(tmp_path, metrics, monitor, said):

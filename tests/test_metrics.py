@@ -503,7 +503,7 @@ def test_a_metric_that_cannot_be_computed_is_named():
             "metric m: BootStrapper draws samples",
         ),
         (MetricTracker(tm.MeanSquaredError()), "metric m: MetricTracker keeps the values of epochs"),
-        (tm.MeanSquaredError, "metric m: MeanSquaredError is neither a metric of torchmetrics nor a function"),
+        (tm.MeanSquaredError, "metric m: MeanSquaredError is neither a torchmetrics metric nor a function"),
     ],
 )
 def test_what_has_no_value_over_ranks_is_refused(given, said):

@@ -190,9 +190,9 @@ def test_after_an_evaluation_the_weights_are_those_of_before_to_the_bit():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (Insists, {}, "Insists.step wants a closure, but doesn't show it .*def step"),
-        (Twice, {"clip_norm": 1.0}, "Twice asks for gradients as often as it likes: fit.clip_norm"),
-        (Twice, {"strategy": {"zero_optimization": {"stage": 1}}}, "Twice wants a closure, or .*: use ddp"),
+        (Insists, {}, "Insists.step needs a closure, but its signature doesn't show it .*def step"),
+        (Twice, {"clip_norm": 1.0}, "Twice computes the gradient several times a step, so fit.clip_norm"),
+        (Twice, {"strategy": {"zero_optimization": {"stage": 1}}}, "Twice needs a closure, or .*: use ddp"),
     ],
 )
 def test_what_can_not_be_kept_is_refused(kind, options, message, tmp_path, monkeypatch):

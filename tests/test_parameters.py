@@ -305,9 +305,9 @@ def holding(state: Any) -> nn.Module:
         (nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape before the first batch"),
         (nn.Sequential(nn.LazyBatchNorm1d(affine=False)), "0.running_mean has no shape before the first batch"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
-        (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state, and no set_extra_state"),
+        (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state but no set_extra_state"),
         (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may give"),
-        (holding(np.ones(2)), "0._extra_state is no plain data: a file of weights with it"),
+        (holding(np.ones(2)), "0._extra_state is not plain data: loading a weights file"),
     ],
 )
 def test_models_that_are_refused(net, said):

@@ -100,7 +100,7 @@ def test_what_cannot_have_it():
     net = nn.Linear(4, 1)
     for strategy, optimizer, says in (
         ({"zero_optimization": {"stage": 1}}, torch.optim.SGD(net.parameters()), "fit.l1: needs whole weights"),
-        ("ddp", torch.optim.LBFGS(net.parameters()), "fit.l1 can't go with it"),
+        ("ddp", torch.optim.LBFGS(net.parameters()), "fit.l1 can't be used with it"),
     ):
         with pytest.raises(UserError, match=says):
             Trainer(net, nn.MSELoss(), optimizer, strategy=strategy, l1=0.1, device="cpu").fit(

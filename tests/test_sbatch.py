@@ -360,7 +360,7 @@ fit: {epochs: 1}
 WRONG = {
     "unknown": ("{tme: 5}", "slurm.tme: is not an sbatch option; did you mean time?"),
     "underscore": ("{cpus_per_task: 5}", "slurm.cpus_per_task: is not an sbatch option; did you mean cpus-per-task?"),
-    "ours": ("{nodes: 2}", "slurm.nodes: is dtrain's own: set it on the command line with --nodes and --gpus"),
+    "ours": ("{nodes: 2}", "slurm.nodes: is set by dtrain: set it on the command line with --nodes and --gpus"),
     "gres": (
         "{gres: 'nic:1,gpu:2'}",
         "slurm.gres: names GPUs, which dtrain requests itself: set it on the command line",

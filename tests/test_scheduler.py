@@ -195,10 +195,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "another optimizer": (
         lambda optimizer: StepLR(Adam(optimizer.param_groups[0]["params"]), 1),
         {},
-        r"of another optimizer than the one that trains \(SGD\)",
+        r"of an optimizer other than the one that trains \(SGD\)",
     ),
     "an optimizer": (lambda optimizer: optimizer, {}, "SGD is an optimizer"),
-    "a class": (lambda optimizer: StepLR, {}, "StepLR is given as a class"),
+    "a class": (lambda optimizer: StepLR, {}, "StepLR is a class"),
     "no scheduler": (lambda optimizer: object(), {}, "object is no scheduler: it lacks step"),
     "an epoch": (ByEpoch, {}, "ByEpoch.step needs epoch"),
 }
@@ -226,9 +226,9 @@ def test_a_schedule_that_ends_before_a_stream_of_unknown_length(tmp_path, capsys
     def made(optimizer: Any) -> LRScheduler:
         return SequentialLR(optimizer, [LinearLR(optimizer), OneCycleLR(optimizer, 0.1, total_steps=8)], [3])
 
-    with pytest.raises(UserError, match="scheduler: OneCycleLR has ended before the run has, with step 12: Tried"):
+    with pytest.raises(UserError, match="scheduler: OneCycleLR ended before the run did, at step 12: Tried"):
         fit(tmp_path / "run", made, stream=True, scheduler_interval="step")
-    assert "OneCycleLR ends after total_steps 8, and with it the run, if 3 epochs have more" in capsys.readouterr().err
+    assert "OneCycleLR ends after total_steps 8, and the run with it if 3 epochs have more" in capsys.readouterr().err
 
 
 JOB = """

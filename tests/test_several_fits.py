@@ -210,9 +210,9 @@ def test_a_model_in_parts_is_fitted_again_by_the_same_trainer_and_with_the_same_
     losses, drawn = plain_losses(frees=False)
     for found, said in run_ranks(2, cut_models, tmp_path, strategy):
         assert found == (pytest.approx(losses, rel=1e-5), drawn)
-        assert all(each.startswith("the model has been cut into parts by another Trainer") for each in said[:2])
-        assert said[2].startswith("requires_grad of 2.bias was changed after Trainer had cut the model")
-        assert said[3].startswith("requires_grad of 0.bias was changed after Trainer had cut the model")
+        assert all(each.startswith("another Trainer has sharded the model") for each in said[:2])
+        assert said[2].startswith("requires_grad of 2.bias was changed after Trainer sharded the model")
+        assert said[3].startswith("requires_grad of 0.bias was changed after Trainer sharded the model")
 
 
 def test_each_fit_has_a_folder_of_its_own(tmp_path):
@@ -222,9 +222,9 @@ def test_each_fit_has_a_folder_of_its_own(tmp_path):
     trainer.fit(loader, epochs=1, run_dir=tmp_path / "b")
     trainer.fit(loader, epochs=1)
     assert [len(RunDir(tmp_path / name).rows()) for name in "ab"] == [1, 1]
-    with pytest.raises(UserError, match="a already holds a fit of this script; give each fit a run_dir of its own"):
+    with pytest.raises(UserError, match="a already holds a fit of this script; give each fit its own run_dir"):
         trainer.fit(loader, epochs=1)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "kept").touch()
-    with pytest.raises(UserError, match="c exists already: give another run_dir, or resume=True to continue it"):
+    with pytest.raises(UserError, match="c already exists: choose another run_dir, or resume=True to continue it"):
         trainer.fit(loader, epochs=1, run_dir=tmp_path / "c")

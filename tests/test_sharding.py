@@ -176,7 +176,7 @@ def test_a_sampler_that_does_not_keep_its_word_is_refused():
     sampler.__class__ = type("Short", (Unseeded,), {"__len__": lambda self: 21})
     loader = DataLoader(DATA, BATCH, sampler=sampler)
     batches = IndexedBatches(Source.of(loader), World(0, 1, torch.device("cpu")), 0, None, fill_empty=False)
-    with pytest.raises(UserError, match="Short has drawn 20 samples for epoch 1, its length is 21"):
+    with pytest.raises(UserError, match="Short drew 20 samples for epoch 1, but its length is 21"):
         next(batches.epoch(1))
 
 

@@ -280,7 +280,7 @@ def test_a_queued_run_says_why_and_can_be_cancelled(site):
     assert "submitted" in site.run("runs", ".").out
     second = site.run("launch", "--slurm", "--resume", "--run-dir", "run", "job.yaml")
     assert second.code == 2
-    assert f"is Slurm job {job} already, queued" in second.err
+    assert f"already is Slurm job {job}, queued" in second.err
     done = site.run("cancel", "run")
     assert (done.code, done.out) == (0, "run was cancelled before it began\n")
     site.cluster.wait(job, "CANCELLED")

@@ -289,9 +289,9 @@ def test_a_step_has_the_bare_model_and_its_loss_is_tried_on_parts(tmp_path):
         assert [calls for _, calls in results] == [(3, 3)] * 2  # trying leaves no trace
         assert "make" in said["summing"]
         assert "it is their sum: return their mean" in said["summing"]
-        assert "no mean over samples, and can't be computed in parts" in said["contrasting"]
+        assert "not a mean over samples, so it can't be computed in parts" in said["contrasting"]
         assert "the step fails on 2 samples of a batch (RuntimeError: shape" in said["needing_pairs"]
-        assert said["drawing"].startswith("the step's loss is another one each time, as if it drew random numbers")
+        assert said["drawing"].startswith("the step's loss differs each time, as if it drew random numbers")
         assert said["claiming"] == ""  # it has said its weight
 
 
@@ -299,7 +299,7 @@ WRONG_RESULTS: dict[str, tuple[Any, str]] = {
     "a tensor": (torch.ones(()), "step must return a dict with a `loss`, it returned float32"),
     "no loss": ({"los": 1}, "step must return a dict with a `loss`, it returned a dict with keys los"),
     "a key": ({"loss": torch.ones(()), "weigth": 3}, "unknown key 'weigth'; did you mean weight[?] known: loss, pred"),
-    "a number": ({"loss": 0.5}, "loss must be a tensor, it is the float 0.5, whose gradient is lost with `.item"),
+    "a number": ({"loss": 0.5}, "loss must be a tensor, it is the float 0.5; `.item\(\)` loses its"),
     "many": ({"loss": torch.ones(2)}, "the step's loss must be one number, it has shape"),
     "no number": ({"loss": torch.ones(()), "weight": "all"}, "the step's weight must be a number, it is str"),
     "weights": ({"loss": torch.ones(()), "weight": [1, 2]}, "the step's weight must be one number, it has shape"),
@@ -320,5 +320,5 @@ def test_a_step_that_returns_a_weight_returns_it_always():
     own = user_step(step)
     own(nn.Identity(), MicroBatch(torch.ones(2), 2, 2))
     own(nn.Identity().eval(), MicroBatch(-torch.ones(2), 2, 2))  # evaluated it may be another
-    with pytest.raises(UserError, match="a `weight` for some batches and none for others"):
+    with pytest.raises(UserError, match="a `weight` for some batches but not for others"):
         own(nn.Identity(), MicroBatch(-torch.ones(2), 2, 2))

@@ -192,7 +192,7 @@ def test_a_place_behind_the_files_end_is_damage(tmp_path):
     storage.save(tmp_path / "c", {"a": torch.arange(3)}, ABOUT, {}, None)
     index, _ = read_manifest(tmp_path / "c")
     index["tensors"]["a"]["parts"][0][3] += 8
-    with pytest.raises(Damaged, match=r"rank-0\.bin is cut short: a is not all there"):
+    with pytest.raises(Damaged, match=r"rank-0\.bin is cut short: a is incomplete"):
         storage.load(tmp_path / "c", index, {"a": torch.zeros(3, dtype=torch.int64)})
 
 

@@ -332,11 +332,11 @@ REFUSED = {
     ),
     "a list": (Net, Fsdp(wrap=["ModuleList"]), "ModuleList is only a list of modules"),
     "tied": (tied_over_blocks, Fsdp(), "blocks.0.up.weight and blocks.1.up.weight are one parameter"),
-    "a number": (with_scalar, Fsdp(), "scale is a single number, which can't be cut: give it the shape (1,)"),
+    "a number": (with_scalar, Fsdp(), "scale is a scalar, which can't be sharded: give it the shape (1,)"),
     "channels last": (
         lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
         Fsdp(),
-        "weight can't be cut: its numbers lie",
+        "weight can't be sharded: it is not contiguous",
     ),
     "sparse": (lambda: nn.Embedding(4, 2, sparse=True), Fsdp(), "sparse gradients can't be summed"),
     "offload": (Net, Fsdp(offload=True), "there is no GPU here"),
@@ -359,7 +359,7 @@ def refused(rank: int, world_size: int, name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("LBFGS", "LBFGS takes all parameters as one vector"), ("Adafactor", "Adafactor can't compute")]
+    ("name", "says"), [("LBFGS", "LBFGS needs all parameters as one vector"), ("Adafactor", "Adafactor can't work")]
 )
 def test_optimizers_that_need_whole_parameters(name, says):
     assert says in run_ranks(1, refused, name)[0]
@@ -396,7 +396,7 @@ def test_a_job_goes_from_strategy_to_strategy(project):
     ("strategy", "setting", "code", "says"),
     [  # those with code 1 are said by the ranks, before training
         ("fsdp", "fsdp.wrap=Bloc", 1, "fsdp.wrap: the model has no module of class Bloc"),
-        ("fsdp", "fsdp.offload=true", 2, "fsdp.offload: keeps in the CPU's memory what a GPU has no room for"),
+        ("fsdp", "fsdp.offload=true", 2, "fsdp.offload: moves GPU state to CPU memory"),
         ("deepspeed", "deepspeed.zero_optimization.stag=2", 1, "deepspeed.zero_optimization.stag: unknown key"),
         ("deepspeed", "deepspeed.train_batch_size=5", 2, "deepspeed.train_batch_size: is 5, where data.batch_size is"),
     ],

@@ -641,8 +641,8 @@ class Own(UserList):
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "empty": (lambda: trainer().evaluate(Source(Empty(), 4, True)), "Empty gives no sample in epoch 1$"),
-    "empty loader": (lambda: trainer().evaluate(Own([])), "Own gives no sample in epoch 1$"),
+    "empty": (lambda: trainer().evaluate(Source(Empty(), 4, True)), "Empty yields no samples in epoch 1$"),
+    "empty loader": (lambda: trainer().evaluate(Own([])), "Own yields no samples in epoch 1$"),
     "empty list": (lambda: trainer().evaluate([]), "list is empty"),
     "generator": (lambda: trainer().evaluate(x for x in [1]), "a generator can be read only once"),
     "dataset": (lambda: trainer().evaluate(Numbers(Kind())), "expected a torch DataLoader, got Numbers"),
@@ -650,9 +650,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no tensor": (lambda: trainer().evaluate(Own([("a", 1)])), "a batch of type tuple holds no tensor"),
     "micro-batches": (
         lambda: trainer(micro_batch_size=2).evaluate(Own([FEATURES])),
-        "micro_batch_size can't be kept with batches that Own makes",
+        "micro_batch_size has no effect on batches that Own makes",
     ),
-    "sampler": (lambda: Source(Empty(), 4, True, sampler=range(3)), "Empty is a stream, whose samples no sampler"),  # type: ignore[arg-type]
+    "sampler": (lambda: Source(Empty(), 4, True, sampler=range(3)), "Empty is a stream, from which a sampler can't"),  # type: ignore[arg-type]
     "fewer than ranks": (
         lambda: next(stream_batches(World(2, 3, torch.device("cpu")), Numbers(Kind("evenly")), batch=2).epoch(1)),
         "Numbers splits itself among the ranks: batch_size 2 .* at least 3",

@@ -248,7 +248,9 @@ def test_a_module_called_as_another_is_refused_by_both_names(name: str, folder: 
     told = refusal(f"{name}.Net")
     assert told.startswith(f"{name} is {whose}")
     assert str(theirs) in told
-    assert told.endswith(f"beside which {name}.py cannot be imported; rename yours, such as {name}.py to my_{name}.py")
+    assert told.endswith(
+        f"so {name}.py cannot be imported under that name; rename yours, such as {name}.py to my_{name}.py"
+    )
     module(f"from {name} import Net\n", "other.py")
     assert f"rename yours, such as {name}.py to my_{name}.py" in refusal("other.Net")
     module(FUNCTIONS)

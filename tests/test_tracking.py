@@ -229,7 +229,7 @@ def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
     assert tracker.outstanding(run) == f"not all of the run; to complete it: python -m dtrain.trainer.tracking {run}"
     error = capsys.readouterr().err
     assert re.match(f"dtrain: MLflow at {re.escape(hide_password(uri))}: .*Connection refused", error)
-    assert error.endswith(f"given up; to complete it: python -m dtrain.trainer.tracking {run}\n")
+    assert error.endswith(f"gave up; to finish the upload:  python -m dtrain.trainer.tracking {run}\n")
     assert "secret" not in error
 
 

@@ -154,10 +154,10 @@ class Stubborn(dict):
 @pytest.mark.parametrize(
     ("batch", "says"),
     [
-        ([Hiding()], "a batch holds a Hiding, whose tensors can't be brought to meta: give it a method to"),
+        ([Hiding()], "a batch holds a Hiding, whose tensors can't be moved to meta: give it a method to"),
         ({"x": Slotted()}, "a batch holds a Slotted"),
         ({"x": {ones()}}, "a batch holds a set"),
-        (Stubborn(x=ones()), "a Stubborn can't be made again with other tensors: KeyError: 'it is as it is'"),
+        (Stubborn(x=ones()), "a Stubborn can't be rebuilt with other tensors: KeyError: 'it is as it is'"),
     ],
 )
 def test_what_can_not_be_moved_is_refused_not_left_behind(batch, says):

@@ -161,11 +161,11 @@ def test_fp16_scales_the_loss_and_leaves_out_what_overflows():
 
 
 def test_what_can_not_go_together():
-    with pytest.raises(UserError, match="fp16 is for GPUs"):
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
         Precision("fp16", CPU)
     net = nn.Linear(2, 1)
     model = Parallel(net, World(0, 1, CPU))
-    with pytest.raises(UserError, match=r"LBFGS asks for gradients .* fit.clip_norm can't"):
+    with pytest.raises(UserError, match=r"LBFGS computes the gradient .* fit.clip_norm can't"):
         Update(model, LBFGS(net.parameters()), Precision("fp32", CPU), Fit(epochs=1, clip_norm=1.0))
 
 
@@ -198,7 +198,9 @@ def test_a_limit_of_each_number_where_there_is_none(net):
     """Before the first step, but for a part that is frozen and has no gradient."""
     world, precision = World(0, 1, CPU), Precision("fp32", CPU)
     optimizer = torch.optim.SGD(net.parameters())
-    with pytest.raises(UserError, match="clip_value limits each number of a gradient, and one is sparse, or complex"):
+    with pytest.raises(
+        UserError, match="clip_value clips each gradient element, which torch can't do for sparse or complex"
+    ):
         Update(Parallel(net, world), optimizer, precision, Fit(epochs=1, clip_value=1.0))
     net.requires_grad_(False)
     Update(Parallel(net, world), optimizer, precision, Fit(epochs=1, clip_value=1.0))

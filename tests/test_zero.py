@@ -182,12 +182,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "rows and columns": (
         lambda: (net := nn.Linear(4, 1), torch.optim.Adafactor(net.parameters())),
         CONFIGS["1"],
-        "Adafactor looks at parameters as wholes",
+        "Adafactor needs whole parameters",
     ),
     "LBFGS": (
         lambda: (net := nn.Linear(4, 1), torch.optim.LBFGS(net.parameters())),
         CONFIGS["0"],
-        "LBFGS looks at parameters as wholes",
+        "LBFGS needs whole parameters",
     ),
     "exchanged": (
         lambda: (net := nn.Linear(4, 1), torch.optim.Adagrad(net.parameters())),
@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a number": (
         lambda: (net := Scaled(), torch.optim.SGD(net.parameters())),
         CONFIGS["1"],
-        "scale is a single number, which can't be cut",
+        "scale is a scalar, which can't be sharded",
     ),
     "unused": (
         lambda: (net := Unused(), torch.optim.SGD(net.parameters())),

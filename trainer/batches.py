@@ -35,7 +35,7 @@ def batches_of(
     if not isinstance(source, Source):
         own = LoaderShares(source, world, seed)
         if micro_batch_size is not None:
-            raise UserError(f"micro_batch_size can't be kept with batches that {own.name} makes")
+            raise UserError(f"micro_batch_size has no effect on batches that {own.name} makes; leave it out")
         return StreamBatches(own, world, fill_empty=fill_empty)
     seed = source.seed(seed, world)
     if source.is_stream:

@@ -62,7 +62,7 @@ def fit_folder(
         run = script.fit(number) if script.path in before else script
     path = run.path.absolute()
     if path in before:
-        raise UserError(f"{run} already holds a fit of this script; give each fit a run_dir of its own")
+        raise UserError(f"{run} already holds a fit of this script; give each fit its own run_dir")
     before.append(path)
     is_agents = script is not None and path == script.path
     with contextlib.ExitStack() as stack:
@@ -86,7 +86,7 @@ def _prepare(run: RunDir, script: RunDir | None, stack: contextlib.ExitStack, *,
     """Make the run folder, and lock it until the stack ends. Rank 0 only."""
     own = [] if script is None else [fit.path for fit in script.fits()]  # from before a stop of the script
     if run.exists() and not may_exist and run.path.absolute() not in own:
-        raise UserError(f"{run} exists already: give another run_dir, or resume=True to continue it")
+        raise UserError(f"{run} already exists: choose another run_dir, or resume=True to continue it")
     run.create()
     stack.enter_context(run.lock())
     run.take_heartbeats(script)

@@ -54,7 +54,7 @@ def try_metrics(
     except UserError as error:
         if error.__cause__ is None or isinstance(error.__cause__, _LASTING):
             raise
-        warn(f"{error}; so on the first {micro_batch.samples} validation samples, which may be too few")
+        warn(f"{error}; found on the first {micro_batch.samples} validation samples, which may be too few")
         return {}
 
 
@@ -73,4 +73,4 @@ def require_reported(
     if isinstance(tried.get(name), list) or (name not in tried and metric in metrics):
         raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")
     if name not in tried:  # which a metric of several values may report of other samples
-        warn(f"monitor {monitor}: not reported of the first validation samples; {among(name, list(tried))}")
+        warn(f"monitor {monitor}: not reported for the first validation samples; {among(name, list(tried))}")

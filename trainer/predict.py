@@ -28,12 +28,12 @@ def in_order(data: Data) -> Source:
         data = Source.of(data)
     if not isinstance(data, Source) or data.is_stream:
         name = type(data.dataset if isinstance(data, Source) else data).__name__
-        raise UserError(f"{name} has no order: predict takes a DataLoader of samples with indices")
+        raise UserError(f"{name} has no order: predict needs a DataLoader over a dataset with indices")
     chosen_by = data.sampler if data.batch_sampler is None else data.batch_sampler
     if chosen_by is not None or data.batch_size is None or data.drop_last:
         what = "drop_last" if data.drop_last else "batch_size=None" if chosen_by is None else type(chosen_by).__name__
         raise UserError(
-            f"predict gives a row for each sample of {type(data.dataset).__name__}, in its order: it takes a "
+            f"predict returns a row for each sample of {type(data.dataset).__name__}, in order: it needs a "
             f"DataLoader with a batch_size and without {what}"
         )
     return replace(data, shuffle=False)
@@ -79,5 +79,5 @@ def _rows(outcome: Outcome, samples: int | None) -> Tensor:
     rows = outcome.predictions
     if not isinstance(rows, Tensor) or rows.dim() == 0 or len(rows) != (samples or len(rows)):
         count = f" of {samples}" if samples else ""
-        raise UserError(f"predictions must be a tensor with a row for each sample{count}, they are {describe(rows)}")
+        raise UserError(f"predictions must be a tensor with a row for each sample{count}, not {describe(rows)}")
     return rows

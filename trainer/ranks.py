@@ -76,7 +76,7 @@ class Ranks:
         net = unwrapped(net)
         taken = {id(parameter) for model in self._models for parameter in model.bare.parameters()}
         if any(id(parameter) in taken for parameter in net.parameters()):
-            raise UserError("Ranks.wrap: the model, or a part of it, is wrapped already; wrap the whole, once")
+            raise UserError("Ranks.wrap: the model, or a part of it, is already wrapped; wrap the whole model once")
         model = DataParallel(net, self.world)
         model.share_buffers()
         self._models.append(model)
@@ -107,7 +107,7 @@ class Ranks:
             if part.is_regular:
                 return loss * (part.samples * self.world_size / part.batch_samples)
             if self.world_size > 1:
-                require_rows(part, "give Ranks.weigh the `units` of which the loss is the mean")
+                require_rows(part, "pass Ranks.weigh the `units` that the loss is the mean over")
             units = part.samples
         own = as_units(units, loss.device) * float(self.has_samples)
         total = self.world.sum(own)
@@ -129,7 +129,7 @@ class Ranks:
         """Write the bare module's state_dict, on rank 0; when it returns, the file is there. All ranks take part."""
         model = next((each for each in self._models if bare_of(net) is each.bare), None)
         if model is None:
-            raise UserError(f"Ranks.save: this {type(net).__name__} is none that Ranks.wrap has returned")
+            raise UserError(f"Ranks.save: this {type(net).__name__} was not returned by Ranks.wrap")
         model.share_buffers()
         refused = ""
         if self.world.is_main:
@@ -181,7 +181,7 @@ class Sharded:
 
     def __len__(self) -> int:
         if (steps := self._batches.num_steps) is None:
-            raise TypeError("how many batches there are is not known before an epoch")
+            raise TypeError("the number of batches is not known before an epoch ends")
         return steps
 
     def __iter__(self) -> Iterator[Any]:

@@ -38,7 +38,7 @@ def summary(
     device = next(net.parameters(), torch.zeros(())).device
     if features is None:
         if input_shape is None:
-            raise UserError("summary needs the input_shape of a sample, such as (1, 28, 28), or features, a batch")
+            raise UserError("summary needs input_shape, one sample's shape such as (1, 28, 28), or features, a batch")
         features = torch.zeros(1, *input_shape, device=device)
     columns = ("output_size", "num_params", "mult_adds")
     try:

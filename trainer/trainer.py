@@ -147,7 +147,7 @@ class Trainer:
         require_optimizer(optimizer, net, loss_fn)
         require_scheduler(scheduler, optimizer)
         if scheduler is not None and is_fed(scheduler) and scheduler_interval == "step":
-            raise UserError(f"{type(scheduler).__name__} looks at an epoch's result: it can't have the interval step")
+            raise UserError(f"{type(scheduler).__name__} needs an epoch's result: it can't have the interval step")
         if deterministic:
             _be_deterministic()
         self.world = join_world(device)
@@ -368,7 +368,9 @@ class Trainer:
             features: a batch as the model takes it.
         """
         if self.model.forwards_together:
-            raise UserError("a model in parts can't be summed up on one rank: dtrain.summary(net, ...) before Trainer")
+            raise UserError(
+                "a sharded model can't be summarized on one rank: call dtrain.summary(net, ...) before Trainer"
+            )
         return summary(self.net, input_shape, features=features)
 
     def _say(self, line: str) -> None:

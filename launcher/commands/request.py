@@ -84,8 +84,8 @@ def check_nodes(request: Request) -> None:
         return
     if request.rendezvous is None:
         raise UserError(
-            f"--nodes {request.nodes} needs --rendezvous HOST:PORT, a port of the node that is started with "
-            "--node-rank 0; the same command runs on each node, with a --node-rank of its own"
+            f"--nodes {request.nodes} needs --rendezvous HOST:PORT, a port of the node with "
+            "--node-rank 0; run the same command on each node, with its own --node-rank"
         )
     host, _, port = request.rendezvous.rpartition(":")
     if not host or not (port.isdecimal() and 0 < int(port) < 65536):

@@ -277,7 +277,7 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:  # what is in the files may be anything
-            problem = Damaged(f"its content makes no sense: {type(error).__name__}: {first_line(error)}")
+            problem = Damaged(f"its content is invalid: {type(error).__name__}: {first_line(error)}")
         problems = [each for each in self._world.gather(problem) if each is not None]
         return (None, problems[0]) if problems else (result, None)
 
@@ -286,7 +286,7 @@ class Checkpoints:
         with self._disk.tolerated("write checkpoints/latest"):
             write_text(self._run.latest, f"{path.name}\n")
         for name, problem in problems.items():
-            say(f"checkpoint {self._run.checkpoints / name} is passed over: {problem}; continuing from {path.name}")
+            say(f"checkpoint {self._run.checkpoints / name} is skipped: {problem}; continuing from {path.name}")
             self._foreign.add(name)
             if isinstance(problem, Damaged):
                 self._set_aside(self._run.checkpoints / name, "damaged")

@@ -105,9 +105,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except OSError as error:
         raise Unusable(f"{SUMS} can't be read: {error.strerror}") from None
     except ValueError:
-        raise Damaged(f"{SUMS} is damaged: it is no text") from None
+        raise Damaged(f"{SUMS} is damaged: it is not text") from None
     if len(sums) < len(lines) or INDEX not in sums:
-        raise Damaged(f"{SUMS} is damaged: it does not name a sum for each file")
+        raise Damaged(f"{SUMS} is damaged: it does not list a checksum for each file")
     verify(folder, sums, [INDEX])
     try:
         index = json.loads((folder / INDEX).read_text())
@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if unlisted := sorted(set(index["files"]) - set(sums)):
             raise Damaged(f"{SUMS} does not list {unlisted[0]}")
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{INDEX} is no index: {type(error).__name__}: {error}") from None
+        raise Damaged(f"{INDEX} is not an index: {type(error).__name__}: {error}") from None
     return index, sums
 
 
@@ -140,4 +140,4 @@ def verify(folder: Path, sums: Mapping[str, str], names: Iterable[str], sizes: M
         except OSError as error:
             raise Unusable(f"{name} can't be read: {error.strerror}") from None
         if found != sums[name]:
-            raise Damaged(f"{name} is damaged: its bytes are not those of {SUMS}")
+            raise Damaged(f"{name} is damaged: its checksum differs from {SUMS}")

@@ -72,8 +72,8 @@ def _require_torchs(optimizer: Any, state: Any) -> None:
     """Raise UserError for a state_dict that is not built as torch's are."""
     if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
         raise UserError(
-            f"{type(optimizer).__name__}.state_dict() has no state and param_groups, as torch's optimizers have them: "
-            "a checkpoint can't tell whose state it is"
+            f"{type(optimizer).__name__}.state_dict() lacks state and param_groups, which torch's optimizers have: "
+            "a checkpoint could not assign its state to parameters"
         )
 
 

@@ -231,7 +231,7 @@ class Reader(StorageReader):
                 data = _bytes(part)
                 files[name].seek(position)
                 if files[name].readinto(data) != len(data):
-                    raise Damaged(f"{name} is cut short: {item.storage_index.fqn} is not all there")
+                    raise Damaged(f"{name} is cut short: {item.storage_index.fqn} is incomplete")
                 ranges = zip(item.storage_offsets, item.lengths, strict=True)
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(part[tuple(slice(begin, begin + length) for begin, length in ranges)])

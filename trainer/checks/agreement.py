@@ -31,8 +31,8 @@ def require_same_data(world: World, data: Any) -> None:
     A stream, and a loader of the user's own, may be each rank's own.
     """
     hint = (
-        "each rank takes its share of the same dataset: seed what draws it (a random_split), sort what is listed "
-        "(os.listdir, glob), and leave the splitting to dtrain"
+        "each rank takes its share of the same dataset: seed random splits, sort listed files (os.listdir, "
+        "glob), and leave the splitting to dtrain"
     )
     _require_same(world, "the dataset", lambda: _of_data(data), hint)
 
@@ -78,14 +78,14 @@ def require_same_model(world: World, net: nn.Module) -> None:
         return
     weights = {name: _digest_of(parameter) for name, parameter in net.named_parameters()}
     gathered = world.gather((_built(net), weights))
-    _refuse_differences("the model", [built for built, _ in gathered], "build it alike on all ranks")
+    _refuse_differences("the model", [built for built, _ in gathered], "build it the same way on all ranks")
     for rank, (_, found) in enumerate(gathered):
         for name, digest in found.items():
             if digest and (first := gathered[0][1][name]) and digest != first:
                 if world.is_main:
                     say(
                         f"warning: the model's weights differ between the ranks (first {name}, on rank {rank}): rank "
-                        "0's are used; with torch.manual_seed(...) before the model is made a run can be repeated"
+                        "0's are used; call torch.manual_seed(...) before building the model to make runs repeatable"
                     )
                 return
 
@@ -143,6 +143,6 @@ def _refuse_differences(what: str, gathered: list[Traits], hint: str) -> None:
         others = [rank for rank, (_, compared) in enumerate(found) if compared != found[0][1]]
         if others:
             here, there = found[0][0], found[others[0]][0]
-            there = there if there != here else "another that begins alike"
+            there = there if there != here else "another one with the same beginning"
             values = f"{name} is {here} on rank 0, {there} on rank {others[0]}"
             raise UserError(f"{what} differs between ranks: {values}; {hint}")

@@ -96,21 +96,23 @@ def _plain(value: Any) -> Any:
 
 def require_model(net: Any, *, may_be_lazy: bool = False) -> None:
     """Raise UserError for what is no torch.nn.Module, or none that can be trained and saved."""
-    _require_instance(net, "model", "give it an object of that class")
+    _require_instance(net, "model", "pass an object of that class")
     if not isinstance(net, nn.Module):
-        raise UserError(Problem(f"{_name(net)} is no model: it is no torch.nn.Module", "model"))
+        raise UserError(Problem(f"{_name(net)} is not a model: it is not a torch.nn.Module", "model"))
     if wrapped := next((_name(module) for module in unwrapped(net).modules() if _is_wrapper(module)), None):
-        message = f"{wrapped} is around it, or a part of it, already: give the model itself, without it"
+        message = f"{wrapped} already wraps it, or a part of it: pass the bare model"
         raise UserError(Problem(message, "model"))
     if not may_be_lazy:
-        _require_shapes(net, "model", "call the model once with a batch when it is made, before the optimizer")
+        _require_shapes(net, "model", "call the model once with a batch before making the optimizer")
     for name, value in extra_states(net).items():
         _require_savable(name, value, net.get_submodule(name.rpartition(".")[0]))
 
 
 def _require_shapes(module: nn.Module, path: str, mend: str) -> None:
     if lazy := without_shape(module):
-        message = f"{lazy[0]} has no shape before the first batch: say it (Linear(in_features, ...) for LazyLinear), or"
+        message = (
+            f"{lazy[0]} has no shape before the first batch: specify it (Linear(in_features, ...) for LazyLinear), or"
+        )
         raise UserError(Problem(f"{message} {mend}", path))
 
 
@@ -118,8 +120,8 @@ def _require_savable(name: str, value: Any, module: nn.Module) -> None:
     """Raise UserError for an extra state that a checkpoint or a file of weights can't hold."""
     kind = _name(module)
     if type(module).set_extra_state is nn.Module.set_extra_state:
-        raise UserError(Problem(f"{kind} has get_extra_state, and no set_extra_state to load what it gives", "model"))
-    hint = f"{kind}.get_extra_state may give numbers, strings, lists, dicts and tensors"
+        raise UserError(Problem(f"{kind} has get_extra_state but no set_extra_state to load what it returns", "model"))
+    hint = f"{kind}.get_extra_state may return numbers, strings, lists, dicts and tensors"
     try:
         flatten(value, f"{name}/")
         with io.BytesIO() as file:
@@ -129,7 +131,7 @@ def _require_savable(name: str, value: Any, module: nn.Module) -> None:
     except UserError as error:
         raise UserError(Problem(str(error), "model", hint=hint)) from None
     except Exception:  # torch.load raises whatever its parser met
-        message = f"{name} is no plain data: a file of weights with it could be loaded by executing what it says alone"
+        message = f"{name} is not plain data: loading a weights file with it would have to execute code"
         raise UserError(Problem(message, "model", hint=hint)) from None
 
 
@@ -151,16 +153,16 @@ def require_loss(loss_fn: Any) -> None:
         return
     _require_instance(loss_fn, "loss", f"give it an object, such as {getattr(loss_fn, '__name__', '')}()")
     if not callable(loss_fn):
-        message = f"{_name(loss_fn)} is no loss: it can't be called as loss(predictions, target)"
+        message = f"{_name(loss_fn)} is not a loss: it can't be called as loss(predictions, target)"
         raise UserError(Problem(message, "loss"))
     if isinstance(loss_fn, nn.Module):
-        _require_shapes(loss_fn, "loss", "call the loss once when it is made, before the optimizer")
+        _require_shapes(loss_fn, "loss", "call the loss once before making the optimizer")
 
 
 def require_metrics(metrics: Any) -> None:
     """Raise UserError for metrics that are not by name. A MetricCollection is a ModuleDict."""
     if metrics is not None and not isinstance(metrics, Mapping | nn.ModuleDict):
-        message = f"a {_name(metrics)} of metrics has no names to report them under: give a dict, " + "{'acc': metric}"
+        message = f"a {_name(metrics)} of metrics has no names to report them under: pass a dict, " + "{'acc': metric}"
         raise UserError(Problem(message, "metrics"))
 
 
@@ -176,8 +178,8 @@ def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
     if not {id(parameter) for parameter in held} & {id(parameter) for parameter in own}:
         raise UserError(
             Problem(
-                f"none of the {len(held)} parameters of this {_name(optimizer)} is one of the {_name(net)}'s that "
-                "is to be trained: make the optimizer of its parameters, after the last change to the model",
+                f"none of the {len(held)} parameters of this {_name(optimizer)} belongs to the {_name(net)} "
+                "to train: create the optimizer with its parameters, after the last change to the model",
                 "optimizer",
             )
         )
@@ -190,22 +192,22 @@ def require_scheduler(scheduler: Any, optimizer: Any) -> None:
     """Raise UserError for what is no scheduler of this optimizer."""
     if scheduler is None:
         return
-    _require_instance(scheduler, "scheduler", "give it an object, made of the optimizer")
+    _require_instance(scheduler, "scheduler", "pass an object, created with the optimizer")
     if isinstance(scheduler, Optimizer):
-        raise UserError(Problem(f"{_name(scheduler)} is an optimizer, no scheduler of one", "scheduler"))
+        raise UserError(Problem(f"{_name(scheduler)} is an optimizer, not a scheduler", "scheduler"))
     _require_methods(scheduler, "scheduler", ("step", "state_dict", "load_state_dict"))
     if optimizer is None:
-        raise UserError(Problem(f"missing; {_name(scheduler)} changes the learning rates of one", "optimizer"))
+        raise UserError(Problem(f"missing; {_name(scheduler)} needs one, whose learning rates it changes", "optimizer"))
     own = getattr(scheduler, "optimizer", optimizer)
     # By its groups, which an optimizer that wraps another one shares with it.
     if {id(group) for group in own.param_groups}.isdisjoint(id(group) for group in optimizer.param_groups):
-        message = f"this {_name(scheduler)} changes the learning rates of another optimizer than the one that trains"
-        raise UserError(Problem(f"{message} ({_name(optimizer)}): make it of that one", "scheduler"))
+        message = f"this {_name(scheduler)} changes the learning rates of an optimizer other than the one that trains"
+        raise UserError(Problem(f"{message} ({_name(optimizer)}): create it with that one", "scheduler"))
 
 
 def _require_instance(value: Any, path: str, instead: str) -> None:
     if isinstance(value, type):
-        raise UserError(Problem(f"{value.__name__} is given as a class: {instead}", path))
+        raise UserError(Problem(f"{value.__name__} is a class: {instead}", path))
 
 
 def _require_methods(value: Any, kind: str, names: tuple[str, ...]) -> None:

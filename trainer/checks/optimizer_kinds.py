@@ -104,8 +104,8 @@ def refused_without_closure(optimizer: Optimizer, error: Exception) -> UserError
         return None
     name = type(optimizer).__name__
     return UserError(
-        f"{name}.step wants a closure, but doesn't show it ({error}): it gets one where its parameter has no default, "
-        "`def step(self, closure)`, or where the class has first_step and second_step"
+        f"{name}.step needs a closure, but its signature doesn't show it ({error}): give the parameter no "
+        "default, `def step(self, closure)`, or the class first_step and second_step"
     )
 
 

@@ -255,7 +255,7 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value if moved is None else moved  # it may move its tensors in place
     if _apart(value) is None and _hides_tensors(value):
         raise UserError(
-            f"a batch holds a {type(value).__name__}, whose tensors can't be brought to {device}: give it a method "
+            f"a batch holds a {type(value).__name__}, whose tensors can't be moved to {device}: give it a method "
             "to(device), make it a dataclass, or let the collate function return tensors, dicts, lists and tuples"
         )
     return _with_members(lambda member: _moved(member, device), value)
@@ -308,7 +308,7 @@ def _with_members(function: Callable[[Any], Any], value: Any) -> Any:
         return build(others)
     except Exception as error:  # a class of the user's, whose constructor or methods may raise anything
         raise UserError(
-            f"a {type(value).__name__} can't be made again with other tensors: {type(error).__name__}: "
+            f"a {type(value).__name__} can't be rebuilt with other tensors: {type(error).__name__}: "
             f"{first_line(error)}; use a dict, a tuple or a dataclass"
         ) from error
 

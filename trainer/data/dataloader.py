@@ -23,7 +23,7 @@ def source_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
     if _iterates_itself(loader):
         return {"dataset": loader, "batch_size": None, "shuffle": False}
     if loader.timeout and not loader.num_workers:
-        raise UserError("the DataLoader's timeout is for loading processes, and its num_workers is 0")
+        raise UserError("the DataLoader's timeout is for loading processes, but its num_workers is 0")
     processes = Processes(
         loader.timeout,
         loader.worker_init_fn,

@@ -43,12 +43,12 @@ class Source:
         sampler = self.sampler if self.batch_sampler is None else self.batch_sampler
         if self.is_stream:
             if sampler is not None:
-                raise UserError(f"{name} is a stream, whose samples no sampler can choose")
+                raise UserError(f"{name} is a stream, from which a sampler can't choose")
             return
         for each in (sampler, getattr(self.batch_sampler, "sampler", None)):
             if isinstance(each, DistributedSampler) or hasattr(each, "num_replicas"):
                 raise UserError(
-                    f"{type(each).__name__} gives each rank its part, which dtrain does itself; use shuffle=True"
+                    f"{type(each).__name__} gives each rank its part, which dtrain already does; use shuffle=True"
                 )
         if sampler is None and not hasattr(self.dataset, "__len__"):
             raise UserError(

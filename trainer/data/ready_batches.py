@@ -45,7 +45,7 @@ class Cutter:
         """
         rows = num_rows(batch)
         if rows == 0:
-            raise UserError(f"{self.name} gives a batch without a sample")
+            raise UserError(f"{self.name} yields a batch without samples")
         if rows is None:
             if self.world_size > 1 or self.micro_batch_size is not None:
                 raise UserError(

@@ -40,12 +40,12 @@ def draw_samples(sampler: Iterable[Any], seed: int, epoch: int, world: World) ->
             drawn = list(islice(sampler, (expected or MOST) + 1))
     drawn = world.from_main(drawn)
     if expected is None and len(drawn) > MOST:
-        raise UserError(f"{name} has no length, and draws more than {MOST:,} samples: give it __len__ if it has an end")
+        raise UserError(f"{name} has no length and drew more than {MOST:,} samples: give it __len__ if it is finite")
     if expected not in (None, len(drawn)):
         count = len(drawn) if len(drawn) < expected else f"more than {expected}"
-        raise UserError(f"{name} has drawn {count} samples for epoch {epoch}, its length is {expected}")
+        raise UserError(f"{name} drew {count} samples for epoch {epoch}, but its length is {expected}")
     if not drawn:
-        raise UserError(f"{name} has drawn no sample for epoch {epoch}")
+        raise UserError(f"{name} drew no samples for epoch {epoch}")
     return _as_array(drawn)
 
 
@@ -69,7 +69,7 @@ def draw_batches(
     if len(drawn) > most:
         raise UserError(f"{name} draws more than {most:,} batches, its length is {expected}: an epoch must have an end")
     if not drawn or not all(drawn):
-        raise UserError(f"{name} has drawn {'an empty batch' if drawn else 'no batch'} for epoch {epoch}")
+        raise UserError(f"{name} drew {'an empty batch' if drawn else 'no batch'} for epoch {epoch}")
     return _as_array(list(chain.from_iterable(drawn))), tuple(accumulate(map(len, drawn)))
 
 

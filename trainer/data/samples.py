@@ -98,7 +98,7 @@ def collated(
         raise UserError(
             f"{name}: samples{which} cannot be collated into one batch: "
             f"{_difference(samples, indices) or first_line(error)}; "
-            "make them alike, or give a function that makes a batch of them: `collate` of a job, collate_fn of a loader"
+            "make them alike, or provide a collate function: `collate` in a job, collate_fn of a loader"
         ) from error
 
 
@@ -111,7 +111,7 @@ def _collated_by(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any
         return collate(samples)
     except Exception as error:
         if _raises_for_none(collate, error):
-            noted(error, "as for an empty list: where it leaves out all samples of a rank's share, let it return None")
+            noted(error, "as for an empty list: if it drops all samples of a rank's share, let it return None")
         raise
 
 
@@ -128,7 +128,7 @@ def _difference(samples: list[Any], indices: list[Any] | None) -> str:
     names = indices or range(len(samples))
     other = next((i for i, each in enumerate(forms) if each != forms[0]), None)
     if other is None:
-        return f"each is {forms[0]}, which torch can't put together" if forms else ""
+        return f"each is {forms[0]}, which torch can't collate" if forms else ""
     return f"sample {names[0]!r} is {forms[0]}, sample {names[other]!r} is {forms[other]}"
 
 

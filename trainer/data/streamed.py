@@ -95,8 +95,8 @@ class StreamBatches:
             if not samples:
                 self._progress.ended = True
                 if step == 0:
-                    again = ": it must start anew each time that it is iterated over" if epoch > 1 else ""
-                    raise UserError(f"{self._shares.name} gives no sample in epoch {epoch}{again}")
+                    again = ": it must start over each time it is iterated" if epoch > 1 else ""
+                    raise UserError(f"{self._shares.name} yields no samples in epoch {epoch}{again}")
                 return
             ahead = self._begin_agreement(*next(shares))
             yield Batch(samples, self._micro_batches(now, samples, filler, is_regular=is_regular))
@@ -128,7 +128,7 @@ class StreamBatches:
         if not first_step:
             self._progress = Progress(epoch)
         elif self._progress.epoch != epoch:
-            raise ValueError(f"epoch {epoch} can't go on at step {first_step} without its state")
+            raise ValueError(f"epoch {epoch} can't continue at step {first_step} without its state")
         elif self._progress.splits and not self._progress.ended and self._saved_size != self._size:
             before = "{ranks} ranks and {workers} loading processes each".format(**self._saved_size)
             raise UserError(
@@ -274,7 +274,7 @@ class LoaderShares:
         if isinstance(loader, Dataset) or not hasattr(loader, "__iter__"):
             raise UserError(f"expected a torch DataLoader, got {self.name}: its batch_size is needed")
         if isinstance(loader, GeneratorType):
-            raise UserError("a generator can be read only once: hand over an object whose __iter__ gives the batches")
+            raise UserError("a generator can be read only once: pass an object whose __iter__ yields the batches")
 
     @property
     def num_steps(self) -> int | None:
@@ -295,5 +295,5 @@ class LoaderShares:
 
 def _num_samples(batch: Any) -> int:
     if (samples := num_samples(batch)) is None:
-        raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a dimension of samples")
+        raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension")
     return samples

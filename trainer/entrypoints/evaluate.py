@@ -68,7 +68,7 @@ class Rows(Dataset[Tensor]):
     def __init__(self, path: Path) -> None:
         self._path = path
         if self._rows.ndim == 0:
-            raise UserError(f"{path} holds a single number; the first dimension of its array must be that of samples")
+            raise UserError(f"{path} holds a single number; its array's first dimension must be the samples")
 
     @functools.cached_property
     def _rows(self) -> NDArray[Any]:
@@ -79,7 +79,7 @@ class Rows(Dataset[Tensor]):
         except (ValueError, OSError) as error:
             raise UserError(f"{self._path} can't be read: {first_line(error)}") from None
         if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiub":
-            raise UserError(f"{self._path} is no array of numbers")
+            raise UserError(f"{self._path} is not an array of numbers")
         return rows
 
     def __getstate__(self) -> dict[str, Any]:  # of a loading process, which opens the file itself
@@ -149,20 +149,22 @@ def _reserve(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
             os.posix_fallocate(handle.fileno(), 0, handle.tell() + num_bytes)
     except OSError as error:
         what = f"predictions of shape {list(shape)} take {num_bytes / 1e6:,.1f} MB"
-        return f"{what}, for which {file.parent.parent} has no room: {error.strerror}; say another place with --out"
+        return f"{what}, which do not fit in {file.parent.parent}: {error.strerror}; choose another place with --out"
     return ""
 
 
 def _write_csv(rows: NDArray[Any], out: Path) -> None:
     if rows.ndim > 2:
-        raise UserError(f"predictions of shape {list(rows.shape)} are no table: name an .npy file with --out")
+        raise UserError(f"predictions of shape {list(rows.shape)} are not a table: name an .npy file with --out")
     form = "%.9g" if rows.dtype.kind == "f" else "%d"
     try:
         with out.open("w", encoding="utf-8") as file:
             for begin in range(0, len(rows), CHUNK):
                 np.savetxt(file, rows[begin : begin + CHUNK], fmt=form, delimiter=",")
     except OSError as error:
-        raise UserError(f"the predictions as text don't fit: {error.strerror}; say another place with --out") from None
+        raise UserError(
+            f"the predictions as text don't fit: {error.strerror}; choose another place with --out"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _differences(out: Path, net: nn.Module, arguments: dict[str, Any], samples: 
             apart = float(((one.double() - torch.as_tensor(other).double()).abs().max()) / scale)
             if not apart < 1e-3:
                 raise UserError(
-                    f"onnxruntime computes something else than PyTorch for {count} samples: a relative difference of "
+                    f"onnxruntime's results differ from PyTorch's for {count} samples: a relative difference of "
                     f"{apart:.1e}; --format safetensors takes any model"
                 )
             yield apart

@@ -42,5 +42,5 @@ def call_of(net: nn.Module, step: Step, batch: Any, samples: int) -> Call:
     finally:
         hook.remove()
     if not calls:
-        raise UserError("the step does not call the model: it may call a method of it other than forward")
+        raise UserError("the step does not call the model; perhaps it calls a method other than forward")
     return calls[0]

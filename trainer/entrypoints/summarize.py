@@ -25,7 +25,7 @@ def main() -> int:
     batch, samples = first_samples(build_source(job, job.data.train, training=False), SAMPLES)
     args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)
     if kwargs or len(args) != 1:
-        raise UserError("the model is called with several arguments; a summary is of models that take one")
+        raise UserError("the model is called with several arguments; a summary needs a model that takes one")
     write_text(run.answer, str(summary(trainer.net, features=args[0])))
     return 0
 

@@ -170,7 +170,7 @@ def build_source(job: Job, target: Target, *, training: bool) -> Source:
     dataset: Any = instantiate(target)
     if isinstance(dataset, DataLoader):
         message = (
-            "makes a DataLoader, and a job wants the dataset in it: data.batch_size, shuffle and workers say the rest"
+            "makes a DataLoader, but a job needs the dataset in it: data.batch_size, shuffle and workers set the rest"
         )
         raise UserError(Problem(message, "data.train" if training else "data.val"))
     sampler: Any = instantiate(job.data.sampler, dataset) if training and job.data.sampler else None

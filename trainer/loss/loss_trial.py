@@ -24,7 +24,7 @@ from ..distributed.seeds import rng_kept
 
 FINE, COARSE = 1e-3, 2e-2  # how far a sum may be off; the latter with 16 bits, and on GPUs, whose TF32 has 10
 _OF_LOSS = "derive it from dtrain.WeightedMean, or write it as a `step` that returns its `weight`"
-_UNSEEN = "dtrain can't see whether it is the mean over samples"
+_UNSEEN = "dtrain can't tell whether it is the mean over samples"
 _OF_STEP = "return its `weight`, of how many units it is the mean"
 
 
@@ -106,7 +106,7 @@ def try_step(
     """
     ways = ways_to_take(data, samples)
     if is_forward_collective and len(ways) > 1:
-        say(f"no telling which lists have an entry for each of {samples} samples: {_UNSEEN}; if not, {_OF_STEP}")
+        say(f"can't tell which lists have an entry for each of {samples} samples: {_UNSEEN}; if not, {_OF_STEP}")
         ways = []
 
     def of(taken: Take, rows: Sequence[int]) -> tuple[float, list[Tensor]]:
@@ -117,7 +117,7 @@ def try_step(
         except Exception as error:  # of the user's code
             raise UserError(
                 f"the step fails on {len(rows)} samples of a batch ({type(error).__name__}: {first_line(error)}), "
-                f"and ranks and micro-batches have parts of a batch; for it to be believed, {_OF_STEP}"
+                f"but ranks and micro-batches have parts of a batch; to skip this check, {_OF_STEP}"
             ) from error
 
     refused: list[UserError] = []
@@ -157,7 +157,7 @@ def _adds_up(
     )
     tolerance = COARSE if is_coarse else FINE
     if math.isfinite(again + whole) and not math.isclose(again, whole, rel_tol=FINE / 10, abs_tol=1e-7):
-        say(f"{what} is another one each time, as if it drew random numbers: {_UNSEEN}; if not, {mend}")
+        say(f"{what} differs each time, as if it drew random numbers: {_UNSEEN}; if not, {mend}")
         return False
     near = functools.partial(math.isclose, whole, rel_tol=tolerance, abs_tol=1e-6)
     if not math.isfinite(whole) or (near(made) and distance <= tolerance):  # a part's nan is not near
@@ -165,13 +165,13 @@ def _adds_up(
     sizes = f"its parts of {cut} and {len(rows) - cut}"
     found = f"is {whole:.6g}, but {sizes} make {made:.6g}"
     if near(made):
-        found = f"has other gradients than {sizes} make"
+        found = f"has gradients other than those of {sizes}"
     if not is_sum and all(values) and near(sum(values)):
         mend = "it is their sum: return their mean, or set the loss's attribute `reduction` to 'sum'"
         mend = mend.partition(", or")[0] if what == "the step's loss" else mend
     raise UserError(
-        f"{what} of {len(rows)} samples {found}: it is no {'sum' if is_sum else 'mean'} over samples, and can't be "
-        f"computed in parts, on several ranks or in micro-batches; {mend}, or train in one process"
+        f"{what} of {len(rows)} samples {found}: it is not a {'sum' if is_sum else 'mean'} over samples, so it can't "
+        f"be computed in parts, on several ranks or in micro-batches; {mend}, or train in one process"
     )
 
 

@@ -29,7 +29,7 @@ class WeightedMean(nn.Module, abc.ABC):
     def __init__(self, reduction: Reduction = "mean") -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
-            raise UserError(f"{type(self).__name__}: reduction must be mean, sum or none, it is {reduction!r}")
+            raise UserError(f"{type(self).__name__}: reduction must be mean, sum or none, not {reduction!r}")
         self.reduction = reduction
 
     @abc.abstractmethod
@@ -59,16 +59,16 @@ class FocalLoss(WeightedMean):
     def __init__(self, gamma: float = 2.0, alpha: float | None = 0.75, reduction: Reduction = "mean") -> None:
         super().__init__(reduction)
         if gamma < 0:
-            raise UserError(f"FocalLoss: gamma must be at least 0, it is {gamma}")
+            raise UserError(f"FocalLoss: gamma must be at least 0, not {gamma}")
         if alpha is not None and not 0 <= alpha <= 1:
-            raise UserError(f"FocalLoss: alpha must be between 0 and 1, it is {alpha}")
+            raise UserError(f"FocalLoss: alpha must be between 0 and 1, not {alpha}")
         self.gamma = gamma
         self.alpha = alpha
 
     def units(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if predictions.shape != target.shape:
             raise UserError(
-                f"FocalLoss wants a target of the predictions' shape {tuple(predictions.shape)}, it is "
+                f"FocalLoss needs a target of the predictions' shape {tuple(predictions.shape)}, not "
                 f"{tuple(target.shape)}; for classes by number there is MulticlassFocalLoss"
             )
         target = target.to(predictions.dtype)
@@ -132,7 +132,7 @@ class MulticlassFocalLoss(_OverClasses):
     ) -> None:
         super().__init__(weight, ignore_index, reduction)
         if gamma < 0:
-            raise UserError(f"MulticlassFocalLoss: gamma must be at least 0, it is {gamma}")
+            raise UserError(f"MulticlassFocalLoss: gamma must be at least 0, not {gamma}")
         self.gamma = gamma
 
     def of_classes(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class SCELoss(_OverClasses):
     ) -> None:
         super().__init__(weight, ignore_index, reduction)
         if log_zero >= 0:
-            raise UserError(f"SCELoss: log_zero must be below 0, it is {log_zero}")
+            raise UserError(f"SCELoss: log_zero must be below 0, not {log_zero}")
         self.alpha, self.beta, self.log_zero = alpha, beta, log_zero
 
     def of_classes(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def user_step(function: UserStep) -> Step:
         result = _checked(function(model, micro_batch.data))
         loss, weight = _scalar(result["loss"], "the step's loss"), result.get("weight")
         if weighs.setdefault(model.training, weight is not None) is not (weight is not None):
-            raise UserError("the step returned a `weight` for some batches and none for others: return it for all")
+            raise UserError("the step returned a `weight` for some batches but not for others: return it for all")
         if weight is not None:
             known = _as_weight(weight, loss.device)
             total, units = _weighted(loss, known)
@@ -140,7 +140,7 @@ def _checked(result: Any) -> Mapping[str, Any]:
             raise UserError(f"step returned the unknown key {key!r}; {among(str(key), KEYS)}")
     loss = result["loss"]
     if not isinstance(loss, Tensor):
-        mend = ", whose gradient is lost with `.item()`" if isinstance(loss, float) else ""
+        mend = "; `.item()` loses its gradient" if isinstance(loss, float) else ""
         raise UserError(f"the step's loss must be a tensor, it is {describe(loss)}{mend}")
     return result
 
@@ -216,7 +216,7 @@ TotalLoss = Callable[[Any, Any, MicroBatch], tuple[Tensor, "Tensor | None"]]
 def _total_loss(loss_fn: Callable[[Any, Any], Tensor]) -> TotalLoss:
     reduction = getattr(loss_fn, "reduction", "mean")
     if reduction == "none":
-        raise UserError(f"{describe(loss_fn)} has reduction='none' and gives no single loss; use 'mean'")
+        raise UserError(f"{describe(loss_fn)} has reduction='none', which gives no single loss; use 'mean'")
     if isinstance(loss_fn, WeightedMean) and reduction == "mean":
         units = loss_fn.units
 

@@ -118,7 +118,7 @@ def mixes_samples(loss_fn: Any, predictions: Any, target: Any) -> str:
         return ""
     if predictions.ndim == target.ndim > 0 and len(predictions) == len(target):
         return ""
-    return f"would compare samples with each other's targets: give both one shape{_squeezed(predictions, target)}"
+    return f"would compare samples with each other's targets: give both the same shape{_squeezed(predictions, target)}"
 
 
 def _squeezed(predictions: Tensor, target: Tensor) -> str:

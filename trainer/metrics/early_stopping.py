@@ -34,7 +34,7 @@ class Best:
         value = row.get(self.monitor)
         if not isinstance(value, float):
             names = [name for name, found in row.items() if isinstance(found, float)]
-            raise UserError(f"monitor {self.monitor} names no single value of this epoch; {among(self.monitor, names)}")
+            raise UserError(f"monitor {self.monitor} is not a single value of this epoch; {among(self.monitor, names)}")
         better = value < self.value if self.mode == "min" else value > self.value
         if self.epoch == 0 or better or (math.isnan(self.value) and not math.isnan(value)):
             self.value, self.epoch, self.stale_epochs = value, int(row["epoch"]), 0

@@ -56,7 +56,7 @@ def joined(pieces: Sequence[Any], sizes: Sequence[int]) -> Any:
     """
     first = pieces[0]
     if any(type(piece) is not type(first) for piece in pieces):
-        raise UserError(f"batches don't hold the same: {' and '.join(sorted({describe(each) for each in pieces}))}")
+        raise UserError(f"batches hold different things: {' and '.join(sorted({describe(each) for each in pieces}))}")
     if isinstance(first, Tensor):
         return _rows(pieces, sizes)
     if isinstance(first, np.ndarray):
@@ -97,8 +97,8 @@ def _has_rows(pieces: Sequence[list[Any]], sizes: Sequence[int]) -> bool:
     if any(len(piece) != size for piece, size in pairs):
         return True
     raise UserError(
-        f"a list of {len(pieces[0])} tensors, each with {sizes[0]} rows, of {sizes[0]} samples: there is no telling "
-        "whether it has an entry for each sample, or the tensors a row; in the latter case make it a tuple"
+        f"a list of {len(pieces[0])} tensors, each with {sizes[0]} rows, of {sizes[0]} samples: it can't be told "
+        "whether the list has one entry per sample or each tensor one row; in the latter case use a tuple"
     )
 
 

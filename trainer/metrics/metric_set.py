@@ -70,7 +70,7 @@ def _as_metric(name: str, given: Any) -> AnyMetric:
     if isinstance(given, Metric):
         return given
     if not callable(given) or isinstance(given, (nn.Module, type)):
-        raise UserError(f"metric {name}: {describe(given)} is neither a metric of torchmetrics nor a function")
+        raise UserError(f"metric {name}: {describe(given)} is neither a torchmetrics metric nor a function")
     return FunctionMetric(given)
 
 
@@ -202,7 +202,7 @@ class MetricSet:
         num_guesses, *values = reduced
         if num_guesses:
             raise UserError(
-                f"metrics {', '.join(self._guessing)}: some predictions are outside [0, 1], and torchmetrics"
+                f"metrics {', '.join(self._guessing)}: some predictions are outside [0, 1], so torchmetrics"
                 " would guess for each batch whether it holds logits: set `activation: softmax` or `sigmoid`"
             )
         for (_, part, state), value in zip(self._slots(), values, strict=True):

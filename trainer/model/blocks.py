@@ -28,7 +28,7 @@ def of_classes(net: nn.Module, classes: Sequence[str], setting: str) -> list[nn.
             raise UserError(f"{setting}: the model has no module of class {name}; {hint}")
     chosen = [module for module in net.modules() if module is not net and type(module).__name__ in classes]
     if lists := [type(module).__name__ for module in chosen if isinstance(module, _LISTS)]:
-        raise UserError(f"{setting}: {lists[0]} is only a list of modules; name the class of those in it")
+        raise UserError(f"{setting}: {lists[0]} is only a list of modules; name the class of its elements")
     return chosen
 
 

@@ -63,10 +63,12 @@ class LearnedLoss:
         trainable = {name: parameter for name, parameter in self._own.items() if parameter.requires_grad}
         self._trained = {name: parameter for name, parameter in trainable.items() if id(parameter) in held}
         if self._trained and not is_whole:
-            message = f"its parameters ({_some(self._trained)}) can be trained by ddp only, since others cut the model"
+            message = (
+                f"its parameters ({_some(self._trained)}) can be trained by ddp only: other strategies shard the model"
+            )
             raise UserError(Problem(message, "loss"))
         if left := trainable.keys() - self._trained.keys():
-            report(f"the loss's parameters {_some(sorted(left))} stay as they are: the optimizer doesn't have them")
+            report(f"the loss's parameters {_some(sorted(left))} are not trained: the optimizer doesn't have them")
 
     def average_gradients(self) -> None:
         """Make each gradient the mean over the ranks. All ranks take part, where the loss has what is trained."""
@@ -113,7 +115,7 @@ class LearnedLoss:
         grown = {name: found[name] for name in buffers.buffers_of(self.module) if name in found}
         expected = {name: own[name] for name in {*self._trained, *found} if name in own} | grown
         problems = mismatches(found, expected)
-        return f"the state of another loss: {'; '.join(problems)}" if problems else None
+        return f"the state of a different loss: {'; '.join(problems)}" if problems else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state_dict` gave."""

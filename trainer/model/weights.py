@@ -76,7 +76,7 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except Exception as error:  # torch.load raises whatever its parser met
-        raise UserError(f"{path} is not a file of weights: {first_line(error)}") from None
+        raise UserError(f"{path} is not a weights file: {first_line(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) or is_extra(name) for name, w in weights.items()):
         raise UserError(f"{path} holds no state_dict: expected tensors by name")
     own = net.state_dict()

@@ -93,7 +93,7 @@ class Learning:
         self.require_finite(step)
         said = f"epoch {row['epoch']}, {self._steps(step)}: " + ", ".join(f"{n} is {v}" for n, v in odd.items())
         if "train_loss" in odd and self._weights() == self._norm:
-            raise UserError(f"{said}, and the weights are what they were before: nothing is learned")
+            raise UserError(f"{said}, and the weights have not changed: nothing is learned")
         if untrue := [name for name, value in odd.items() if name != "train_loss" and math.isnan(value)]:
             cause = (
                 "its samples, or statistics that batch norm keeps, hold nan or inf, or a rank had none that counts, "
@@ -108,7 +108,7 @@ class Learning:
         if world.sum(torch.tensor(float(self._checksum() != untouched), device=world.device)):
             self._untouched = None
             return
-        said = f"epoch {row['epoch']}, {self._steps(int(row['step']))}: the weights are what they were before"
+        said = f"epoch {row['epoch']}, {self._steps(int(row['step']))}: the weights have not changed"
         if row["train_loss"] == 0:
             self._report(f"{said}, and train_loss is 0: there is nothing to learn")
         elif is_last or not self._may_begin_later(row):

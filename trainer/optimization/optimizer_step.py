@@ -17,8 +17,8 @@ from .precision import Precision
 from .regularization import Penalty
 
 _NO_LIMIT = (
-    "fit.clip_value limits each number of a gradient, and one is sparse, or complex, for which torch has no such "
-    "limit: clip_norm, Embedding(sparse=False)"
+    "fit.clip_value clips each gradient element, which torch can't do for sparse or complex gradients: use clip_norm, "
+    "or Embedding(sparse=False)"
 )
 
 
@@ -50,7 +50,9 @@ class Update:
         given = [name for name, value in asked.items() if value is not None]
         if given and needs_closure(optimizer):
             name = type(optimizer).__name__
-            raise UserError(f"{name} asks for gradients as often as it likes: {', '.join(given)} can't go with it")
+            raise UserError(
+                f"{name} computes the gradient several times a step, so {', '.join(given)} can't be used with it"
+            )
         is_sparse = any(map(has_sparse_gradients, (model.bare, model.loss.module)))
         if fit.clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
             raise UserError(_NO_LIMIT)
@@ -110,7 +112,7 @@ class Update:
         if self._on_nonfinite == "stop":
             raise UserError(
                 f"the gradients of step {step} are not finite, their norm is {float(norm)}; a smaller learning rate "
-                "or fit.clip_norm may help, and fit.on_nonfinite: skip leaves such batches out"
+                "or fit.clip_norm may help, and fit.on_nonfinite: skip skips such batches"
             )
         self._report_skipped(step)
         self._model.drop_gradients()
@@ -119,4 +121,4 @@ class Update:
         return True
 
     def _report_skipped(self, step: int) -> None:
-        self._report(f"step {step} is left out: its gradients are not finite")
+        self._report(f"step {step} is skipped: its gradients are not finite")

@@ -40,7 +40,7 @@ class Precision:
 
     def __init__(self, name: Name, device: torch.device, gradients_on: torch.device | None = None) -> None:
         if name == "fp16" and device.type == "cpu":
-            raise UserError("fit.precision: fp16 is for GPUs; on a CPU bf16 does the same without a scaler")
+            raise UserError("fit.precision: fp16 needs a GPU; on the CPU use bf16")
         self.name = name
         self._device = device.type
         self.dtype = _COARSE.get(name)  # of autocast, if any

@@ -12,7 +12,7 @@ from dtrain.errors import UserError
 
 from ..strategies.base import has_sparse_gradients
 
-_SPARSE = "fit.l1 and fit.l2 reach all numbers of a weight, a sparse gradient some: sparse=False"
+_SPARSE = "fit.l1 and fit.l2 apply to whole weights, but a sparse gradient covers a part: use sparse=False"
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 

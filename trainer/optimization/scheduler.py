@@ -137,7 +137,7 @@ def check_length(
         for part, _ in _parts(scheduler, sys.maxsize):
             if isinstance(part, OneCycleLR):
                 ends = f"{type(part).__name__} ends after total_steps {part.total_steps}"
-                warn(f"{ends}, and with it the run, if {epochs} epochs have more: how many is not known before")
+                warn(f"{ends}, and the run with it if {epochs} epochs have more: their number is not known in advance")
         return
     unit = f"{interval}s"
     other = "step" if interval == "epoch" else "epoch"

@@ -80,8 +80,8 @@ class Parallel:
         """
         if changed := sorted(self._trainable.keys() ^ trainable(self.bare).keys()):
             raise UserError(
-                f"requires_grad of {shortened(changed)} was changed after Trainer had cut the model; do so before, "
-                "with a new model that has these weights, or use ddp"
+                f"requires_grad of {shortened(changed)} was changed after Trainer sharded the model; change it "
+                "before, on a new model with these weights, or use ddp"
             )
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -261,7 +261,7 @@ def require_uncut(net: nn.Module) -> None:
     """Raise UserError for a model whose parameters a strategy has exchanged already."""
     if any(module in _cut for module in net.modules()):
         raise UserError(
-            "the model has been cut into parts by another Trainer; call that one's fit again, or make a new model "
+            "another Trainer has sharded the model; call that Trainer's fit again, or make a new model "
             "with its weights (weights/last.pt)"
         )
 
@@ -305,10 +305,10 @@ def require_divisible(net: nn.Module) -> None:
     """Raise UserError where a parameter can't be cut along its first dimension, or as a row of numbers."""
     for name, parameter in net.named_parameters():
         if parameter.dim() == 0:
-            raise UserError(f"{name} is a single number, which can't be cut: give it the shape (1,), or use ddp")
+            raise UserError(f"{name} is a scalar, which can't be sharded: give it the shape (1,), or use ddp")
         if not parameter.is_contiguous():
             raise UserError(
-                f"{name} can't be cut: its numbers lie in another order than its dimensions (channels_last, or a "
+                f"{name} can't be sharded: it is not contiguous (channels_last, or a "
                 "transposed tensor); make it contiguous, or use ddp"
             )
     if has_sparse_gradients(net):

@@ -106,7 +106,7 @@ class DataParallel(Parallel):
         if reached is not None and reached.isdisjoint(trained):
             raise UserError(
                 f"the loss depends on none of the model's parameters that this {type(optimizer).__name__} trains: "
-                "something was detached on the way to it, or the optimizer was made of others; nothing is learned"
+                "something was detached on the way to it, or the optimizer has other parameters; nothing is learned"
             )
         if self.module is not self.bare and not self._finds_unused:
             # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.

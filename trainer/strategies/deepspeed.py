@@ -83,7 +83,7 @@ class Engine(Parallel):
             raise UserError(problems)
         require_divisible(self.bare)
         if others := list(extra_states(self.bare)):
-            raise UserError(f"{others[0]} (get_extra_state) can't be kept by DeepSpeed: use ddp, or fsdp")
+            raise UserError(f"{others[0]} (get_extra_state) can't be saved by DeepSpeed: use ddp, or fsdp")
         self._config = deepspeed_config.filled(config, fit.precision)
         self._stage = deepspeed_config.stage(config)
         self._engine: Any = None
@@ -99,10 +99,10 @@ class Engine(Parallel):
             return
         name = type(optimizer).__name__
         if name != "LBFGS" and (needs_closure(optimizer) or has_modes(optimizer) or held(optimizer)):
-            wants = "wants a closure, or train() and eval(), or leaves its steps to another optimizer"
-            raise UserError(f"{name} {wants}, and DeepSpeed knows none of it: use ddp")
+            wants = "needs a closure, or train() and eval(), or delegates its steps to another optimizer"
+            raise UserError(f"{name} {wants}, which DeepSpeed does not support: use ddp")
         if name in _NOT_BY_NUMBER:
-            raise UserError(f"{name} looks at parameters as wholes, of which ZeRO gives it flat parts: use ddp")
+            raise UserError(f"{name} needs whole parameters, but ZeRO gives it flattened shards: use ddp")
         self._groups, known = parameter_groups(optimizer, self.bare), dict(self.bare.named_parameters())
         if unknown := [name for group in self._groups for name in group if name not in known]:
             raise UserError(f"the optimizer has parameters that are not the model's ({len(unknown)}): use ddp, or fsdp")
@@ -173,7 +173,7 @@ class Zero(Engine):
             return
         if self._zero.optimizer is not optimizer:
             name = type(optimizer).__name__
-            raise UserError(f"DeepSpeed exchanges {name} for one of its own, without its groups: use ddp, or fsdp")
+            raise UserError(f"DeepSpeed replaces {name} with its own, without its groups: use ddp, or fsdp")
         self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
         self._fragments = dict(self._find_fragments())
 

@@ -57,7 +57,7 @@ class FullySharded(Parallel):
     ) -> None:
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
         if settings.offload and world.device.type == "cpu":
-            raise UserError("fsdp.offload keeps in the CPU's memory what a GPU has no room for; there is no GPU here")
+            raise UserError("fsdp.offload moves GPU state to CPU memory, but there is no GPU here")
         if world.world_size > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise UserError(
                 f"fsdp on several ranks needs a newer torch than {torch.__version__} (2.15 was tried): in this one "
@@ -112,9 +112,9 @@ class FullySharded(Parallel):
         if optimizer is None:
             return
         if isinstance(optimizer, LBFGS):
-            raise UserError("LBFGS takes all parameters as one vector, and fsdp leaves each rank a part: use ddp")
+            raise UserError("LBFGS needs all parameters as one vector, but fsdp leaves each rank a shard: use ddp")
         if type(optimizer).__name__ == "Adafactor":
-            raise UserError("torch's Adafactor can't compute with parts of parameters: use ddp")
+            raise UserError("torch's Adafactor can't work on sharded parameters: use ddp")
         if any(each.param_groups is not optimizer.param_groups for each in held(optimizer).values()):
             name = type(optimizer).__name__
             raise UserError(f"{name} holds an optimizer with parameter groups of its own: share them, or use ddp")
