@@ -226,10 +226,10 @@ def test_without_a_server_it_says_so_in_one_line_and_gives_up(tmp_path, capsys):
     run = make_run(tmp_path / "run", uri)
     tracker.log(run).touch()
     assert follow_run(run, lambda: FINISHED, retry_s=0, give_up_s=0) == 1
-    assert tracker.outstanding(run) == f"not all of the run; to complete it: python -m dtrain.trainer.tracking {run}"
+    assert tracker.outstanding(run) == f"incomplete; to finish the upload: python -m dtrain.trainer.tracking {run}"
     error = capsys.readouterr().err
     assert re.match(f"dtrain: MLflow at {re.escape(hide_password(uri))}: .*Connection refused", error)
-    assert error.endswith(f"gave up; to finish the upload:  python -m dtrain.trainer.tracking {run}\n")
+    assert error.endswith(f"gave up; to finish the upload: python -m dtrain.trainer.tracking {run}\n")
     assert "secret" not in error
 
 
@@ -338,11 +338,11 @@ def wait_until(condition, timeout_s=300):
 @pytest.mark.parametrize(
     ("state", "within", "seconds", "says"),
     [
-        ("stopped", "4711", STOPPED_GRACE_S, "when it goes on, it gets the rest"),  # its time may be nearly up
-        ("finished", "4711", GRACE_S, "by process 7; it reports in"),
-        ("stopped", None, 0.0, "by process 7; it reports in"),  # it goes on behind the command
-        ("finished", "1", GRACE_S, "by process 7"),  # the first process of a container ends all others
-        ("finished", "--wait-mlflow", None, "by process 7"),
+        ("stopped", "4711", STOPPED_GRACE_S, "it continues when the run does"),  # its time may be nearly up
+        ("finished", "4711", GRACE_S, "process 7 continues it and reports in"),
+        ("stopped", None, 0.0, "process 7 continues it and reports in"),  # it goes on behind the command
+        ("finished", "1", GRACE_S, "process 7"),  # the first process of a container ends all others
+        ("finished", "--wait-mlflow", None, "process 7"),
     ],
 )
 def test_how_long_the_end_waits(state, within, seconds, says, tmp_path, monkeypatch, capsys):

@@ -80,8 +80,8 @@ class Tracker(ABC):
         if is_complete or not self.log(run).exists():
             return ""
         if _is_locked(self.lock(run)):
-            return f"still being sent; log: {self.log(run)}"
-        return f"not all of the run; to complete it: python -m {self.module} {run}"
+            return f"upload unfinished; log: {self.log(run)}"
+        return f"incomplete; to finish the upload: python -m {self.module} {run}"
 
 
 def trackers() -> list[Tracker]:

@@ -59,14 +59,14 @@ class TrackerProcesses:
                 code = process.wait(grace_s)
             except subprocess.TimeoutExpired:
                 if grace_s == STOPPED_GRACE_S:
-                    self._say(f"{tracker.title} has not taken all of the run yet; when it goes on, it gets the rest")
+                    self._say(f"{tracker.title} upload is unfinished; it continues when the run does")
                 else:
-                    sending = f"is still being sent this run, by process {process.pid}; it reports in {log}"
+                    sending = f"upload is unfinished; process {process.pid} continues it and reports in {log}"
                     self._say(f"{tracker.title} {sending}")
                 continue
             if code != 0 and log.exists():
                 lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-                self._say(f"{tracker.title} does not have all of this run: {lines[-1]}")
+                self._say(f"{tracker.title} upload failed: {lines[-1]}")
 
     def _grace_s(self, in_cluster_job: bool, was_stopped: bool) -> float | None:
         """How long the end waits for a tracker; None: as long as it takes."""

@@ -72,7 +72,7 @@ def follow(
         except Exception as error:  # whatever the other side, the network or the disk raise
             mirror = None  # the failed request may have arrived: ask anew what is there
             if time.monotonic() >= give_up_at:
-                _report(where, error, f"given up; to complete it: python -m {tracker.module} {run}")
+                _report(where, error, f"gave up; to finish the upload: python -m {tracker.module} {run}")
                 return 1
             if not failing:
                 _report(where, error, "trying again")

@@ -55,7 +55,7 @@ def main() -> int:
         os.environ.setdefault(name, value)
     run = RunDir(sys.argv[1])
     try:
-        require("dtrain: to have a run in MLflow, this", "mlflow")
+        require("dtrain: recording a run in MLflow", "mlflow")
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
