@@ -51,7 +51,7 @@ DIFFERENT: dict[str, tuple[Callable[[int], Any], str]] = {
     ),
     "files in another order": (
         lambda rank: Holder(files=files(rank)),
-        r"Holder.files is \['/data/000.png', .*\['/data/099.png', .*sort what is listed",
+        r"Holder.files is \['/data/000.png', .*\['/data/099.png', .*sort listed files",
     ),
     "labels": (lambda rank: Holder(samples=[(f"{i}.png", i * rank) for i in range(9)]), "Holder.samples"),
     "one label of many": (lambda rank: Holder(a=[0] * 70 + [rank] + [0] * 70), "another one with the same beginning"),

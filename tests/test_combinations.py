@@ -266,7 +266,7 @@ def refusals(combination: Combination) -> list[str]:
         found += ["belong neither to the model nor to the loss"] if combination.is_step else []
         found += ["by ddp only"] if combination.strategy != "ddp" else []
     if combination.strategy != "ddp":
-        found += {"sparse": ["sparse gradients"], "complex": ["is a single number"]}.get(combination.model, [])
+        found += {"sparse": ["sparse gradients"], "complex": ["is a scalar"]}.get(combination.model, [])
     if combination.strategy == "fsdp":
         found += ["are one parameter, used in two blocks"] if combination.model == "tied" else []
     elif combination.strategy != "ddp":

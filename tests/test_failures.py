@@ -223,7 +223,7 @@ def test_victims_are_not_blamed(project):
     assert second.startswith("rank 1 failed: it left with exit code 0 at ")
     assert 'blame.py", line' in done.err.partition(second)[2].partition(third)[0]  # where another was left alone
     assert third.startswith("rank 1 failed: it left with exit code 0 at ")
-    assert third.endswith(" waits for it to join")
+    assert third.endswith(" was waiting for it to join")
     assert project.status()["error"]["type"] == "LeftEarly"
 
 

@@ -107,7 +107,7 @@ def test_both_nodes_start_again_from_the_checkpoint(job):
     for done in ends:
         assert done.code == 0, "".join(each.err for each in ends)
         assert "rank 2 failed: ValueError: only here" in done.err
-        assert "starting the ranks again" in done.err
+        assert "restarting the ranks" in done.err
     assert (job.status()["state"], job.status()["restarts"]) == ("finished", 1)
 
 

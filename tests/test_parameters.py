@@ -306,7 +306,7 @@ def holding(state: Any) -> nn.Module:
         (nn.Sequential(nn.LazyBatchNorm1d(affine=False)), "0.running_mean has no shape before the first batch"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
         (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state but no set_extra_state"),
-        (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may give"),
+        (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may return"),
         (holding(np.ones(2)), "0._extra_state is not plain data: loading a weights file"),
     ],
 )

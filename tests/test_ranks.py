@@ -175,7 +175,7 @@ def looked_at(rank: int, world_size: int) -> Any:
     assert type(twin) is Attributes
     other = ranks.wrap(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
     assert other[:1](torch.ones(1, 4)).equal(other[0](torch.ones(1, 4)))
-    with pytest.raises(UserError, match="wrapped already"):
+    with pytest.raises(UserError, match="already wrapped"):
         ranks.wrap(wrapped)
     seen = [type(wrapped).__name__, isinstance(wrapped, Attributes), wrapped.dim, wrapped.device, net.scale]
     return [*seen, list(wrapped.state_dict()), net.calls, net.parts[0].bias.grad.tolist()]
@@ -199,7 +199,7 @@ def test_what_is_refused(tmp_path):
     ranks, net = Ranks(device="cpu"), new_net()
     with pytest.raises(UserError, match=r"iterate over the batches of ranks\.shard"):
         ranks.weigh(torch.tensor(1.0))
-    with pytest.raises(UserError, match=r"none that Ranks\.wrap has returned"):
+    with pytest.raises(UserError, match=r"was not returned by Ranks\.wrap"):
         ranks.save(net, tmp_path / "net.pt")
     wrapped = ranks.wrap(net)
     with pytest.raises(UserError, match="can't be written: No such file"):

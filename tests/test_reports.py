@@ -182,7 +182,7 @@ def test_who_left_before_all_had_met_is_to_blame():
     codes = {0: None, 1: 0, 2: 0, 3: None}
     blamed = left_unmet({0: waiting, 1: before, 2: before, 3: before}, codes, {1: 8.0, 2: 7.0})
     assert (blamed["rank"], blamed["type"]) == (2, "LeftEarly")
-    assert blamed["message"].endswith("while rank 0 waits for it to join")
+    assert blamed["message"].endswith("while rank 0 was waiting for it to join")
     # A script may have ranks that have nothing to do, as long as nobody waits for them.
     assert not left_unmet({0: before, 1: before, 2: before, 3: before}, codes, {1: 8.0, 2: 7.0})
     assert not left_unmet({0: waiting, 1: met, 2: waiting, 3: before}, codes, {1: 8.0, 2: 7.0})

@@ -48,7 +48,7 @@ def results(project, name):
 def test_a_run_that_was_started_again_is_as_one_that_never_failed(job):
     done = job.run(*LAUNCH, "model.failures=2", "model.error=SIGKILL")
     assert done.code == 0, done.err
-    assert done.err.count("starting the ranks again, from the last checkpoint") == 2
+    assert done.err.count("restarting the ranks, from the last checkpoint") == 2
     assert done.err.count("rank 1 failed: ") == 2
     assert done.err.count("epoch 1  step 5") == 1  # not shown again
     assert (job.status()["state"], job.status()["restarts"], job.status()["error"]) == ("finished", 2, None)
@@ -69,5 +69,5 @@ def test_what_another_start_does_not_mend_is_final(job):
     job.write("wrong.py", "def empty():\n    return []\n")
     done = job.run(*LAUNCH, "data.train={_target_: wrong.empty}")
     assert done.code == 1
-    assert "starting the ranks again" not in done.err
+    assert "restarting the ranks" not in done.err
     assert "is empty" in done.last_lines

@@ -249,7 +249,7 @@ def test_a_check_asks_slurm_and_a_node(site):
     assert done.code == 0, done.err
     assert "using 4 processors on nodes node[0-1] in partition gpu" in done.out
     assert "partition gpu: up to 60 minutes, 4 CPUs and 2 GPUs a node" in done.out
-    assert f"a node sees {site.folder}, and has this dtrain" in done.out
+    assert f"a node sees {site.folder} and has the same dtrain" in done.out
     assert not list(site.folder.glob(".dtrain-check-*"))
 
     done = site.run("launch", "--slurm", "--dry-run", "--gpus", "1", "job.yaml", "launch.device=auto")

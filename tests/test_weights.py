@@ -133,12 +133,12 @@ def plain_pickle_with_code(path: Path) -> None:
 
 REFUSED = {
     "no file": (lambda path: None, "no such file"),
-    "empty": (lambda path: path.write_bytes(b""), "not a file of weights"),
-    "text": (lambda path: path.write_text("weights"), "not a file of weights"),
-    "truncated": (truncated, "not a file of weights"),
-    "code": (with_code, "not a file of weights"),
-    "pickle with code": (plain_pickle_with_code, "not a file of weights"),
-    "a whole module": (lambda path: torch.save(plain_net(), path), "not a file of weights"),
+    "empty": (lambda path: path.write_bytes(b""), "not a weights file"),
+    "text": (lambda path: path.write_text("weights"), "not a weights file"),
+    "truncated": (truncated, "not a weights file"),
+    "code": (with_code, "not a weights file"),
+    "pickle with code": (plain_pickle_with_code, "not a weights file"),
+    "a whole module": (lambda path: torch.save(plain_net(), path), "not a weights file"),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds no state_dict"),
     "a training checkpoint": (lambda path: torch.save({"epoch": 3, "model": {}}, path), "holds no state_dict"),
     "names that are no text": (lambda path: torch.save({1: "x"}, path), "holds no state_dict"),
