@@ -299,7 +299,7 @@ WRONG_RESULTS: dict[str, tuple[Any, str]] = {
     "a tensor": (torch.ones(()), "step must return a dict with a `loss`, it returned float32"),
     "no loss": ({"los": 1}, "step must return a dict with a `loss`, it returned a dict with keys los"),
     "a key": ({"loss": torch.ones(()), "weigth": 3}, "unknown key 'weigth'; did you mean weight[?] known: loss, pred"),
-    "a number": ({"loss": 0.5}, "loss must be a tensor, it is the float 0.5; `.item\(\)` loses its"),
+    "a number": ({"loss": 0.5}, r"loss must be a tensor, it is the float 0.5; `.item\(\)` loses its"),
     "many": ({"loss": torch.ones(2)}, "the step's loss must be one number, it has shape"),
     "no number": ({"loss": torch.ones(()), "weight": "all"}, "the step's weight must be a number, it is str"),
     "weights": ({"loss": torch.ones(()), "weight": [1, 2]}, "the step's weight must be one number, it has shape"),
