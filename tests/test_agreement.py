@@ -47,7 +47,7 @@ def files(rank: int) -> list[str]:
 DIFFERENT: dict[str, tuple[Callable[[int], Any], str]] = {
     "an unseeded split": (
         lambda rank: Subset(WHOLE, torch.randperm(8, generator=torch.Generator().manual_seed(rank)).tolist()),
-        r"Subset.indices is \[\d, \d, \d, ...\] of 8 on rank 0, \[\d, \d, \d, ...\] of 8 on rank 1; .*random_split",
+        r"Subset.indices is \[\d, \d, \d, ...\] of 8 on rank 0, \[\d, \d, \d, ...\] of 8 on rank 1; .*random splits",
     ),
     "files in another order": (
         lambda rank: Holder(files=files(rank)),

@@ -30,7 +30,7 @@ def test_what_nobody_reads_and_what_is_damaged_stops_no_run_but_a_folder_that_is
     done = project.run("status", "run")
     assert "state     killed" in done.out
     assert "epoch     2, step 10" in done.out
-    damage = ["run/metrics.jsonl:3: is damaged", "run/status.json: is damaged"]
+    damage = ["run/metrics.jsonl:3: damaged", "run/status.json: damaged"]
     assert sorted(line.removeprefix("warning: ").partition(",")[0] for line in done.err.splitlines()) == damage
 
     (project.folder / "go").unlink()

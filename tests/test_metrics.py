@@ -500,7 +500,7 @@ def test_a_metric_that_cannot_be_computed_is_named():
         (Running(tm.MeanSquaredError()), "metric m: Running depends on how many updates"),
         (
             MetricCollection([BootStrapper(tm.MeanSquaredError())]),
-            "metric m: BootStrapper draws samples",
+            "metric m: BootStrapper draws random samples",
         ),
         (MetricTracker(tm.MeanSquaredError()), "metric m: MetricTracker keeps the values of epochs"),
         (tm.MeanSquaredError, "metric m: MeanSquaredError is neither a torchmetrics metric nor a function"),

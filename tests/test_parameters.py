@@ -234,7 +234,7 @@ def test_fsdp_leaves_alone_what_no_rank_uses():
 def test_what_no_optimizer_and_no_model_has(tmp_path, capsys):
     net, loss = nn.Linear(4, 3), Centres()
     Trainer(net, loss, torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
-    assert "the loss's parameters centres stay as they are" in "".join(capsys.readouterr())
+    assert "the loss's parameters centres are not trained" in "".join(capsys.readouterr())
     stranger = nn.Parameter(torch.zeros(2))
     with pytest.raises(UserError, match="1 of its parameters belong neither to the model nor to the loss"):
         Trainer(net, loss, torch.optim.SGD([*net.parameters(), stranger], lr=0.1), device="cpu")
@@ -304,7 +304,7 @@ def holding(state: Any) -> nn.Module:
     [
         (nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape before the first batch"),
         (nn.Sequential(nn.LazyBatchNorm1d(affine=False)), "0.running_mean has no shape before the first batch"),
-        (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel is around it"),
+        (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "DataParallel already wraps it"),
         (nn.Sequential(Stateful(2, 2)), "Stateful has get_extra_state but no set_extra_state"),
         (holding(Own()), "a checkpoint can't hold 0._extra_state/calls: it is a Own.*get_extra_state may return"),
         (holding(np.ones(2)), "0._extra_state is not plain data: loading a weights file"),

@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "exchanged": (
         lambda: (net := nn.Linear(4, 1), torch.optim.Adagrad(net.parameters())),
         CONFIGS["2"],
-        "DeepSpeed exchanges Adagrad for one of its own",
+        "DeepSpeed replaces Adagrad with its own",
     ),
     "a parameter of the loss": (
         lambda: (net := nn.Linear(4, 1), torch.optim.SGD([*net.parameters(), nn.Parameter(torch.ones(1))])),
