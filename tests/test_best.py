@@ -90,7 +90,7 @@ def test_a_monitor_that_names_nothing_is_refused_before_training(monitor, with_v
     for wrong, says in (
         ({"patience": 0}, "fit.early_stopping.patience: expected a number above 0, found 0"),
         ({"epochs": 0}, "fit.epochs: expected a number above 0, found 0"),
-        ({"monitor": "train_acc"}, "mode: is min, and of train_acc more is better"),
+        ({"monitor": "train_acc"}, "mode: is min, but higher is better for train_acc"),
         ({"mode": "maximum"}, "fit.early_stopping.mode: expected min or max, found 'maximum'"),
     ):
         with pytest.raises(UserError, match=says):

@@ -330,7 +330,7 @@ class Trainer:
             draw(run.plots, progress.rows, progress.best.epoch, confusions)
         except (OSError, ImportError) as error:
             cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
-            say(f"{run}: can't draw plots/: {cause or error}; all else is there")
+            say(f"{run}: can't draw plots/: {cause or error}; everything else is there")
 
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""

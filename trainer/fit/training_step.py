@@ -123,7 +123,7 @@ class TrainingStep:
         outcome = self._trained.model.run(self._trained.step, micro_batch)
         if not outcome.total.requires_grad:
             raise UserError(
-                "the loss does not depend on the model: on the way to it something was detached (detach(), item(), "
+                "the loss does not depend on the model: something was detached on the way to it (detach(), item(), "
                 "numpy, torch.no_grad, argmax), and nothing can be learned from it"
             )
         if not self._progress.samples_done:  # in this process's first step

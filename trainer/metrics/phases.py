@@ -45,7 +45,7 @@ class PhaseMetrics:
 
             self.by_name = as_metrics(given)
             if "loss" in self.by_name:
-                raise UserError("a metric is called loss: train_loss and val_loss are the losses; give it another name")
+                raise UserError("a metric is named loss: train_loss and val_loss are the losses; give it another name")
         _require_names("activations", self._activations, self.by_name)
         _require_names("train_metrics", in_training or (), self.by_name)
 
@@ -71,7 +71,7 @@ class PhaseMetrics:
     def require_mode(self, best: Best) -> None:
         """Raise UserError where the best epoch would be the worst one."""
         if (better := self.better(best.monitor)) not in (None, best.mode):
-            message = f"is {best.mode}, and of {best.monitor} {'more' if better == 'max' else 'less'} is better"
+            message = f"is {best.mode}, but {'higher' if better == 'max' else 'lower'} is better for {best.monitor}"
             raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
 
 
@@ -86,4 +86,4 @@ def _require_names(kind: str, asked: Collection[str], metrics: Collection[str]) 
     for name in asked:
         if name not in metrics:
             hint = among(name, list(metrics)) if metrics else "there are no metrics"
-            raise UserError(Problem(f"names the metric {name}, which there is not", kind, hint=hint))
+            raise UserError(Problem(f"names the metric {name}, which does not exist", kind, hint=hint))

@@ -72,8 +72,8 @@ class Scheduling:
             ending = next((part for part in parts if isinstance(part, OneCycleLR)), None)
             if ending is None:
                 raise
-            message = f"{type(ending).__name__} has ended before the run has, with step {step}: {first_line(error)}"
-            raise UserError(Problem(message, "scheduler", hint="total_steps: as many as all epochs have")) from error
+            message = f"{type(ending).__name__} ended before the run did, at step {step}: {first_line(error)}"
+            raise UserError(Problem(message, "scheduler", hint="set total_steps to the steps of all epochs")) from error
 
     def after_epoch(self, row: Row) -> None:
         """Step with an epoch that has brought this row, where that is the interval."""
