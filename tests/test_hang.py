@@ -10,8 +10,9 @@ import pytest
 from command import Project
 from marks import campaign
 
+from dtrain.files import read_json
 from dtrain.launcher.agent.watchdog import Watchdog
-from dtrain.launcher.rank import stacks
+from dtrain.launcher.rank import flight_recorder, stacks
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
 
 HANGS = """
@@ -92,6 +93,30 @@ def test_the_rank_that_stands_is_named(name, project: Project):
     # The other rank's stack is in its log as well.
     assert "most recent call first" in project.run_dir().rank_log(0).read_text()
     assert project.status()["error"]["type"] == "Hang"
+
+
+def test_what_torch_has_recorded_of_collectives_is_written(project: Project):
+    """On GPUs it is recorded unasked."""
+    project.write("hangs.py", HANGS)
+    project.job(
+        model={"_target_": "hangs.Net", "fault": "forward"},
+        launch={"hang_timeout_s": 3},
+    )
+    done = project.run("launch", "--gpus", "2", "--run-dir", "run", "job.yaml", TORCH_FR_BUFFER_SIZE="100")
+    assert done.code == 1, done.err
+    files = [project.run_dir().flight_record(rank) for rank in range(2)]
+    assert "; the ranks' last collectives: " + ", ".join(f"run/logs/{file.name}" for file in files) in done.last_lines
+    entries = read_json(files[0])["gloo"]["entries"]
+    assert {"gloo:all_reduce", "gloo:broadcast"} <= {entry["profiling_name"] for entry in entries}
+
+
+def test_on_gpus_collectives_are_recorded_unless_the_user_has_said_otherwise():
+    environment = {}
+    flight_recorder.record(environment)
+    assert int(environment["TORCH_FR_BUFFER_SIZE"]) > 0
+    environment = {"TORCH_FR_BUFFER_SIZE": "0"}
+    flight_recorder.record(environment)
+    assert environment == {"TORCH_FR_BUFFER_SIZE": "0"}
 
 
 def test_ranks_that_do_not_stop_when_asked_are_ended(project: Project):

@@ -92,6 +92,14 @@ class RunDir:
         """Where a rank leaves what becomes its `rank_error`, for its node's agent, who looks all the time."""
         return self.heartbeats / f"rank-{rank}.error.json"
 
+    def record_request(self, rank: int) -> Path:
+        """The pipe by which a rank is asked for its `flight_record`."""
+        return self.heartbeats / f"rank-{rank}.pipe"
+
+    def flight_record(self, rank: int) -> Path:
+        """A rank's last collectives, where it hung."""
+        return self.logs / f"rank-{rank}.collectives.json"
+
     def submitted(self, cluster: str) -> Path:
         """Tells which job of that cluster the run is: `slurm.json`."""
         return self.path / f"{cluster}.json"

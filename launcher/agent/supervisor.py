@@ -30,6 +30,7 @@ from dtrain.run.heartbeat import Beat, Heartbeat
 from dtrain.signals import held_back
 
 from ..machine.proc import kill_sessions, oom_kills
+from ..rank import flight_recorder
 from . import root_cause
 from .nodes import Nodes, Rendezvous
 from .slow_start import Beginning
@@ -228,6 +229,8 @@ class Supervisor(LocalElasticAgent):
             self._conclude(unmet)
         elif any(report.get("type") == "Hang" for report in elsewhere.values()) or self._watchdog.sees_hang():
             error = {**self._watchdog.explain(self.pids, self._logs), "host": socket.gethostname()}
+            if records := flight_recorder.request(self._run, self._heartbeats):
+                error["message"] += f"; the ranks' last collectives: {', '.join(map(str, records))}"
             self._take_down(at_once=True)
             self._conclude(error)
         elif any(elsewhere.values()):

@@ -22,6 +22,7 @@ from dtrain.schema.packages import require_for
 
 from ..agent.agent import run_ranks
 from ..machine.devices import choose_processes, expected_ranks, num_processes, threads_per_rank
+from ..rank import flight_recorder
 from ..rank.entry import Task
 from ..rank.fork_server import start_fork_server
 from ..rank.preparation import preload_for, prepare, resolved
@@ -68,6 +69,8 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         print(ready.job, end="")
         say(f"would train on {ready}, in {run}")
         return 0
+    if ready.device == "cuda":
+        flight_recorder.record(os.environ)
     train = Train(str(code.absolute()))
     task = Task(
         str(run),

@@ -32,7 +32,7 @@ from dtrain.run.folder import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, Run
 from dtrain.run.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 
 from ..machine.cores import openmp_threads
-from . import reports, stacks
+from . import flight_recorder, reports, stacks
 from .finalize import leave
 from .stdio import open_output
 
@@ -83,6 +83,8 @@ def main(text: str, *arguments: str, imported: Mapping[str, ModuleType] | None =
     if task.is_job:
         signals.leave_to_agent()  # in a script, Trainer sees to that
         faulthandler.enable(all_threads=True)
+        if flight_recorder.is_recorded():
+            flight_recorder.answer_requests(run_dir, int(os.environ["RANK"]))
     signals.let_through()
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     os.environ[HANG_TIMEOUT_VARIABLE] = str(task.hang_timeout_s)

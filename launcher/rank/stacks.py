@@ -20,6 +20,7 @@ SIGNAL = signal.SIGRTMIN + 6
 _WRITTEN_S = 1.0  # for a process to write its stacks
 _FRAME = re.compile(r'  File "([^"]+)", line \d+ in .+')
 _HOME = Path(__file__).parents[2]
+_RECORDER = str(Path(__file__).with_name("flight_recorder.py"))
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ def _request(pid: int, log: Path) -> list[Stack]:
 
 
 def parse(text: str) -> list[Stack]:
-    """The stacks in what faulthandler wrote."""
+    """The stacks in what faulthandler wrote, but for that of the thread that waits for the agent."""
     stacks: list[Stack] = []
     for line in text.splitlines():
         if line.endswith("(most recent call first):"):
             stacks.append([])
         elif stacks and (match := _FRAME.fullmatch(line)):
             stacks[-1].append(Frame(line, match[1]))
-    return stacks
+    return [stack for stack in stacks if not any(frame.file == _RECORDER for frame in stack)]
 
 
 def in_users_code(stacks: list[Stack]) -> bool:
