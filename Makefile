@@ -10,7 +10,7 @@ JOBS ?= 1
 # For gpu: where the page of results goes.
 OUT ?= build/gpu
 
-.PHONY: demo test check faults bench gpu cluster-up cluster-down clean
+.PHONY: demo test check lock faults bench gpu cluster-up cluster-down clean
 
 demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
@@ -22,11 +22,18 @@ check: $(VENV)/installed  ## Lint, type-check, and spell-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	@# What is imported is declared; tests import each other by names that deptry can't know.
+	$(BIN)/deptry dtrain launcher slurm trainer
+	$(BIN)/deptry tests bench examples --exclude '\.venv' --ignore DEP001,DEP002,DEP004
 	@# mypy sees the package as users do, installed: in the repository its folders lie apart.
 	@rm -rf build
 	$(BIN)/pip install -q --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
 	$(BIN)/mypy slurm/devcluster/cluster.py
+
+lock: $(VENV)/installed  ## Write the versions that are installed, once all tests have passed with them: pip install -c constraints.txt
+	{ echo "# The versions with which all tests have passed (make lock), with $$($(BIN)/python --version)."; \
+		$(BIN)/pip freeze --exclude-editable; } > constraints.txt
 
 faults: $(VENV)/installed  ## Kill and stop N runs, which must go on to the same bits; break N more, which must say why; compare 300 random trainings with a plain loop; launch 50 at once; interrupt a run on Slurm
 	$(BIN)/python -m pytest -m campaign
