@@ -6,9 +6,15 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path, PurePath
+from typing import get_args
 
 import pytest
+
+from dtrain.schema.job import Job
+from dtrain.schema.sections import Fit
+from dtrain.schema.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 TOP = ("dtrain", "launcher", "slurm", "trainer")
@@ -147,6 +153,15 @@ def test_a_folder_imports_only_what_it_may():
         if folder not in HANDS_ON.get(str(path.relative_to(ROOT)), ())
     ]
     assert not wrong
+
+
+def test_every_strategy_is_in_the_table():
+    """Those that job.yaml may name, as modules that make one; each but ddp has its section by its name."""
+    named = get_args(Fit.model_fields["strategy"].annotation)
+    assert tuple(STRATEGIES) == named
+    for name, strategy in STRATEGIES.items():
+        assert (strategy.settings is not None) == (name in Job.model_fields)
+        assert "def parallel(" in Path(str(find_spec(strategy.module).origin)).read_text()
 
 
 def test_commands_know_a_cluster_by_its_interface():

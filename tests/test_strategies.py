@@ -22,9 +22,10 @@ from dtrain.schema.sections import Fit, Fsdp
 from dtrain.trainer.checkpoint.manager import saved
 from dtrain.trainer.distributed.world import join_world
 from dtrain.trainer.model.blocks import of_classes, repeated
+from dtrain.trainer.model.meta import build_on_meta
 from dtrain.trainer.optimization.optimizer_step import Update
 from dtrain.trainer.optimization.precision import Precision
-from dtrain.trainer.strategies.fsdp import FullySharded, build_on_meta
+from dtrain.trainer.strategies.fsdp import FullySharded
 from dtrain.trainer.trainer import Trainer
 
 SEED, BATCH, EPOCHS, CLASSES = 4, 9, 5, 3

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dtrain.errors import UserError, first_line
 from dtrain.schema.packages import missing, require
 from dtrain.schema.sections import Fsdp
+from dtrain.schema.strategies import STRATEGIES
 
 from .batches import batches_of
 from .checkpoint.background import say
@@ -53,7 +55,6 @@ from .optimization.optimizer_step import Update
 from .optimization.scheduler import Interval, Scheduling, check_length, is_fed, require_mode
 from .predict import predict_features, predict_shares
 from .strategies.base import Parallel, require_uncut
-from .strategies.ddp import DataParallel
 from .summary import summary
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Trainer:
         self.world = join_world(device)
         if sync_batchnorm and self.world.device.type == "cpu" and self.world.world_size > 1:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
-        is_offloaded = isinstance(strategy, Fsdp) and strategy.offload
+        is_offloaded = getattr(strategy, "offload", False)
         self.precision = precisions.Precision(
             precision, self.world.device, gradients_on=torch.device("cpu") if is_offloaded else None
         )
@@ -166,7 +167,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         loss = LearnedLoss(loss_fn, net, self.world)
         if optimizer is not None:
-            loss.adopt(optimizer, self._say, is_whole=self.settings.fit.strategy == "ddp")
+            loss.adopt(optimizer, self._say, is_whole=STRATEGIES[self.settings.fit.strategy].is_plain)
         self.model = self._parallel(net, strategy)
         self.model.loss = loss
         self.net = self.model.bare
@@ -188,17 +189,10 @@ class Trainer:
 
     def _parallel(self, net: nn.Module, strategy: Strategy) -> Parallel:
         fit = self.settings.fit
-        if fit.strategy == "fsdp":
-            from .strategies.fsdp import FullySharded
-
-            how = strategy if isinstance(strategy, Fsdp) else Fsdp()
-            return FullySharded(net, self.world, how, self.precision.dtype, sync_batchnorm=fit.sync_batchnorm)
-        if fit.strategy == "deepspeed":
-            from .strategies.deepspeed import with_deepspeed
-
-            return with_deepspeed(net, self.world, strategy if isinstance(strategy, Mapping) else {}, fit)
-        finds_unused = fit.find_unused_parameters
-        return DataParallel(net, self.world, sync_batchnorm=fit.sync_batchnorm, find_unused_parameters=finds_unused)
+        module: Any = import_module(STRATEGIES[fit.strategy].module)
+        settings = None if isinstance(strategy, str) else strategy
+        made: Parallel = module.parallel(net, self.world, settings, fit, self.precision.dtype)
+        return made
 
     def _take(self, step: UserStep) -> None:
         self._made_by = step

@@ -6,10 +6,11 @@ import math
 import re
 
 from dtrain.errors import Problem
-from dtrain.schema import deepspeed_config, sbatch
+from dtrain.schema import sbatch
 from dtrain.schema.job import Job, ScriptJob
 from dtrain.schema.monitor import monitor_problem
-from dtrain.schema.sections import Fit, Fsdp, Slurm
+from dtrain.schema.sections import Fit, Slurm
+from dtrain.schema.strategies import STRATEGIES
 
 
 def contradictions_of(fit: Fit) -> list[Problem]:
@@ -17,7 +18,7 @@ def contradictions_of(fit: Fit) -> list[Problem]:
     problems = []
     if fit.clip_norm and fit.clip_value:
         problems.append(Problem("is a second way of clipping; give either clip_norm or clip_value", "fit.clip_value"))
-    if fit.find_unused_parameters and fit.strategy != "ddp":
+    if fit.find_unused_parameters and not STRATEGIES[fit.strategy].is_plain:
         problems.append(Problem("works with ddp only", "fit.find_unused_parameters"))
     if fit.precision == "fp16" and fit.on_nonfinite == "stop":
         message = "fp16's gradient scaler skips steps that overflow, so it can't stop at them; use skip, or bf16"
@@ -33,13 +34,9 @@ def contradictions(job: Job) -> list[Problem]:
     if not job.loss and not job.step:
         problems.append(Problem("missing; give loss or step", "loss"))
     problems += contradictions_of(job.fit)
-    if job.fit.strategy == "deepspeed":
-        optimizer = {"_target_": job.optimizer.target, **job.optimizer.arguments}
-        problems += deepspeed_config.disagreements(
-            job.deepspeed, job.fit, batch_size=job.data.batch_size, optimizer=optimizer
-        )
-    for section, is_given in (("fsdp", job.fsdp != Fsdp()), ("deepspeed", bool(job.deepspeed))):
-        if is_given and job.fit.strategy != section:
+    problems += STRATEGIES[job.fit.strategy].disagreements(job)
+    for section in STRATEGIES:
+        if section in job.model_fields_set and section != job.fit.strategy and not job.is_default(section):
             problems.append(Problem("settings for a strategy that fit.strategy does not select", section))
     if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
         message = "is an optimizer, not a scheduler; torch's schedulers are in torch.optim.lr_scheduler"

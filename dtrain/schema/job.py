@@ -73,6 +73,11 @@ class Job(Section):
         default_factory=dict, description="DeepSpeed's own configuration, or the path of its JSON file."
     )
 
+    def is_default(self, section: str) -> bool:
+        """Whether that section says nothing."""
+        found: bool = getattr(self, section) == type(self).model_fields[section].get_default(call_default_factory=True)
+        return found
+
     @property
     def monitor(self) -> str:
         """The reported value that decides which weights are best."""

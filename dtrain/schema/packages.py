@@ -12,6 +12,7 @@ from dtrain.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from dtrain.schema.job import Job, LoadedJob, LoadedScript, ScriptJob
+    from dtrain.schema.sections import Fit
 
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml, which a cluster's torch or `pip install --no-deps` need not have met
 
@@ -48,5 +49,9 @@ def require_for(loaded: LoadedJob | LoadedScript | None = None) -> None:
 def _asked_for(job: Job | ScriptJob) -> Iterator[Problem]:
     if job.mlflow.tracking_uri is not None and (lacking := missing("mlflow")):
         yield Problem(lacking, "mlflow.tracking_uri")
-    if getattr(getattr(job, "fit", None), "strategy", None) == "deepspeed" and (lacking := missing("deepspeed")):
-        yield Problem(f"deepspeed {lacking}", "fit.strategy")
+    from dtrain.schema.strategies import STRATEGIES
+
+    fit: Fit | None = getattr(job, "fit", None)  # a script has none
+    package = fit and STRATEGIES[fit.strategy].package
+    if package and (lacking := missing(package)):
+        yield Problem(f"{package} {lacking}", "fit.strategy")

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from dtrain.errors import Problem, UserError
 from dtrain.schema.contradictions import contradictions_of
 from dtrain.schema.loading import problems_in
-from dtrain.schema.sections import Checkpoint, Fit, Fsdp, Launch, SchedulerTarget, Section, Seed
+from dtrain.schema.sections import Checkpoint, Fit, Launch, SchedulerTarget, Section, Seed
+from dtrain.schema.strategies import name_of
 
 from ..checkpoint.codec import flatten
 from ..model.buffers import extra_states
@@ -63,8 +64,7 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     fit = {name: arguments[name] for name in Fit.model_fields.keys() & arguments.keys()}
     if not isinstance(fit["activation_checkpointing"], str):
         fit["activation_checkpointing"] = list(fit["activation_checkpointing"])
-    if isinstance(fit["strategy"], Fsdp | Mapping):
-        fit["strategy"] = "fsdp" if isinstance(fit["strategy"], Fsdp) else "deepspeed"
+    fit["strategy"] = name_of(fit["strategy"]) or fit["strategy"]
     values = {
         "fit": {"epochs": 1, **fit},
         "checkpoint": {"every": arguments["checkpoint_every"], "keep": arguments["keep"]},

@@ -25,6 +25,7 @@ from dtrain.schema.instantiate import bind_function, build_metric, instantiate
 from dtrain.schema.job import Job
 from dtrain.schema.loading import load_job
 from dtrain.schema.sections import Target
+from dtrain.schema.strategies import STRATEGIES
 
 from ..checks.arguments import OF_THE_RUN, require_model
 from ..data.indexed import Source
@@ -32,10 +33,11 @@ from ..distributed.seeds import derive_seed, rng_kept, seed_everything
 from ..distributed.stop import Stopped
 from ..distributed.world import own_device
 from ..loss.step import user_step
+from ..model.meta import build_on_meta
 from ..model.weights import load_weights, without_shape
 from ..optimization.param_groups import group_parameters
 from ..predict import predict_features
-from ..trainer import Strategy, Trainer
+from ..trainer import Trainer
 from .lazy_shapes import give_shapes
 
 
@@ -85,7 +87,6 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
     loss = None if job.loss is None else cast(Any, instantiate(job.loss))
     optimizer = None if trained is not None else build_optimizer(job, net, loss)
     metrics = {name: build_metric(target) for name, target in job.metrics.items()}
-    strategies: dict[str, Strategy] = {"ddp": "ddp", "fsdp": job.fsdp, "deepspeed": job.deepspeed}
     return Trainer(
         net,
         loss,
@@ -99,7 +100,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         train_metrics=_train_metrics(job, metrics),
         seed=job.seed,
         device=job.launch.device,
-        strategy=strategies[job.fit.strategy],
+        strategy=getattr(job, job.fit.strategy, job.fit.strategy),  # its section, if it has one
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
         **job.fit.model_dump(exclude=OF_THE_RUN | {"strategy"}),
@@ -119,11 +120,10 @@ def build_model(job: Job, trained: Path | None) -> nn.Module:
         require_model(net, may_be_lazy=may_be_lazy)
         return net
 
-    if job.fit.strategy == "fsdp" and int(os.environ["RANK"]) > 0:
-        from ..strategies.fsdp import build_on_meta
-
-        if (net := build_on_meta(build)) is not None:
-            return net
+    if STRATEGIES[job.fit.strategy].from_meta and int(os.environ["RANK"]) > 0:
+        without_values = build_on_meta(build)
+        if without_values is not None:
+            return without_values
     net = build(may_be_lazy=True)
     if trained is not None:
         load_weights(net, trained)

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
+from dtrain.schema.sections import Fit
 
 from ..checkpoint.optimizer_state import to_parameters
 from ..data.indexed import MicroBatch
@@ -187,3 +188,9 @@ class _TouchAll(nn.Module):
             total = parameter.sum() * 0
             zero = zero + (total.real if total.is_complex() else total)
         return zero
+
+
+def parallel(net: nn.Module, world: World, settings: None, fit: Fit, dtype: torch.dtype | None) -> DataParallel:
+    """A model whole on each rank. All ranks take part. Its parameters stay float32, whatever `dtype` it computes in."""
+    finds_unused = fit.find_unused_parameters
+    return DataParallel(net, world, sync_batchnorm=fit.sync_batchnorm, find_unused_parameters=finds_unused)

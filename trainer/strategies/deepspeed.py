@@ -54,8 +54,14 @@ class _Fragment:
     length: int
 
 
-def with_deepspeed(net: nn.Module, world: World, config: Mapping[str, Any], fit: Fit) -> Parallel:
-    """The model under DeepSpeed with the stage that its section asks for; arguments and errors as of `Engine`."""
+def parallel(
+    net: nn.Module, world: World, settings: Mapping[str, Any] | None, fit: Fit, dtype: torch.dtype | None
+) -> Parallel:
+    """A model that DeepSpeed trains, with the stage that its settings ask for and errors as of `Engine`.
+
+    All ranks take part. DeepSpeed knows `dtype` by `fit`.
+    """
+    config = settings or {}
     kind = Zero if deepspeed_config.stage(config) else Engine
     return kind(net, world, config, fit)
 

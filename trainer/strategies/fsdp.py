@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dtrain.errors import UserError
-from dtrain.schema.sections import Fsdp
+from dtrain.schema.sections import Fit, Fsdp
 
 from ..checkpoint.background import Copied, to_cpu
 from ..checkpoint.optimizer_state import held
@@ -247,16 +246,6 @@ def _require_apart(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
                 )
 
 
-def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
-    """A model without values, for ranks that get them from rank 0; None where its class can't be built so.
-
-    A constructor that computes with values (`.item()`), or keeps tensors that are neither parameters nor buffers,
-    needs them.
-    """
-    try:
-        with torch.device("meta"):
-            net = build()
-    except Exception:  # whatever it meets; rank 0 meets it too where it is no matter of the device
-        return None
-    attributes = [{**vars(module), "_parameters": None, "_buffers": None} for module in net.modules()]
-    return None if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(attributes)) else net
+def parallel(net: nn.Module, world: World, settings: Fsdp | None, fit: Fit, dtype: torch.dtype | None) -> FullySharded:
+    """A model cut into the ranks' parts, computed in `dtype`. All ranks take part."""
+    return FullySharded(net, world, settings or Fsdp(), dtype, sync_batchnorm=fit.sync_batchnorm)
