@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from command import Project, make_store
 from faults.broken.broken import EPOCH_STEPS, EPOCHS, KINDS, MOMENTS

@@ -33,14 +33,14 @@ def driver(place: Place) -> str:
     return f"{name}, NCCL {nccl}, {memory:.0f} GiB, compute capability {capability}"
 
 
-@check(2, "tests/test_cuda.py", limit_s=240)
+@check(2, "tests/gpu/test_cuda.py", limit_s=240)
 def test_cuda(place: Place) -> str:
     if not place.has_gpu:
         raise LeftOut("each of its tests needs a GPU")
     side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     # ZeRO is check 13's.
-    rest = ["-p", "no:cacheprovider", "-k", "not zero", *side_by_side, str(ROOT / "tests/test_cuda.py")]
+    rest = ["-p", "no:cacheprovider", "-k", "not zero", *side_by_side, str(ROOT / "tests/gpu/test_cuda.py")]
     done = subprocess.run([*pytest, *rest], capture_output=True, text=True)
     print(done.stdout, done.stderr)
     summary = done.stdout.strip().splitlines()[-1]

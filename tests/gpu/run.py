@@ -18,8 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-ROOT = TESTS.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = {
     **{name: name for name in ("click", "numpy", "pandas", "pydantic", "rich", "safetensors", "torch", "torchmetrics")},
     "yaml": "pyyaml",
@@ -37,7 +36,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="dtrain-gpu-") as folder:
         put_together(Path(folder))
-        paths = [folder, str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [folder, str(ROOT / "tests/support"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": ""}
         suite = str(Path(__file__).with_name("suite.py"))
         return subprocess.run([sys.executable, suite, *sys.argv[1:]], env=environment).returncode

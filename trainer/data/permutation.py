@@ -30,7 +30,7 @@ class Permutation:
     2014), brought to the half's range by a multiplication and a shift (Lemire, "Fast Random Integer Generation in an
     Interval", 2019). It is added, and num_lows is even, so that odd permutations come as often as even ones.
 
-    As fair as a shuffle by a good generator (tests/test_order.py), but no protection of secrets.
+    As fair as a shuffle by a good generator (tests/trainer/data/test_order.py), but no protection of secrets.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:

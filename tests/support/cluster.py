@@ -14,7 +14,7 @@ from pathlib import Path
 
 from command import DTRAIN, PATIENCE_S, RANK_VARIABLES, Done, Project
 
-PROGRAM = Path(__file__).parents[1] / "slurm" / "devcluster" / "cluster.py"
+PROGRAM = Path(__file__).parents[2] / "slurm" / "devcluster" / "cluster.py"
 UNAVAILABLE = 3  # the program's exit code where Slurm can't run
 SIZE = ("--nodes", "2", "--gpus", "2")
 # A job that is requeued is in none of these.

@@ -1,6 +1,6 @@
 """A folder as a busy server shares it: each operation takes its time, none has a lock, and all are written down.
 
-    python tests/slow_folder.py FOLDER PLACE LOG HOLD UNTIL
+    python tests/faults/slow_folder.py FOLDER PLACE LOG HOLD UNTIL
 
 shows FOLDER at PLACE (FUSE) until its input ends. LOG gets a line "PROCESS THREAD OPERATION PATH" for each operation,
 and the kernel is to remember nothing of what it has asked, so that none is missed. The first one on a path with HOLD in

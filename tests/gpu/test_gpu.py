@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import suite
+from checks import CHECKS, LeftOut, Place
+from speed import length, merged, shared
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests/gpu"))
-
-import suite  # noqa: E402
-from checks import CHECKS, LeftOut, Place  # noqa: E402
-from speed import length, merged, shared  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_there_are_25_checks():

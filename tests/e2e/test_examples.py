@@ -17,7 +17,7 @@ from training import epoch_order
 
 import dtrain
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Parts put together at random train as in a plain loop, on any number of ranks, stopped or not; or are refused.
 
-A failure names its seed: `pytest tests/test_combinations.py -m "" -k "[SEED]"` runs that one again.
+A failure names its seed: `pytest tests/exactness/test_combinations.py -m "" -k "[SEED]"` runs that one again.
 """
 
 from __future__ import annotations

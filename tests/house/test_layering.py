@@ -16,7 +16,7 @@ from dtrain.schema.job import Job
 from dtrain.schema.sections import Fit
 from dtrain.schema.strategies import STRATEGIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOP = ("dtrain", "launcher", "slurm", "trainer")
 
 MOST_FILES = 15

@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOP = ("dtrain", "launcher", "slurm", "trainer")
 ARE_RUN = ("dtrain.__main__", "dtrain.trainer.tracking.__main__", "dtrain.launcher.rank.fresh")  # and not imported
 

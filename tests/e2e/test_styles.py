@@ -19,7 +19,7 @@ from training import epoch_order
 
 from dtrain import Ranks, Trainer, load_weights
 
-STYLES = Path(__file__).parents[1] / "examples" / "styles"
+STYLES = Path(__file__).parents[2] / "examples" / "styles"
 EPOCHS = 5
 VALUES = ("train_loss", "val_loss", "val_acc")
 

@@ -91,4 +91,4 @@ def test_an_older_torch_is_named(monkeypatch):
 
 def test_the_oldest_torch_is_the_requirements():
     oldest = ".".join(map(str, packages.OLDEST_TORCH))
-    assert f'"torch>={oldest}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"torch>={oldest}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
