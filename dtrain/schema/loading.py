@@ -5,43 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dtrain import yaml12
-from dtrain.errors import Problem, UserError, did_you_mean, nearest
+from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.redact import hide_password
 from dtrain.schema.contradictions import contradictions, wrong_slurm_options
 from dtrain.schema.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob
-from dtrain.schema.sections import Section
+from dtrain.schema.validation import dotted, shown, translated
 from dtrain.yaml12 import Place, Reader
 
 __all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
 
 _MAX_BYTES = 1 << 20
-
-# pydantic's kinds of error in plain words: "expected ..., found ...".
-_EXPECTED = {
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "float_type": "a number",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "at least {ge}",
-    "int_from_float": "a whole number",
-    "int_type": "a whole number",
-    "invalid_key": "a name as the key",
-    "less_than": "a number below {lt}",
-    "list_type": "a list",
-    "model_type": "a mapping",
-    "string_pattern_mismatch": "letters, digits, '_', '-' and '.' (the last two not first)",
-    "string_too_long": "at most {max_length} characters",
-    "string_too_short": "text",
-    "string_type": "text",
-}
 
 # Stand where a required value is wrong or missing, so that the rest of the job can be checked all the same.
 _ANY_TARGET = {"_target_": "builtins.dict"}
@@ -80,7 +61,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedS
     reader = Reader(str(path))
     document = reader.read(_read_text(Path(path)))
     if not isinstance(document, dict):
-        message = f"expected a mapping with name, model, data and so on, found {_show(document)}"
+        message = f"expected a mapping with name, model, data and so on, found {shown(document)}"
         raise UserError([*reader.problems, Problem(message, file=str(path), line=1)])
     problems = reader.problems
     for override in overrides:
@@ -115,7 +96,7 @@ def _load_script(
     except ValidationError as error:
         errors = error.errors()
     where = Loaded(path, places)
-    problems += [where.at(_translate(error, ScriptJob)) for error in errors]
+    problems += [where.at(translated(error, ScriptJob)) for error in errors]
     if not errors:
         problems += map(where.at, wrong_slurm_options(loaded.job))
     if problems:
@@ -200,7 +181,7 @@ def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) ->
             index = part
         else:
             path = ".".join(parents[:depth])
-            return [Problem(f"{path} is {_show(here)}, which has no {part}", file=source)]
+            return [Problem(f"{path} is {shown(here)}, which has no {part}", file=source)]
         if depth == len(parents):
             here[index] = value
         elif isinstance(here, dict) and here.get(index) is None:
@@ -238,8 +219,8 @@ def _validate(document: dict[Any, Any], path: Path, places: dict[str, Place]) ->
     except ValidationError as error:
         errors = error.errors()
         job = _salvage(document, errors)
-    wrong = [_dotted(error) for error in errors if error["type"] != "extra_forbidden"]
-    problems = [_translate(error) for error in errors]
+    wrong = [dotted(error) for error in errors if error["type"] != "extra_forbidden"]
+    problems = [translated(error) for error in errors]
     for problem in contradictions(job):
         roots = _DRAWN_FROM.get(problem.path or "", ())
         if not any(_is_within(each, root) or _is_within(root, each) for each in wrong for root in roots):
@@ -263,76 +244,5 @@ def _salvage(document: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
     return Job.model_validate(rest)
 
 
-def _translate(error: ErrorDetails, job: type[Section] = Job) -> Problem:
-    path, kind, context = _dotted(error), error["type"], error.get("ctx", {})
-    if kind == "missing":
-        return Problem("missing", path, hint=_hint_at_target(error))
-    if kind == "extra_forbidden":
-        *parents, key = map(str, error["loc"])
-        if job is ScriptJob and path in Job.model_fields:
-            hint = (
-                "with script, write restarts beside it" if path == "fit" and "restarts" in str(error["input"]) else None
-            )
-            return Problem("has no effect with script, which decides that itself; leave it out", path, hint=hint)
-        known = _fields(job, parents)
-        hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
-        return Problem("unknown key", path, hint=hint)
-    found = f"found {_show(error['input'])}"
-    if kind == "literal_error":
-        choices = re.findall(r"'(\w+)'", context["expected"])
-        expected = context["expected"].replace("'", "")
-        return Problem(f"expected {expected}, {found}", path, hint=did_you_mean(str(error["input"]), choices))
-    if kind == "value_error":
-        return Problem(f"{context['error']}, {found}", path)
-    if kind in _EXPECTED:
-        expected = _EXPECTED[kind].format(**context)
-        return Problem(f"expected {expected}, {found}", path, hint=_hint_at_target(error))
-    return Problem(f"{error['msg']}, {found}", path)
-
-
-def problems_in(section: type[Section], values: Mapping[str, Any]) -> list[Problem]:
-    """What a section of job.yaml would refuse of these values; for whoever gets them from elsewhere."""
-    try:
-        section.model_validate(values)
-    except ValidationError as error:
-        return [_translate(each, section) for each in error.errors()]
-    return []
-
-
-def _hint_at_target(error: ErrorDetails) -> str | None:
-    """How a target is written, where it is written as something else: `model: net.Net`, or `{target: net.Net}`."""
-    value = error["input"]
-    if isinstance(value, str) and error.get("ctx", {}).get("class_name", "").endswith("Target"):
-        return f"write {{_target_: {value}}}"
-    if isinstance(value, dict) and error["loc"][-1] == "_target_":
-        key = nearest("_target_", [str(key) for key in value])
-        return f"write _target_ for {key}" if key else None
-    return None
-
-
-def _fields(job: type[Section], path: Sequence[str]) -> list[str]:
-    """The keys that the section at this path may have."""
-    section: type[BaseModel] = job
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))
-    return [*section.model_fields, *(["script"] if section is Job else [])]
-
-
-def _dotted(error: ErrorDetails) -> str:
-    return ".".join(str(part) for part in error["loc"] if part != "[key]")
-
-
 def _is_within(path: str, root: str) -> bool:
     return path == root or path.startswith(root + ".")
-
-
-def _show(value: object) -> str:
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    return json.dumps(value, default=repr)

@@ -109,7 +109,8 @@ def _supervisor(
     *,
     quiet: bool,
 ) -> Supervisor:
-    from .nodes import Endpoint, Nodes
+    from .node_store import Endpoint
+    from .nodes import Nodes
     from .slow_start import Beginning
     from .supervisor import Supervisor
 

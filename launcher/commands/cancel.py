@@ -11,8 +11,9 @@ from contextlib import ExitStack, suppress
 
 from dtrain.clusters.cluster import QueuedJob, Submitted, submitted, submitted_file
 from dtrain.errors import UserError
-from dtrain.run.folder import RunDir, Writer, has_ended
+from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import Heartbeat
+from dtrain.run.lock import Writer, has_ended
 from dtrain.run.sweep import Sweep
 
 from ..agent.root_cause import headline

@@ -13,7 +13,7 @@ from dtrain.run.folder import RunDir
 if TYPE_CHECKING:
     from dtrain.slurm.environment import Place
 
-    from ..agent.nodes import Endpoint
+    from ..agent.node_store import Endpoint
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Request:
     @property
     def endpoint(self) -> Endpoint:
         """Where the nodes meet."""
-        from ..agent.nodes import Endpoint
+        from ..agent.node_store import Endpoint
 
         place = self.place
         hosts = place.hosts if place is not None and len(place.hosts) == place.tasks else ()

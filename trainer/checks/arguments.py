@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError
 from dtrain.schema.contradictions import contradictions_of
-from dtrain.schema.loading import problems_in
 from dtrain.schema.sections import Checkpoint, Fit, Launch, SchedulerTarget, Section, Seed
 from dtrain.schema.strategies import name_of
+from dtrain.schema.validation import problems_in
 
 from ..checkpoint.codec import flatten
 from ..model.buffers import extra_states

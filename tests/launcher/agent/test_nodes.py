@@ -12,7 +12,7 @@ import pytest
 from command import Command, Done, Project
 
 from dtrain.errors import UserError
-from dtrain.launcher.agent import nodes
+from dtrain.launcher.agent import node_store, nodes
 
 MODEL = """
 import os
@@ -162,21 +162,22 @@ def test_what_a_user_gets_wrong(job):
 
 
 def test_nobody_answers(monkeypatch):
-    monkeypatch.setattr(nodes, "GATHER_S", 0.5)
+    monkeypatch.setattr(node_store, "GATHER_S", 0.5)
     with pytest.raises(UserError, match=r"no answer \(Connection refused\) for 0 s: is dtrain running on node 0"):
-        nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", free_port()), {})
+        nodes.Nodes(node_store.Endpoint(2, 1, "127.0.0.1", free_port()), {})
 
 
 def test_the_others_do_not_come(monkeypatch):
+    monkeypatch.setattr(node_store, "GATHER_S", 0.5)
     monkeypatch.setattr(nodes, "GATHER_S", 0.5)
     with pytest.raises(
         UserError, match=r"node 1, 2 did not reach 127.0.0.1:\d+ within 0 s; start the same command there"
     ):
-        nodes.Nodes(nodes.Endpoint(3, 0, "127.0.0.1", free_port()), {})
+        nodes.Nodes(node_store.Endpoint(3, 0, "127.0.0.1", free_port()), {})
 
 
 def test_a_slow_node_is_awaited_and_named(monkeypatch, capsys):
-    monkeypatch.setattr(nodes, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(node_store, "SAY_EVERY_S", 0.0)
     monkeypatch.setattr(nodes, "LOST_S", -1.0)
     said = ""
 
@@ -187,9 +188,9 @@ def test_a_slow_node_is_awaited_and_named(monkeypatch, capsys):
 
     port, hosts = free_port(), ("gpu1", "gpu2")
     with ThreadPoolExecutor() as beside:
-        waiting = beside.submit(nodes.Nodes, nodes.Endpoint(2, 0, "127.0.0.1", port, hosts), {})
+        waiting = beside.submit(nodes.Nodes, node_store.Endpoint(2, 0, "127.0.0.1", port, hosts), {})
         until("still waiting for node 1 (gpu2) after 0 s; giving up at 600 s")
-        second = nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", port, hosts), {})
+        second = nodes.Nodes(node_store.Endpoint(2, 1, "127.0.0.1", port, hosts), {})
         first = waiting.result()
         assert first.lost() is None  # it has met the others, and may still be importing
         asking = beside.submit(second.from_first, "run")
@@ -203,11 +204,11 @@ def test_a_slow_node_is_awaited_and_named(monkeypatch, capsys):
 
 
 def test_something_else_answers(monkeypatch):
-    monkeypatch.setattr(nodes, "ANSWER_S", 1.0)
+    monkeypatch.setattr(node_store, "ANSWER_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match="what answers there is not dtrain's node 0"):
-            nodes.Nodes(nodes.Endpoint(2, 1, "127.0.0.1", port), {})
+            nodes.Nodes(node_store.Endpoint(2, 1, "127.0.0.1", port), {})
 
 
 def test_nodes_with_different_jobs_don_t_start(job):

@@ -279,4 +279,6 @@ def test_another_users_run(running):
     refusal = PermissionError(errno.EACCES, "Permission denied")
     with patch.object(os, "scandir", side_effect=refusal), pytest.raises(UserError) as raised:
         cancel_command.cancel(str(running), now=False)
-    assert str(raised.value) == f"process {os.getpid()}, which writes {running}, can't be signalled: Permission denied"
+    assert (
+        str(raised.value) == f"process {os.getpid()}, which writes to {running}, can't be signalled: Permission denied"
+    )

@@ -117,7 +117,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_running(project):
         (["job.yaml", "--max-parallel", "2", "optimizer.lr=0.1,0.2"], "--max-parallel need --slurm"),
         (["job.yaml", "--resume", "optimizer.lr=0.1,0.2"], "--resume needs --run-dir"),
         (["job.yaml", "--resume", "--run-dir", ".", "optimizer.lr=0.1,0.2"], "holds no sweep to resume"),
-        (["script.yaml"], "is a script that is a script that trains by itself: sweeps are for jobs with a model"),
+        (["script.yaml"], "is a script that trains by itself: sweeps are for jobs with a model"),
         (["job.yaml", "--slurm", "--dry-run", "slurm.time=1,2"], "can't be swept"),
         (["nowhere.yaml", "a=1,2"], "nowhere.yaml"),
     ],
