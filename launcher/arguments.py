@@ -1,4 +1,4 @@
-"""The arguments of `dtrain launch`: which are its own and which the script's, and torchrun's names for options."""
+"""Arguments: --gpus, and those of `dtrain launch`, its own or the script's, with torchrun's names for options."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import click
 
 from dtrain.errors import UserError
+
+GPUS = click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
 
 _TORCHRUN = {"--nproc-per-node": "--gpus", "--nnodes": "--nodes", "--rdzv-endpoint": "--rendezvous"}
 _NEEDLESS = "--standalone"  # torchrun's, accepted without effect: it is dtrain's default
@@ -79,3 +81,12 @@ class LaunchCommand(click.Command):
 def _is_script(words: list[str]) -> bool:
     """Whether the last of these words names a script or a module, rather than a job file."""
     return words[-1].endswith(".py") or "-m" in words or "--module" in words
+
+
+def check_gpus(gpus: str) -> None:
+    """Raise UserError unless it is auto or a positive number."""
+    if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
+        which = ""
+        if "," in gpus:
+            which = f"; to choose GPUs, set CUDA_VISIBLE_DEVICES={gpus}"
+        raise UserError(f"--gpus {gpus}: expected a number above 0, or auto{which}")

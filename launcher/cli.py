@@ -14,18 +14,11 @@ from dtrain.errors import RanksFailed, UserError
 from dtrain.monitoring.screen import say
 from dtrain.run.folder import EXIT_INTERRUPTED
 
-from .arguments import LaunchCommand
+from .arguments import GPUS, LaunchCommand, check_gpus
+from .cli_models import evaluate, export, predict, summary
+from .cli_runs import cancel, logs, runs, status, ui
 from .machine.cores import drop_openmp_mistake
 from .rank.stdio import open_standard_streams
-
-_GPUS = click.option("--gpus", default="auto", metavar="N", help="Processes, one GPU each; auto: all visible GPUs.")
-_WEIGHTS = click.option(
-    "--weights",
-    type=click.Choice(["best", "last", "ema"]),
-    default="best",
-    show_default=True,
-    help="Which of the run's weights to load.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,7 +30,7 @@ def cli() -> None:
 @cli.command(cls=LaunchCommand)
 @click.argument("job")
 @click.argument("arguments", nargs=-1)
-@_GPUS
+@GPUS
 @click.option(
     "--nodes",
     type=click.IntRange(1),
@@ -162,15 +155,6 @@ def sweep(
     return sweep(SweepRequest(job, overrides, gpus, nodes, run_dir, resume, dry_run, cluster, wait, max_parallel))
 
 
-def check_gpus(gpus: str) -> None:
-    """Raise UserError unless it is auto or a positive number."""
-    if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
-        which = ""
-        if "," in gpus:
-            which = f"; to choose GPUs, set CUDA_VISIBLE_DEVICES={gpus}"
-        raise UserError(f"--gpus {gpus}: expected a number above 0, or auto{which}")
-
-
 @cli.command()
 @click.argument("job")
 @click.argument("overrides", nargs=-1)
@@ -188,63 +172,6 @@ def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes:
 
 
 @cli.command()
-@click.argument("job")
-@click.argument("overrides", nargs=-1)
-def summary(job: str, overrides: tuple[str, ...]) -> int:
-    """Print the layers of JOB's model, with output shapes, parameters and memory."""
-    from .commands.evaluate import summary
-
-    return summary(job, overrides)
-
-
-@cli.command()
-@click.argument("run")
-@click.argument("overrides", nargs=-1)
-@_GPUS
-@_WEIGHTS
-def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> int:
-    """Print the loss and metrics of RUN's model on its validation set, as JSON.
-
-    OVERRIDES select another dataset: data.val.split=test.
-    """
-    from .commands.evaluate import Trained, evaluate
-
-    check_gpus(gpus)
-    return evaluate(Trained(run, overrides, weights), gpus)
-
-
-@cli.command()
-@click.argument("run")
-@click.argument("data")
-@click.argument("overrides", nargs=-1)
-@click.option("-o", "--out", metavar="FILE", help="Output file, .npy or .csv; default: predictions.npy in RUN.")
-@_GPUS
-@_WEIGHTS
-def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gpus: str, weights: str) -> int:
-    """Write RUN's predictions for DATA, one per sample and in order, and print the file's name.
-
-    DATA is train or val, a dataset of RUN's job (OVERRIDES may change it: data.val.split=test), or a .npy or .csv file
-    of features with one sample per row.
-    """
-    from .commands.evaluate import Trained, predict
-
-    check_gpus(gpus)
-    return predict(Trained(run, overrides, weights), data, out, gpus)
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--format", "form", type=click.Choice(["onnx", "safetensors", "pt"]), required=True)
-@click.option("-o", "--out", metavar="FILE", help="Output file; default: the job's name with the format's extension.")
-@_WEIGHTS
-def export(run: str, form: str, out: str | None, weights: str) -> int:
-    """Export RUN's model as ONNX, which is compared with PyTorch on real samples, or its weights alone."""
-    from .commands.evaluate import Trained, export
-
-    return export(Trained(run, (), weights), form, out)
-
-
-@cli.command()
 def schema() -> int:
     """Print the JSON Schema of job.yaml, for editors."""
     import json
@@ -255,53 +182,8 @@ def schema() -> int:
     return 0
 
 
-@cli.command()
-@click.argument("run")
-def status(run: str) -> int:
-    """Show the status of RUN, a run folder."""
-    from .commands.status import status
-
-    return status(run)
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--rank", default=0, metavar="K", help="Which rank; default: 0.")
-@click.option("-f", "--follow", is_flag=True, help="Keep printing until the run ends.")
-def logs(run: str, rank: int, follow: bool) -> int:
-    """Print the output of one rank of RUN, a run folder."""
-    from .commands.logs import logs
-
-    return logs(run, rank, follow)
-
-
-@cli.command()
-@click.argument("folder", required=False, metavar="[DIR]")
-def runs(folder: str | None) -> int:
-    """List the runs in DIR (default: runs), newest last."""
-    from .commands.runs import runs
-
-    return runs(folder)
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--now", is_flag=True, help="End it at once, without a checkpoint.")
-def cancel(run: str, now: bool) -> int:
-    """Stop RUN, a run folder, at its next step, with a checkpoint."""
-    from .commands.cancel import cancel
-
-    return cancel(run, now)
-
-
-@cli.command()
-@click.option("--tracking-uri", metavar="URI", help="Store to show; default: MLFLOW_TRACKING_URI, or mlflow.db here.")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Default: 5000, or a free port.")
-def ui(tracking_uri: str | None, port: int | None) -> int:
-    """Open MLflow's pages to show and compare runs."""
-    from .commands.ui import ui
-
-    return ui(tracking_uri, port)
+for command in (summary, evaluate, predict, export, status, logs, runs, cancel, ui):
+    cli.add_command(command)
 
 
 def require_working_directory() -> None:

@@ -28,7 +28,7 @@ from ..rank.fork_server import start_fork_server
 from ..rank.preparation import preload_for, prepare, resolved
 from ..rank.program import Program, find_module, find_program, find_script, refuse_other_program
 from .request import Request, check_nodes, choose_ranks
-from .run_folder import fill, find_run, nothing_left, usable, whole_or_as_before
+from .run_folder import fill, find_run, locked, nothing_left, whole_or_as_before
 
 if TYPE_CHECKING:
     from dtrain.schema.job import LoadedJob, LoadedScript
@@ -184,10 +184,7 @@ def _start(
         task = replace(task, run_dir=str(run), arguments=tuple(arguments) if task.is_job else task.arguments)
         return run_ranks(task, num_ranks, run, nodes=nodes, restarts=restarts)
     with ExitStack() as held:
-        with usable(run.path):
-            is_new = not run.exists()
-            run.create()
-            held.enter_context(run.lock(is_agent=True))
+        is_new = held.enter_context(locked(run))
         with whole_or_as_before(run.path, is_new=is_new):
             fill(run, origin, job)
         say(f"run {run}")

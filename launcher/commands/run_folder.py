@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +96,26 @@ def usable(folder: Path) -> Iterator[None]:
     except OSError as error:
         file = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{folder} cannot be used: {error.strerror}{file}; choose another --run-dir") from None
+
+
+@contextmanager
+def locked(run: RunDir) -> Iterator[bool]:
+    """The run's folder, made where there is none, with this process as its writer; whether it is new.
+
+    Raises:
+        UserError: another process writes it; or it can't be made, and nothing of it is left.
+    """
+    with ExitStack() as held:
+        with usable(run.path):
+            is_new = not run.exists()
+            try:
+                run.create()
+                held.enter_context(run.lock(is_agent=True))
+            except OSError:
+                if is_new:
+                    shutil.rmtree(run.path, ignore_errors=True)
+                raise
+        yield is_new
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from dtrain.schema.loading import dump_job, load
 from ..agent.subcommand import own_command
 from ..rank.program import find_module, find_program, find_script
 from .request import Request
-from .run_folder import fill, find_run, nothing_left, usable, whole_or_as_before
+from .run_folder import fill, find_run, locked, nothing_left, whole_or_as_before
 
 LOOK_EVERY_S = 2.0
 
@@ -46,10 +46,7 @@ def submit_run(request: Request, cluster: Cluster) -> int:
     if request.dry_run:
         show(submission)
         return 0
-    with usable(run.path):
-        is_new = not run.exists()
-        run.create()
-    with run.lock(is_agent=True), whole_or_as_before(run.path, run.job, run.status_file, is_new=is_new):
+    with locked(run) as is_new, whole_or_as_before(run.path, run.job, run.status_file, is_new=is_new):
         fill(run, None if request.resume else wanted.origin, None if job is None else dump_job(job))
         mark_submitted(run)
         write_text(submission.file, submission.text)
