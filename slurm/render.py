@@ -50,17 +50,17 @@ def render(
 ) -> Batch:
     """The submission of one run, or of an array of runs.
 
-        Args:
-            name: the job's.
-            run: the run folder, absolute; of an array, the folder of its run folders.
-            folder: from which it is submitted, and in which it runs, absolute.
-            nodes: how many, for each run.
-            gpus: of each node; on CPUs, its processes.
-            dtrain: the command on the nodes; in a container, of the image.
-    options: further options for each node's `dtrain launch`.
-            target: the script that it launches, with its arguments; by default the job.yaml of the run folder.
-            on_cpu: CPUs are asked for, and no GPUs.
-            cpus: of each node, beside GPUs.
+    Args:
+        name: the job's.
+        run: the run folder, absolute; of an array, the folder of its run folders.
+        folder: from which it is submitted, and in which it runs, absolute.
+        nodes: how many, for each run.
+        gpus: of each node; on CPUs, its processes.
+        dtrain: the command on the nodes; in a container, of the image.
+        options: further options for each node's `dtrain launch`.
+        target: the script that it launches, with its arguments; by default the job.yaml of the run folder.
+        on_cpu: CPUs are asked for, and no GPUs.
+        cpus: of each node, beside GPUs.
     """
     arguments = [
         "--parsable",

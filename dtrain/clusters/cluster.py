@@ -52,11 +52,11 @@ class Array:
 class Submittable:
     """What to submit: a job or a script, and the nodes and GPUs that it requests.
 
-        Attributes:
-            origin: the folder whose code the run folder gets.
-    dtrain: the command line that starts dtrain here.
-    options: further options for each node's `dtrain launch`.
-            target: what each node launches, with its arguments; None: the job.yaml of the run folder.
+    Attributes:
+        origin: the folder whose code the run folder gets.
+        dtrain: the command line that starts dtrain here.
+        options: further options for each node's `dtrain launch`.
+        target: what each node launches, with its arguments; None: the job.yaml of the run folder.
     """
 
     name: str
