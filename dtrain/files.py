@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def refusal(error: OSError) -> str:
     """Why this host could not write, with a remedy if one is known."""
-    full = {errno.ENOSPC: "make room", errno.EDQUOT: "free some space, or ask for a larger quota"}
+    full = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space, or ask for a larger quota"}
     remedy = f"; {full[error.errno]}" if error.errno in full else ""
     return f"{error.strerror or error} (on {socket.gethostname()}){remedy}"
 
