@@ -47,6 +47,7 @@ bench: $(VENV)/installed-bench  ## Measure side by side with the peers
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/checkpoint.py
+	$(BIN)/python bench/batch_norm.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/step.py --ranks 2
 	$(BIN)/python bench/step.py --ranks 2 --width 600

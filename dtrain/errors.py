@@ -1,4 +1,4 @@
-"""What a user can get wrong, and how it is said: one line for each problem, no traceback."""
+"""Users' mistakes and how they are reported: one line for each problem, no traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.redact import hide_password
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake. `file` is where the value comes from: a file, or the override `key=value` itself."""
+    """One mistake. `file` is the source of the value: a file, or the override `key=value` itself."""
 
     message: str
     path: str | None = None
@@ -29,7 +29,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """The request was wrong: shown as it is, one problem a line, and the command exits with 2."""
+    """The request was wrong: printed as it is, one problem per line, and the command exits with 2."""
 
     exit_code = 2
 
@@ -44,22 +44,22 @@ class UserError(Exception):
 
 
 class ResumeError(UserError):
-    """There are checkpoints, and none that the run can continue from. In a rank too, the command exits with 2."""
+    """There are checkpoints, but none that the run can continue from. Also from a rank, the command exits with 2."""
 
 
 class InLoadingProcess(Exception):
-    """The cause of an exception that a rank has from one of its loading processes: the traceback there, as a text."""
+    """The cause of an exception from one of a rank's loading processes: its traceback there, as text."""
 
     def __str__(self) -> str:
         return f"in a loading process\n{self.args[0]}"
 
 
 class RanksFailed(Exception):
-    """A rank has failed, which has been said: the command exits with 1."""
+    """A rank has failed, and this was reported: the command exits with 1."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that the user most likely meant, whatever its case; None where none is near."""
+    """The choice that the user most likely meant, ignoring case; None if none is close."""
     by_lower = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
@@ -72,10 +72,10 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
 
 
 def among(word: str, choices: Sequence[str]) -> str:
-    """All choices as a hint, the nearest first."""
+    """All choices as a hint, the closest first."""
     return " ".join(filter(None, [did_you_mean(word, choices), f"known: {', '.join(choices)}"]))
 
 
 def first_line(error: BaseException) -> str:
-    """The error's first line; its type where it has no message."""
+    """The error's first line; its type if it has no message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

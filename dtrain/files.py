@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their name, then renamed."""
+"""Files that are complete or absent: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in the file; None where there is no file or no valid one."""
+    """The JSON object in the file; None if the file is missing or invalid."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -53,8 +53,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def refusal(error: OSError) -> str:
-    """Why this host could not write, and what can be done where that is known."""
-    full = {errno.ENOSPC: "make room", errno.EDQUOT: "free some space, or ask for a larger quota"}
+    """Why this host could not write, with a remedy if one is known."""
+    full = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space, or ask for a larger quota"}
     remedy = f"; {full[error.errno]}" if error.errno in full else ""
     return f"{error.strerror or error} (on {socket.gethostname()}){remedy}"
 
@@ -65,7 +65,7 @@ def hidden_name(folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
+    """Wait until a file's bytes, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""GPUs that are here, and of which torch can use none: a reason to stop, not to train on the CPU for a week."""
+"""GPUs that torch can't use: a reason to stop, rather than to train on the CPU for a week."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DEV = Path("/dev")
 
 
 def unusable() -> str | None:
-    """What is wrong where torch sees no GPU on a node that has some for this process; None where it has none.
+    """Why torch sees no GPU on a node that has some for this process; None if there are none.
 
-    Imports torch, and looks for a driver: not where processes are still to be forked.
+    Imports torch and looks for a driver, so don't call it before forking.
     """
     if (found := _found()) is None:
         return None
@@ -43,7 +43,7 @@ def refusal() -> str:
 
 
 def _found() -> str | None:
-    """By what one knows that there are GPUs for this process."""
+    """The evidence that there are GPUs for this process."""
     import torch
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN:

@@ -1,4 +1,4 @@
-"""Dotted names turned into what they name, the job's own modules first; and why one does not resolve."""
+"""Resolves dotted names, the job's own modules first; and explains why one does not resolve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from types import ModuleType
 
 from dtrain.errors import Problem, UserError, did_you_mean
 
-# What a rank has imported before it looks for the job's modules: of these names there is one already.
+# What a rank has imported before it looks for the job's modules: these names are taken.
 OURS = ("click", "dtrain", "numpy", "pydantic", "torch", "torchmetrics", "torchvision", "yaml")
 
 HIDING = ("numpy", "torch")  # of these, those without which nothing can be imported at all
@@ -29,7 +29,7 @@ _CLOSE = 0.8  # how near the name of a module on Python's path must be to be the
 
 
 def job_path(folder: Path) -> None:
-    """Puts the job's folder first on sys.path, so that a net.py beside the job file wins over any other."""
+    """Put the job's folder first on sys.path, so that a net.py beside the job file takes precedence."""
     entry = str(folder.resolve())
     if sys.path[:1] != [entry]:
         sys.path[:] = [entry, *(each for each in sys.path if each != entry)]
@@ -37,7 +37,7 @@ def job_path(folder: Path) -> None:
 
 
 def resolve(name: str) -> object:
-    """What a dotted name stands for, importing modules as needed; raises UserError with one Problem."""
+    """The object that a dotted name refers to, importing modules as needed; raises UserError with one Problem."""
     first, *rest = name.split(".")
     if not all(part.isidentifier() for part in (first, *rest)):
         raise UserError(f"{name!r} is not an importable name such as net.DigitNet")
@@ -51,7 +51,7 @@ def resolve(name: str) -> object:
             found = _member(found, part, ".".join([first, *rest][:i]))
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
+    except (Exception, SystemExit) as error:  # the user's module runs here and may raise anything
         raise UserError(Problem(describe(error), hint=_hint(error))) from error
     return found
 
@@ -142,7 +142,7 @@ def _other_file(folder: Path, name: str) -> str | None:
 
 
 def _where_to_look(name: str) -> str:
-    """What to do about a module that is not there."""
+    """A remedy for a missing module."""
     folder = Path(sys.path[0])
     if own := did_you_mean(name, [module.name for module in pkgutil.iter_modules([str(folder)])]):
         return own
@@ -164,7 +164,7 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def _hint(error: BaseException) -> str | None:
-    """Of something that another module of that name does not have."""
+    """A hint for an attribute that another module of that name does not have."""
     module = error.name if isinstance(error, ImportError) else getattr(getattr(error, "obj", None), "__name__", None)
     problem = collision(Path(sys.path[0]), module.partition(".")[0]) if isinstance(module, str) else None
     return None if problem is None else str(problem)

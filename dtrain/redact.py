@@ -1,4 +1,4 @@
-"""What no file of a run may tell: passwords in addresses and commands, keys and credentials beside the code."""
+"""Secrets that no file of a run may contain: passwords in addresses and commands, keys and credentials in the code."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _is_environment(path: str) -> bool:
 
 
 def hide_in_job(job: Any, path: str = "") -> Any:
-    """A job's values for others to see: without slurm.env's, without passwords."""
+    """A job's values in a form that others may see: without slurm.env's values and passwords."""
     if isinstance(job, dict):
         return {key: hide_in_job(value, f"{path}.{key}" if path else str(key)) for key, value in job.items()}
     if isinstance(job, list):
@@ -91,7 +91,7 @@ def hide_in_diff(diff: str) -> str:
 
 
 def _is_secret(key: str, value: str) -> bool:
-    """Whether a value is one by its name."""
+    """Whether a value is a secret, judging by its name."""
     name = key.lower().replace("-", "_")
     is_token = _TOKEN.search(name) and _OPAQUE.fullmatch(value)
     return bool(_PASSWORD.search(name) or is_token or (_KEY.search(name) and _RANDOM.fullmatch(value)))
@@ -110,6 +110,6 @@ def is_secret_file(file: Path) -> bool:
 
 
 def pathspecs_without_secrets() -> Iterator[str]:
-    """Has git leave out what is secret by its name or hidden, and job files: their values are another run's affair."""
+    """Has git leave out hidden files, files with secret names, and job files, whose values belong to other runs."""
     left_out = (*SECRET_FILES, ".*", ".*/**", "*.yaml", "*.yml")
     return (f":(exclude,icase,glob)**/{pattern}" for pattern in left_out)

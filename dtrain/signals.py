@@ -1,6 +1,6 @@
-"""Signals that a terminal or a cluster sends to all processes of a run at once, and that are meant for its agent.
+"""Signals that a terminal or a cluster sends to all processes of a run at once, but that are meant for its agent.
 
-The agent passes them on by the heartbeat, so that all ranks stop at the same step.
+The agent passes them on through the heartbeat, so that all ranks stop at the same step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def held_back() -> Iterator[None]:
 
 
 def let_through() -> None:
-    """They come from now on, and those that have waited come now."""
+    """Unblock them: pending ones arrive now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_ALL)
 
 
 @contextlib.contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """In the block, these signals call the handler."""
+    """Handle these signals with the handler within the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -42,9 +42,9 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
 
 
 def leave_to_agent() -> dict[int, Any]:
-    """From now on they do nothing here; what they did before, by number. A handler that was set stays.
+    """Make them do nothing from now on; returns what they did before, by number. A handler that was set stays.
 
-    The programs that this process starts ignore them too, but for SIGTERM: by that they are ended.
+    Programs that this process starts ignore them too, except SIGTERM, which ends them.
     """
     defaults = (signal.SIG_DFL, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in TO_ALL}
@@ -56,7 +56,7 @@ def leave_to_agent() -> dict[int, Any]:
 
 
 def outlive(number: int, frame: FrameType | None) -> None:
-    """A handler, not SIG_IGN, which would pass on to the programs that this process starts."""
+    """A handler, not SIG_IGN, which programs started by this process would inherit."""
 
 
 def _let_children_end() -> None:

@@ -29,7 +29,7 @@ _SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; what they mean is decided by `Reader`."""
+    """Composes nodes; `Reader` decides what they mean."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML wants it on the class)
     depth = 0
@@ -139,7 +139,7 @@ class Reader:
     def _pairs(
         self, node: yaml.MappingNode, path: str, depth: int, *, is_own: bool = True
     ) -> Iterator[tuple[bool, tuple[yaml.Node, yaml.Node]]]:
-        """A mapping's own pairs, then those that `<<` merges into it; of two with the same key the first counts."""
+        """A mapping's own pairs, then those that `<<` merges into it; the first of two with the same key wins."""
         if not is_own:
             self._count(node.start_mark.line, depth)
         merges = [pair for pair in node.value if _is_merge(pair[0])]

@@ -1,1 +1,1 @@
-"""Slurm: what is submitted, how, and what became of it. Through Slurm's own commands alone."""
+"""Slurm: submitting runs and following them, through Slurm's own commands only."""

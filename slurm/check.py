@@ -1,4 +1,4 @@
-"""`dtrain check --slurm`: what Slurm and a node would say of a submission, before it waits in the queue."""
+"""`dtrain check --slurm`: checks a submission with Slurm and on a node, before it waits in the queue."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .command import ask
 from .partition import Partition, default_partition, look_at, minutes
 from .render import Batch, in_pyxis, probe
 
-IMMEDIATE_S = 30  # so long may the look at a node wait for one that is free
-# Of the submission's options those that decide where its job may run.
+IMMEDIATE_S = 30  # how long the check on a node may wait for a free one
+# The submission's options that decide where its job may run.
 _WHERE = ("account", "partition", "qos", "reservation", "constraint", "exclude", "nodelist", "clusters")
 
 
 def check(batch: Batch, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]) -> Findings:
-    """Look at everything.
+    """Check everything.
 
     Args:
         folder: the working directory, in which runs are made.
@@ -45,17 +45,17 @@ def check(batch: Batch, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | Non
         found.problems.append(Problem(f"sbatch refuses it: {words}"))
     for name in str(options.get("partition") or default_partition()).split(","):
         partition = look_at(name)
-        if partition is not None:  # else sbatch has said so
+        if partition is not None:  # otherwise sbatch has said so
             found.problems.extend(beyond(partition, options, nodes, gpus))
             found.notes.append(describe(partition))
     found.problems.extend(_account(options))
-    if not found.problems:  # else there may be no node to look at
+    if not found.problems:  # otherwise there may be no node to check
         _look_at_node(found, slurm, folder, dtrain)
     return found
 
 
 def beyond(partition: Partition, options: dict[str, object], nodes: int, gpus: Gpus | None) -> list[Problem]:
-    """What is more than the partition allows or one of its nodes has."""
+    """What exceeds the partition's limits or its nodes."""
     name, problems = partition.name, []
     asked = minutes(str(options["time"])) if "time" in options else None
     if asked is not None and partition.max_minutes is not None and asked > partition.max_minutes:
@@ -84,7 +84,7 @@ def describe(partition: Partition) -> str:
 
 
 def _account(options: dict[str, object]) -> list[Problem]:
-    """Whether the account is one of the user's, where there is accounting."""
+    """Whether the account is one of the user's, if there is accounting."""
     asked = options.get("account")
     if asked is None or shutil.which("sacctmgr") is None:
         return []
@@ -97,7 +97,7 @@ def _account(options: dict[str, object]) -> list[Problem]:
 
 
 def _look_at_node(found: Findings, slurm: Slurm, folder: Path, dtrain: Sequence[str]) -> None:
-    """Whether a node sees the working directory, and has this dtrain."""
+    """Whether a node can access the working directory and has the same dtrain."""
     token = folder / f".dtrain-check-{secrets.token_hex(4)}"
     where = to_arguments({name: value for name, value in slurm.options.items() if name in _WHERE})
     script = probe(slurm, folder, token, dtrain=dtrain)

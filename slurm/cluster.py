@@ -29,7 +29,7 @@ class SlurmCluster(Cluster):
         return Submission(("sbatch", *batch.arguments), run.sbatch, batch.script)
 
     def submit(self, submission: Submission) -> str:
-        """Submit it, once its file is written; the job's number. Raises UserError, in its words, where it refuses."""
+        """Submit it, once its file is written; the job's number. Raises UserError if the cluster refuses."""
         return submit(submission.command, submission.file)
 
     def part(self, job_id: str, number: int) -> str:

@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from dtrain.errors import UserError
 from dtrain.schema import sbatch
 
-# Slurm's commands take variables for options: those of a job, in a shell within it, and those by which a user filters
-# what squeue and others show.
+# Slurm's commands read options from variables: those of a job, in a shell within it, and those with which users filter
+# the output of squeue and others.
 _OPTIONS = ("SLURM", "SRUN_", "SQUEUE_", "SCANCEL_", "SINFO_", "SACCT_")
 # How Slurm is reached, and which cluster is meant.
 _KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_SACK_KEY", "SLURM_SACK_SOCKET", "SLURM_CLUSTERS"}
-# sbatch's for what dtrain says itself; others (SBATCH_ACCOUNT, SBATCH_EXPORT) are the user's or the site's defaults.
+# sbatch's for what dtrain sets itself; others (SBATCH_ACCOUNT, SBATCH_EXPORT) are the user's or the site's defaults.
 _TAKEN = {"SBATCH_ARRAY_INX", *(f"SBATCH_{name.replace('-', '_').upper()}" for name in sbatch.TAKEN)}
 
 
 def outside_a_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a job has put there, or what would change what dtrain asks of Slurm."""
+    """The environment without a job's variables and those that would change what dtrain asks of Slurm."""
     return {
         name: value
         for name, value in environment.items()
@@ -28,7 +28,7 @@ def outside_a_job(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask(*command: str, stdin: str = "", timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
-    """What a command of Slurm answers.
+    """The output of a Slurm command.
 
     Raises:
         UserError: it is not there, or does not answer.

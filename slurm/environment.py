@@ -1,4 +1,4 @@
-"""What Slurm tells a process of where it is, in environment variables (man srun)."""
+"""What Slurm's environment variables tell a process about its place (man srun)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEP_APART = 1009  # between the ports of a job's steps, which may run at the s
 
 @dataclass(frozen=True)
 class Place:
-    """This task among those of its step, and where the first one is met. Each is a node of the run.
+    """This task among those of its step, and the address of the first. Each is a node of the run.
 
     `hosts` are those of the step, in order; `local_rank` is this one's among the `local_size` tasks on its host.
     """
@@ -35,7 +35,7 @@ class Place:
 def is_task(environment: Mapping[str, str]) -> bool:
     """Whether this process is one of several tasks that srun has started, or comes from one.
 
-    A job that was submitted from within a step has that one's variables beside its own.
+    A job that was submitted from within a step has that step's variables besides its own.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     node_list = environment.get("SLURM_STEP_NODELIST")
@@ -61,7 +61,7 @@ def place(environment: Mapping[str, str]) -> Place:
 
 
 def cpus(environment: Mapping[str, str]) -> int | None:
-    """A task's share of the CPUs that its step or job has on this node, where Slurm says it.
+    """A task's share of the CPUs that its step or job has on this node, if Slurm says so.
 
     Many clusters bind a task to its CPUs, others only count them.
     """
@@ -97,7 +97,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _address(host: str, environment: Mapping[str, str]) -> str:
-    """By which the others reach that host of the cluster: its name may be known to Slurm alone."""
+    """The address by which the others reach that host: its name may be known to Slurm only."""
     with suppress(OSError):
         socket.getaddrinfo(host, None)
         return host

@@ -84,7 +84,7 @@ def submit(command: Sequence[str], script: Path) -> str:
 
 
 def look_up(job_id: str) -> SlurmJob | None:
-    """The job as it stands in the queue, or as accounting remembers it; None where Slurm does not know it any more.
+    """The job in the queue, or from accounting; None if Slurm no longer knows it.
 
     Raises:
         UserError: Slurm is not there, or does not answer.
@@ -92,7 +92,7 @@ def look_up(job_id: str) -> SlurmJob | None:
     done = ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r|%N|%S")
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise _refused(done)
-    if done.returncode != 0 or not done.stdout.strip():  # over for some minutes
+    if done.returncode != 0 or not done.stdout.strip():  # ended some minutes ago
         return _look_up_in_accounts(job_id)
     state, reason, nodes, start = done.stdout.splitlines()[0].split("|", 3)
     return SlurmJob(job_id, state, reason, nodes, start)
@@ -112,7 +112,7 @@ def _look_up_in_accounts(job_id: str) -> SlurmJob | None:
 def ask_to_stop(job_id: str) -> None:
     """Ask the agents to stop at the next step with a checkpoint; nothing is started again.
 
-    By SIGINT: what SIGTERM stops, the batch script may take for preempted.
+    By SIGINT: the batch script may take a SIGTERM for preemption.
 
     Raises:
         UserError: Slurm is not there, or refuses.
@@ -123,7 +123,7 @@ def ask_to_stop(job_id: str) -> None:
 
 
 def end_job(job_id: str) -> None:
-    """scancel: nothing is started again, and what still runs is killed after Slurm's KillWait.
+    """scancel: the job is not restarted, and what still runs is killed after Slurm's KillWait.
 
     Raises:
         UserError: Slurm is not there, or refuses.

@@ -1,4 +1,4 @@
-"""What Slurm says of a partition: its limits, and what its nodes have."""
+"""A partition according to Slurm: its limits, and its nodes' resources."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Partition:
         return max((node.cpus for node in self.nodes), default=0)
 
     def cpus_beside(self, gpus: Gpus, *, whole_cores: bool = False) -> int | None:
-        """The part of a node's CPUs that goes with so many of its GPUs, on each node that has them; None if none has.
+        """The share of a node's CPUs that goes with this many GPUs, on each node that has them; None if none has.
 
         Args:
             whole_cores: one thread of each core counts.
@@ -72,7 +72,7 @@ def default_partition() -> str:
 
 
 def look_at(name: str) -> Partition | None:
-    """The partition of that name; None where there is none that Slurm would show."""
+    """The partition of that name; None if Slurm shows none."""
     done = ask("scontrol", "--oneliner", "show", "partition", name)
     if done.returncode != 0 or not done.stdout.strip():
         return None
@@ -119,7 +119,7 @@ def parse_gpus(resources: str) -> dict[str, int]:
 
 
 def minutes(text: str) -> float | None:
-    """A time limit as Slurm writes it (man sbatch, --time); None for no limit, and for what is none."""
+    """A time limit as Slurm writes it (man sbatch, --time); None for no limit, or an invalid one."""
     match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", text)
     if match is None:
         return None
@@ -130,9 +130,9 @@ def minutes(text: str) -> float | None:
 
 
 def cpus_beside(gpus: Gpus, options: Mapping[str, object]) -> int | None:
-    """How many CPUs of a node to ask for with its GPUs: a job that says nothing gets one, for all of them.
+    """How many of a node's CPUs to request with its GPUs: by default a job gets one, for all of them.
 
-    None where the options say it, or Slurm gives CPUs with GPUs by itself.
+    None if the options set it, or Slurm assigns CPUs with GPUs itself.
 
     Raises:
         UserError: it can't be known here; the message says why.

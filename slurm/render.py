@@ -1,4 +1,4 @@
-"""From a job to what sbatch is given: arguments and a script. Pure: nothing is read or run here.
+"""From a job to sbatch's arguments and script. Pure: nothing is read or run here.
 
 Values reach sbatch as arguments of their own, and the script as quoted words: nothing that was meant as data is ever
 executed. Only `slurm.setup` is shell.
@@ -18,8 +18,8 @@ from dtrain.errors import UserError
 from dtrain.schema.sbatch import CPUS, to_arguments, to_text
 from dtrain.schema.sections import Slurm
 
-MOST_STALLS = 3  # starts in a row without a new checkpoint, before a run is not requeued any more
-SIGNAL = "B:USR2@120"  # to the batch shell, so many seconds ahead of the time limit
+MOST_STALLS = 3  # starts in a row without a new checkpoint, after which a run is no longer requeued
+SIGNAL = "B:USR2@120"  # to the batch shell, this many seconds before the time limit
 
 _TEMPLATE = Path(__file__).with_name("batch.sh")
 _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
@@ -27,7 +27,7 @@ _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 
 @dataclass(frozen=True)
 class Batch:
-    """What sbatch is called with, and the script that it reads."""
+    """sbatch's arguments, and the script that it reads."""
 
     arguments: tuple[str, ...]
     script: str
@@ -57,10 +57,10 @@ def render(
         nodes: how many, for each run.
         gpus: of each node; on CPUs, its processes.
         dtrain: the command on the nodes; in a container, of the image.
-        options: what each node's `dtrain launch` is told besides.
+        options: further options for each node's `dtrain launch`.
         target: the script that it launches, with its arguments; by default the job.yaml of the run folder.
-        on_cpu: CPUs are asked for, and no GPUs.
-        cpus: of each node, beside GPUs.
+        on_cpu: request CPUs and no GPUs.
+        cpus: per node, besides GPUs.
     """
     arguments = [
         "--parsable",
@@ -104,14 +104,14 @@ def render(
 
 
 def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: Sequence[str]) -> str:
-    """A script for a node: it says `sees it` where there is the file `token`, and the version of its dtrain."""
+    """A script for a node: it prints `sees it` if the file `token` exists, and the version of its dtrain."""
     command = _command(dtrain, slurm, (folder,), on_cpu=True)
     lines = [*slurm.setup, *_environment(slurm), f"[[ -e {shlex.quote(str(token))} ]] && echo sees it"]
     return "\n".join([*lines, shlex.join([*command, "--version"])])
 
 
 def in_pyxis(slurm: Slurm, folders: Sequence[Path]) -> list[str]:
-    """srun's options for a container by the plugin Pyxis: it sees the folders, and runs in the last of them."""
+    """srun's options for a Pyxis container: it mounts the folders, and runs in the last of them."""
     asked = slurm.pyxis
     if not asked:
         return []
@@ -124,7 +124,7 @@ def in_pyxis(slurm: Slurm, folders: Sequence[Path]) -> list[str]:
 
 
 def _environment(slurm: Slurm) -> list[str]:
-    """A container gets this environment and mostly the home directory: its python would find modules there."""
+    """A container gets this environment and usually the home directory: its python would find modules there."""
     own = ["unset PYTHONPATH PYTHONHOME; export PYTHONNOUSERSITE=1"] if slurm.is_in_container else []
     return own + [f"export {key}={shlex.quote(value)}" for key, value in slurm.env.items()]
 
@@ -148,7 +148,7 @@ def _literal(path: Path) -> str:
 
 
 def _in_container(image: str, folders: Sequence[Path], *, on_cpu: bool) -> list[str]:
-    """The image's own python sees the folders, and runs in the last of them."""
+    """The image's own python, with the folders mounted, running in the last of them."""
     gpu = [] if on_cpu else ["--nv"]
     binds = [argument for folder in folders for argument in ("--bind", str(folder))]
     return ["apptainer", "exec", *gpu, *binds, "--pwd", str(folders[-1]), image]

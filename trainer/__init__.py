@@ -1,4 +1,4 @@
-"""All that runs in a worker: the only home of the training code."""
+"""Everything that runs in a worker: the only home of the training code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a rank is given to train on or to evaluate, as its batches."""
+"""Turns whatever a rank is given to train on or to evaluate into its batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches_of(
     All ranks take part, to see that they were given the same.
 
     Raises:
-        UserError: what can't be read so.
+        UserError: it can't be read this way.
     """
     source = Source.of(data) if isinstance(data, DataLoader) else data
     if isinstance(source, list | tuple):

@@ -1,13 +1,13 @@
-"""A fit's run folder: which one it is, and who keeps its status.
+"""A fit's run folder: which one it is, and which process keeps its status.
 
 Under `dtrain launch` a script's first fit has the folder of the run itself, whose agent keeps it, so that a script with
 one fit is a run like any other. Each later fit has a folder inside it:
 
     RUN/            the first fit, and what belongs to the script: logs, heartbeat, code
     RUN/fit-2/      the second: a whole run folder, kept by rank 0
-    RUN/fits.json   where the later fits are, also those that were given a `run_dir`
+    RUN/fits.json   the folders of later fits, including those given as `run_dir`
 
-All of them show where they are by the run's own heartbeats: there the agent looks, and asks for a stop.
+All of them show their position in the run's own heartbeats, where the agent looks and requests a stop.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _fits: dict[str | None, list[Path]] = {}  # the folders of this process's fits, 
 def fit_folder(
     world: World, given: str | os.PathLike[str] | None, *, resume: bool, describe: Callable[[str], str]
 ) -> Iterator[RunDir]:
-    """The run folder of the fit that begins, with somebody who keeps its status. All ranks take part.
+    """The run folder of a new fit, whose status is being kept. All ranks take part.
 
     Args:
         given: by the script, in place of the one that it would have.

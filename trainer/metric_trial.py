@@ -1,4 +1,4 @@
-"""The validation's metrics, tried on its first samples before training: what doesn't fit is found now, not after it."""
+"""Tries the validation's metrics on its first samples before training: misfits are found now, not after an epoch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .predict import in_order
 from .strategies.base import Parallel
 
 SAMPLES = 4
-# Errors that a function raises whatever its samples are; others may be of too few samples, or of a single class.
+# Errors that more samples would not cure; others may come from too few samples, or from a single class.
 _LASTING = (TypeError, AttributeError, KeyError, ImportError)
 
 
 def try_metrics(
     model: Parallel, step: Step, data: Data, tally: Tally, warn: Callable[[str], None]
 ) -> Mapping[str, Any]:
-    """What the tally would report of the first samples, if they are enough for that; it leaves no trace.
+    """What the tally would report for the first samples, if they suffice; without side effects.
 
     All ranks take part: each evaluates the model on the same samples. Streams and loaders of the user's own aren't
     read, since they may not begin anew.
 
     Raises:
-        UserError: a metric takes no such samples, or fails in a way that more of them would not mend.
+        UserError: a metric can't take such samples, or fails in a way that more of them would not cure.
     """
     if tally.metrics is None:
         return {}
@@ -61,10 +61,10 @@ def try_metrics(
 def require_reported(
     monitor: str, tried: Mapping[str, Any], metrics: Collection[str], warn: Callable[[str], None]
 ) -> None:
-    """Look at a monitor of the validation once more, now that its first samples have been seen.
+    """Check a validation monitor again, now that its first samples have been seen.
 
     Raises:
-        UserError: it names no single number.
+        UserError: it is not a single number.
     """
     phase, _, metric = monitor.partition("_")
     name = f"val_{metric}"  # as of the average of the weights

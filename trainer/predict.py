@@ -1,4 +1,4 @@
-"""A model's predictions of a whole dataset: each sample once, in the set's own order, on any number of ranks."""
+"""A model's predictions for a whole dataset: each sample once, in the dataset's order, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks: what a script with a training loop of its own needs on several processes, a line for each.
+"""Ranks: what a script with its own training loop needs on several processes, one line each.
 
 The loop stays the user's, and so do its checkpoints: `Trainer` has a loop that continues where it was stopped.
 """
@@ -49,13 +49,13 @@ class Ranks:
         self.device = self.world.device
         self._seed = seed
         self._models: list[DataParallel] = []
-        self._part: MicroBatch | None = None  # what the loop has in hand
+        self._part: MicroBatch | None = None  # the loop's current batch
         self._is_seeded = False
         self._num_batches = 0  # that the loop has had in hand, as many on all ranks
 
     @property
     def has_samples(self) -> bool:
-        """Whether the batch in hand counts. Where a short batch leaves this rank none, it gets two that don't."""
+        """Whether the current batch counts. If a short batch leaves this rank no samples, it gets two that don't."""
         return self._part is None or self._part.samples > 0
 
     def shard(self, data: Data) -> Sharded:
@@ -83,7 +83,7 @@ class Ranks:
         return model.bare if model.module is model.bare else called_as(model.bare, model.module)
 
     def weigh(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
-        """The part of this rank's mean loss in that of the whole batch: what `backward` is to be called on.
+        """This rank's part of the whole batch's mean loss: call `backward` on it.
 
         Ranks have shares of different sizes, whose mean losses must not count alike. What the gradient is of may be
         computed by calling the model, or by methods of it.
@@ -126,7 +126,7 @@ class Ranks:
         return {name: Synchronised(self, name, MetricSet({name: made[name]}, {}, self.device)) for name in made}
 
     def save(self, net: nn.Module, path: str | os.PathLike[str]) -> None:
-        """Write the bare module's state_dict, on rank 0; when it returns, the file is there. All ranks take part."""
+        """Write the bare module's state_dict, on rank 0; when it returns, the file exists. All ranks take part."""
         model = next((each for each in self._models if bare_of(net) is each.bare), None)
         if model is None:
             raise UserError(f"Ranks.save: this {type(net).__name__} was not returned by Ranks.wrap")
@@ -176,7 +176,7 @@ class Sharded:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration be this epoch (from 1), for a loop that continues."""
+        """Make the next iteration this epoch (from 1), for a loop that resumes."""
         self._epoch = epoch - 1
 
     def __len__(self) -> int:

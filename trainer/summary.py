@@ -1,4 +1,4 @@
-"""What a model is made of, as torchinfo prints it."""
+"""A model's summary, as torchinfo prints it."""
 
 from __future__ import annotations
 

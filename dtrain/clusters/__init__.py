@@ -1,1 +1,1 @@
-"""Where runs are submitted: what a cluster must do for dtrain's commands, and the table of those there are."""
+"""Where runs are submitted: what a cluster must do for dtrain's commands, and the table of known clusters."""

@@ -1,4 +1,4 @@
-"""A cluster as `dtrain launch`, `sweep`, `status`, `cancel` and `check` know it; each is a module of its own."""
+"""The cluster interface behind `dtrain launch`, `sweep`, `status`, `cancel` and `check`; each cluster is a module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtrain.run.folder import RunDir
 if TYPE_CHECKING:
     from dtrain.schema.job import Job, ScriptJob
 
-# By the name of the section in job.yaml: the module, whose `cluster` is the Cluster.
+# Section name in job.yaml: module, whose `cluster` is the Cluster.
 TABLE = {"slurm": "dtrain.slurm.cluster"}
 
 
@@ -30,7 +30,7 @@ class Gpus:
 
     @classmethod
     def parse(cls, text: str) -> Gpus | None:
-        """`4` or `a100:4`; None where it is neither."""
+        """Parse `4` or `a100:4`; None if it is neither."""
         kind, _, count = text.rpartition(":")
         if not (count.isdecimal() and int(count) > 0) or (":" in text and not re.fullmatch(r"[\w.-]+", kind)):
             return None
@@ -50,12 +50,12 @@ class Array:
 
 @dataclass(frozen=True)
 class Submittable:
-    """What is to be submitted: a job or a script, and the nodes and GPUs that it asks for.
+    """What to submit: a job or a script, and the nodes and GPUs that it requests.
 
     Attributes:
         origin: the folder whose code the run folder gets.
-        dtrain: what starts this command here.
-        options: what each node's `dtrain launch` is told besides.
+        dtrain: the command line that starts dtrain here.
+        options: further options for each node's `dtrain launch`.
         target: what each node launches, with its arguments; None: the job.yaml of the run folder.
     """
 
@@ -70,13 +70,13 @@ class Submittable:
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether CPUs are asked for, and no GPUs."""
+        """Whether it requests CPUs and no GPUs."""
         return self.job is not None and self.job.launch.device == "cpu"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is submitted: a file in the run folder, and the command that is given it."""
+    """A rendered submission: a file in the run folder, and the command that takes it."""
 
     command: Sequence[str]
     file: Path
@@ -84,7 +84,7 @@ class Submission:
 
 
 class QueuedJob(ABC):
-    """A job as the cluster shows it."""
+    """A job as the cluster reports it."""
 
     @property
     @abstractmethod
@@ -101,18 +101,18 @@ class QueuedJob(ABC):
 
 @dataclass(frozen=True)
 class Findings:
-    """What is as it should be or could not be looked at, and what is wrong."""
+    """What is in order or could not be checked, and what is wrong."""
 
     notes: list[str]
     problems: list[Problem]
 
 
 class Cluster(ABC):
-    """Something that runs jobs on its nodes. Each method raises UserError where it is not there, or does not answer.
+    """Something that runs jobs on its nodes. Each method raises UserError if it is missing or does not answer.
 
     Attributes:
         name: of its section in job.yaml.
-        title: as messages call it.
+        title: its name in messages.
     """
 
     name: ClassVar[str]
@@ -128,7 +128,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def submit(self, submission: Submission) -> str:
-        """Submit it, once its file is written; the job's number. Raises UserError, in its words, where it refuses."""
+        """Submit it, once its file is written; the job's number. Raises UserError if the cluster refuses."""
 
     @abstractmethod
     def part(self, job_id: str, number: int) -> str:
@@ -136,15 +136,15 @@ class Cluster(ABC):
 
     @abstractmethod
     def look_up(self, job_id: str) -> QueuedJob | None:
-        """The job as it stands, or as it is remembered; None where it is not known any more."""
+        """The job's current or recorded state; None if the cluster no longer knows it."""
 
     @abstractmethod
     def ask_to_stop(self, job_id: str) -> None:
-        """Ask the agents to stop at the next step with a checkpoint; nothing is started again."""
+        """Ask the agents to stop at the next step with a checkpoint; the job is not restarted."""
 
     @abstractmethod
     def end(self, job_id: str) -> None:
-        """End the job at once; nothing is started again."""
+        """End the job at once; it is not restarted."""
 
     @abstractmethod
     def log(self, run: RunDir) -> Path:
@@ -152,7 +152,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def check(self, wanted: Submittable, run: RunDir, folder: Path) -> Findings:
-        """What it and a node would say of what `render` makes, before that waits in a queue."""
+        """What the cluster and a node find wrong with a rendered submission, before it waits in a queue."""
 
 
 def named(name: str) -> Cluster:
@@ -178,7 +178,7 @@ class Submitted:
 
 
 def submitted(run: RunDir) -> Submitted | None:
-    """The job that this run was submitted as; None where it was not."""
+    """The job that this run was submitted as; None if it was not submitted."""
     for name in TABLE:
         job_id = (read_json(run.submitted(name)) or {}).get("job_id")
         if isinstance(job_id, str):

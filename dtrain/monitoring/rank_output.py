@@ -7,20 +7,20 @@ from pathlib import Path
 
 from dtrain.run.folder import END_OF_OUTPUT, END_OF_STACKS, STACKS
 
-CHUNK = 1 << 20  # bytes of a log that are held at a time
+CHUNK = 1 << 20  # bytes of a log in memory at a time
 MAX_LINE = 1 << 16  # a longer line is shown in pieces
-UNFINISHED_S = 10.0  # a line without an end is shown as it stands by then: a progress bar, a rank that hangs
+UNFINISHED_S = 10.0  # an unfinished line is shown after this time: a progress bar, a rank that hangs
 
 
 class Tail:
-    """The bytes of a growing file, which may not be there yet. With `at_end`, those that it has already are passed."""
+    """The bytes of a growing file, which may not exist yet. With `at_end`, existing content is skipped."""
 
     def __init__(self, path: Path, *, at_end: bool = False) -> None:
         self._path = path
         self._position = path.stat().st_size if at_end and path.exists() else 0
 
     def read(self) -> bytes:
-        """What comes next, at most CHUNK bytes; none where there is nothing yet."""
+        """The next bytes, at most CHUNK; empty if there are none yet."""
         try:
             with self._path.open("rb", buffering=0) as file:
                 file.seek(self._position)
@@ -34,20 +34,20 @@ class Tail:
 class RankOutput:
     """The lines that a rank prints from now on, for a screen, up to the traceback with which it fails.
 
-    Of a line that was overwritten by carriage returns (a progress bar), it is what a terminal would show in the end.
+    A line that was overwritten by carriage returns (a progress bar) appears as a terminal would finally show it.
     """
 
     def __init__(self, rank: int, log: Path) -> None:
         self.rank = rank
         self._tail = Tail(log, at_end=True)
-        self._rest = b""  # of a line whose end is still to come
+        self._rest = b""  # of an unfinished line
         self._began = 0.0  # when that line did
-        self._is_cut = False  # whether a piece of it was shown already
+        self._is_cut = False  # whether a piece of it has been shown
         self._failed = False
-        self._is_aside = False  # among stacks that the agent has asked for
+        self._is_aside = False  # within stacks that the agent has requested
 
     def new_lines(self) -> list[bytes] | None:
-        """What has come since the last call, of a chunk at most; None where nothing has."""
+        """New lines since the last call, from one chunk at most; None if there are none."""
         new = b"" if self._failed else self._tail.read()
         *lines, rest = (self._rest + new).split(b"\n")
         if lines or not self._rest:
@@ -62,7 +62,7 @@ class RankOutput:
         return shown if new or shown else None
 
     def unfinished(self) -> list[bytes]:
-        """The line whose end is still to come, as it stands, if there is one; it is not shown again."""
+        """The unfinished line so far, if there is one; it is not shown again."""
         line, self._rest = _visible(self._rest), b""
         self._is_cut = True
         return [line] if line else []
@@ -75,7 +75,7 @@ class RankOutput:
                 self._is_aside = line != END_OF_STACKS.encode()
                 continue
             mark = next((each for each in (END_OF_OUTPUT, STACKS) if line.endswith(each.encode())), "")
-            before = line.removesuffix(mark.encode())  # what was printed before may lack the end of its line
+            before = line.removesuffix(mark.encode())  # earlier output may lack a newline
             if not mark or _visible(before):
                 shown.append(before)
             self._is_aside = mark == STACKS

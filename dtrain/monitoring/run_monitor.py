@@ -1,4 +1,4 @@
-"""The keeper of a run: keeps status.json true, shows progress, and has its trackers mirror it.
+"""The monitor of a run: keeps status.json up to date, shows progress, and starts the trackers that mirror it.
 
 It sees only what the ranks leave in the run folder, so it works the same in the agent of `dtrain launch` and
 inside a script that runs by itself. The ranks never wait for it.
@@ -26,19 +26,19 @@ State = Literal["running", "finished", "failed", "stopped", "killed"]
 
 LOOK_EVERY_S = 0.1
 WRITE_EVERY_S = 1.0
-SHOW_ROWS_EVERY_S = 0.5  # several files are asked for, on what may be a slow file system
+SHOW_ROWS_EVERY_S = 0.5  # it reads several files, possibly on a slow file system
 
 
 class Keeper:
-    """Keeps a run from its start to its end. A context manager; `finish` says how it ended.
+    """Monitors a run from its start to its end. A context manager; call `finish` with how it ended.
 
-    The run must be locked by the caller, and have its ranks' heartbeats. A thread keeps the status and another one
-    the screen: a terminal that takes nothing more must not make the status untrue.
+    The caller must hold the run's lock and create its heartbeats. A thread keeps the status and another one
+    the screen: a blocked terminal must not make the status stale.
 
     Args:
-        echo: where the lines that ranks print into their logs are shown; None where they have no logs.
+        echo: where lines from the ranks' logs are shown; None if they have no logs.
         show_ranks: whose lines.
-        quiet: neither to a screen nor to a tracker.
+        quiet: use neither screen nor trackers.
         wait_mlflow: whether the end waits until MLflow has all of the run, however long that takes.
     """
 
@@ -70,7 +70,7 @@ class Keeper:
         self._status |= {key: previous[key] for key in ("fit", "epoch", "step") if key in previous}
         self._outputs = [RankOutput(rank, run.rank_log(rank)) for rank in show_ranks] if echo is not None else []
         self._echo = echo
-        self._trouble: str | None = None  # still to be shown
+        self._trouble: str | None = None  # not yet shown
         self._was_in_trouble = False
         self._rows_shown = 0.0
         self._histories = {each.path: _History(each, shown=True) for each in (run, *run.fits())}
@@ -93,13 +93,13 @@ class Keeper:
             self.finish("killed" if interrupted else "failed", EXIT_INTERRUPTED if interrupted else 1)
 
     def restarted(self) -> None:
-        """The ranks have failed, and are being started again."""
+        """The ranks have failed and are being restarted."""
         self._status["restarts"] += 1
-        # What their logs hold by now is the end of those that failed.
+        # The current end of their logs belongs to the ranks that failed.
         self._outputs = [RankOutput(output.rank, self.run.rank_log(output.rank)) for output in self._outputs]
 
     def finish(self, state: State, exit_code: int, error: dict[str, Any] | None = None) -> None:
-        """The ranks have ended: write and show what is left, and leave its copies to the trackers."""
+        """The ranks have ended: write and show the rest, and leave the upload to the trackers."""
         self._over.set()
         self._watching.join()
         self._take_beat()
@@ -132,7 +132,9 @@ class Keeper:
     def _watch(self) -> None:
         last_write = time.monotonic()
         while not self._over.wait(LOOK_EVERY_S):
-            with contextlib.suppress(OSError):  # a hiccup of the file system must not blind the rest of the run
+            with contextlib.suppress(
+                OSError
+            ):  # a brief file system error must not stop the monitor for the rest of the run
                 if self._take_beat().step > 0 and self._trackers is not None:
                     self._trackers.start()
             if time.monotonic() - last_write >= WRITE_EVERY_S:
@@ -160,13 +162,13 @@ class Keeper:
         more = False
         while not self._over.wait(0 if more else LOOK_EVERY_S):
             more = self._show_new()
-        while self._show_new():  # to the last byte: it may be why a rank died
+        while self._show_new():  # to the last byte: it may explain why a rank died
             pass
         for output in self._outputs:
             self._show_lines(output.rank, output.unfinished())
 
     def _show_new(self) -> bool:
-        """Show what is new; whether there may be more at once."""
+        """Show what is new; whether more may follow at once."""
         more = False
         self._show_trouble()
         with contextlib.suppress(OSError):
@@ -202,7 +204,7 @@ class Keeper:
 
 
 class _History:
-    """A run's rows, each to be shown once: epochs done again after a stop are not shown again."""
+    """A run's rows, each to be shown once: epochs repeated after a stop are not shown again."""
 
     def __init__(self, run: RunDir, *, shown: bool = False) -> None:
         self._run = run
@@ -210,7 +212,7 @@ class _History:
         self._last_epoch = max((row["epoch"] for row in run.rows()), default=0) if shown else 0
 
     def new(self) -> Iterator[Row]:
-        """The rows that are still to be shown."""
+        """The rows that have not been shown yet."""
         changed = self._run.metrics.stat().st_mtime_ns if self._run.metrics.exists() else 0
         if changed == self._changed:
             return

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar in a terminal, plain lines elsewhere; on stderr."""
+"""What the user sees of a run: a progress bar in a terminal, plain lines elsewhere; on stderr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAIN_LINE_EVERY_S = 30.0  # within a long epoch, where there is no terminal
 
 
 class Screen:
-    """Shows progress, rows and lines. Not for several threads at once."""
+    """Shows progress, rows and lines. Not thread-safe."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -42,14 +42,14 @@ class Screen:
                 print(line, file=sys.stderr, flush=True)
 
     def show_output(self, rank: int, lines: list[bytes], file: TextIO) -> None:
-        """Lines that a rank printed, its number before each, above the progress bar where the file is a terminal."""
+        """Lines that a rank printed, prefixed with its number; above the progress bar if the file is a terminal."""
         text = b"".join(b"[rank %d] %b\n" % (rank, line) for line in lines)
         if self._progress is not None and file.isatty():
             self.print(text.decode(errors="replace").removesuffix("\n"))
             return
         with tolerated(file):
             file.flush()
-            file.buffer.write(text)  # as it was printed, in whatever encoding
+            file.buffer.write(text)  # unchanged, in whatever encoding
             file.buffer.flush()
 
     def show_row(self, row: Row) -> None:
@@ -58,7 +58,7 @@ class Screen:
         self.print(row_line(row))
 
     def show_beat(self, beat: Beat) -> None:
-        """Where the run is."""
+        """The run's current position."""
         if self._quiet:
             return
         self._rate.add(beat)
@@ -74,7 +74,7 @@ class Screen:
             )
 
     def close(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -97,7 +97,7 @@ class Screen:
 
 
 def say(line: str) -> None:
-    """A line on stderr, where there is no Screen."""
+    """Print a line on stderr, without a Screen."""
     with tolerated(sys.stderr):
         print(line, file=sys.stderr, flush=True)
 
@@ -143,7 +143,7 @@ class Rate:
         return self._per_second("samples")
 
     def seconds_left(self, beat: Beat) -> float | None:
-        """Until the last epoch's end at this speed, validation not counted; None while it is unknown."""
+        """Seconds to the last epoch's end at this speed, without validation; None while unknown."""
         steps_per_s = self._per_second("step")
         if not steps_per_s or not beat.steps_in_epoch or beat.validating:
             return None
@@ -160,7 +160,7 @@ def row_line(row: Row) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`1:02:03`, `02:03`, or `--:--` where it is unknown."""
+    """`1:02:03`, `02:03`, or `--:--` if unknown."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(int(seconds), 60)

@@ -1,4 +1,4 @@
-"""A tracker: a process that mirrors a run elsewhere, as those who start it and ask after it know it."""
+"""The tracker interface: a tracker is a process that mirrors a run elsewhere, such as in MLflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from dtrain.files import read_json, write_json
 from dtrain.run.folder import RunDir
 
-# By its name: the module, whose `tracker` is the Tracker.
+# Name: module, whose `tracker` is the Tracker.
 TABLE = {"mlflow": "dtrain.monitoring.mlflow_tracker"}
 
 
@@ -22,7 +22,7 @@ class Tracker(ABC):
 
     Attributes:
         name: of its section in job.yaml, and of its files in the run folder.
-        title: as messages call it.
+        title: its name in messages.
         module: what follows a run folder, run as `python -m MODULE RUN`.
     """
 
@@ -32,11 +32,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def is_off(self) -> bool:
-        """Whether it is to follow no run here."""
+        """Whether it is turned off here."""
 
     @abstractmethod
     def lacking(self) -> str:
-        """What it can't do without and how to do without it, in words; empty where all is there."""
+        """What it needs and lacks, and how to turn it off, in words; empty if nothing is missing."""
 
     @property
     def id_key(self) -> str:
@@ -52,7 +52,7 @@ class Tracker(ABC):
         return run.logs / f"{self.name}.log"
 
     def lock(self, run: RunDir) -> Path:
-        """Held by the one that is at work; two would send the same rows."""
+        """Held by the tracker at work; two would send the same rows."""
         return run.path / f"{self.name}.lock"
 
     def note(self, run: RunDir) -> Path:
@@ -74,7 +74,7 @@ class Tracker(ABC):
         write_json(self.note(run), {**known, "complete_after_restarts": status.get("restarts", 0)})
 
     def outstanding(self, run: RunDir) -> str:
-        """What its copy of a run that is over lacks, in words; empty where it has all, or is to have nothing."""
+        """What its copy of a finished run lacks, in words; empty if it is complete or turned off."""
         complete_after = (read_json(self.note(run)) or {}).get("complete_after_restarts")
         is_complete = complete_after == (read_json(run.status_file) or {}).get("restarts", 0)
         if is_complete or not self.log(run).exists():
@@ -85,7 +85,7 @@ class Tracker(ABC):
 
 
 def trackers() -> list[Tracker]:
-    """All there are."""
+    """All known trackers."""
     found = [import_module(module).tracker for module in TABLE.values()]
     assert all(isinstance(each, Tracker) for each in found)
     return found
@@ -100,7 +100,7 @@ def _is_locked(path: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there are no locks
+    except OSError:  # no locks here
         return False
     finally:
         os.close(descriptor)

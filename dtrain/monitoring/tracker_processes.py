@@ -1,4 +1,4 @@
-"""The trackers' processes of one run: started once there is something to send, and left behind when the run is over."""
+"""A run's tracker processes: started when there is something to send, and left to finish when the run has ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dtrain.monitoring.tracker import Tracker, trackers
 from dtrain.run.folder import RunDir
 from dtrain.signals import held_back
 
-GRACE_S = 60.0  # what a tracker gets where nothing outlives this process
+GRACE_S = 60.0  # for a tracker to finish, if nothing may outlive this process
 STOPPED_GRACE_S = 5.0  # in a cluster's job that was stopped: it must end, and be requeued, before its time is up
 
 
@@ -32,7 +32,7 @@ class TrackerProcesses:
         self._untracked: set[Tracker] = set()  # for want of something, which has been said
 
     def start(self) -> None:
-        """Start those that are not off and not started. After the first step: importing mlflow takes seconds."""
+        """Start those that are on and not yet started. After the first step: importing mlflow takes seconds."""
         for tracker in trackers():
             if tracker in self._processes or tracker in self._untracked or tracker.is_off():
                 continue
@@ -74,5 +74,5 @@ class TrackerProcesses:
             return STOPPED_GRACE_S if was_stopped else GRACE_S
         if self._wait:
             return None
-        # The first process of a container, or a service's, takes all others along when it ends.
+        # When the first process of a container or a service ends, all others are killed.
         return GRACE_S if 1 in (os.getpid(), os.getppid()) else 0.0

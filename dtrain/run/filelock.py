@@ -1,4 +1,4 @@
-"""flock(2), where there is one: Lustre may be mounted without, and some file systems in user space have none."""
+"""flock(2), if available: Lustre may be mounted without it, and some FUSE file systems lack it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _warned: set[Path] = set()
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
-    """Whether the lock of an open file is had, without waiting; None where its file system has no locks."""
+    """Try to lock an open file without waiting: whether that worked; None if its file system has no locks."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -27,7 +27,7 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
 
 
 def warn_of_no_locks(folder: Path) -> None:
-    """Say, once, what that means for a run there."""
+    """Warn, once, what that means for a run there."""
     if folder not in _warned:
         _warned.add(folder)
         with suppress(OSError):

@@ -17,9 +17,9 @@ from dtrain.run import node_disk
 from dtrain.run.lock import Locked
 
 RUN_DIR_VARIABLE = "DTRAIN_RUN_DIR"  # tells a rank, and a script's Trainer, which run it belongs to
-# In a rank's log: what follows is for its reader, not for the screen.
+# In a rank's log: what follows is for the log's reader, not for the screen.
 END_OF_OUTPUT = "dtrain: the run has failed, because of the following"
-STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # so is what is between them
+STACKS, END_OF_STACKS = "dtrain: where this rank stands", "dtrain: it goes on"  # and so is everything between these two
 CHECKPOINT_PART = "rank-{}.bin"  # what a rank has written of a checkpoint
 EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
@@ -37,12 +37,12 @@ class RunDir(Locked):
         self.status_file = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
-        self.heartbeats = self.path / "heartbeat"  # a link to a folder of each node's own
+        self.heartbeats = self.path / "heartbeat"  # a link to a folder on each node's own disk
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
         self.plots = self.path / "plots"
-        self.answer = self.path / "answer.txt"  # of ranks that do something beside a run, for their command
+        self.answer = self.path / "answer.txt"  # from ranks that serve a command rather than train
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.checkpoints / "latest"  # the name of the newest one
         self.env = self.path / "env.json"
@@ -53,7 +53,7 @@ class RunDir(Locked):
 
     @classmethod
     def new(cls, name: str) -> RunDir:
-        """A name that is free under runs/ in the working directory: NAME-YYYYMMDD-HHMMSS-xxxx."""
+        """An unused name under runs/ in the working directory: NAME-YYYYMMDD-HHMMSS-xxxx."""
         return cls(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class RunDir(Locked):
         return self.logs / f"rank-{rank}.error.json"
 
     def last_word(self, rank: int) -> Path:
-        """Where a rank leaves what becomes its `rank_error`, for its node's agent, who looks all the time."""
+        """Where a rank leaves what becomes its `rank_error`, for its node's agent, which polls it."""
         return self.heartbeats / f"rank-{rank}.error.json"
 
     def record_request(self, rank: int) -> Path:
@@ -93,7 +93,7 @@ class RunDir(Locked):
 
     def ranks(self) -> list[int]:
         """The ranks that this run has had, in order."""
-        files = [*self.heartbeats.glob("rank-*"), *self.logs.glob("rank-*.log")]  # the former while it goes on, here
+        files = [*self.heartbeats.glob("rank-*"), *self.logs.glob("rank-*.log")]  # the former while it is running here
         names = {file.name.removeprefix("rank-").removesuffix(".log") for file in files}
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -104,13 +104,13 @@ class RunDir(Locked):
         return len(list(self.checkpoints.glob(f"{self.latest.read_text().strip()}/{CHECKPOINT_PART.format('*')}")))
 
     def exists(self) -> bool:
-        """Whether something is there that a new run must not overwrite."""
+        """Whether it contains anything that a new run must not overwrite."""
         return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
 
     def create(self) -> None:
-        """Make the folders; those that are there stay as they are.
+        """Create the folders; existing ones are left as they are.
 
-        The run is its owner's and their group's (or whose umask says so), with all that it will hold: others can't
+        The run and everything in it belong to its owner and their group (or as the umask says): others can't
         enter its folder.
         """
         self.path.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class RunDir(Locked):
         return RunDir(self.path / f"fit-{number}")
 
     def fits(self) -> list[RunDir]:
-        """The run folders of this script's fits but for that in this one, in their order."""
+        """The run folders of this script's fits except the one in this folder, in order."""
         names = (read_json(self.fits_file) or {}).get("fits", [])
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             warn_of_damage(self.fits_file)
@@ -135,7 +135,7 @@ class RunDir(Locked):
         return [RunDir(os.path.normpath(self.path / name)) for name in names]
 
     def add_fit(self, fit: RunDir) -> None:
-        """Note that a fit of this script has its folder there."""
+        """Record that a fit of this script has its folder there."""
         fits = [*self.fits(), fit]
         names = dict.fromkeys(os.path.relpath(each.path.absolute(), self.path.absolute()) for each in fits)
         write_json(self.fits_file, {"fits": list(names)})
@@ -152,14 +152,14 @@ class RunDir(Locked):
                 self.heartbeats.unlink()
             shutil.rmtree(self.heartbeats, ignore_errors=True)
             _link(self.heartbeats, script.heartbeats)
-            with contextlib.suppress(OSError):  # it has logs, of a run of its own
+            with contextlib.suppress(OSError):  # it has logs, as a run by itself
                 self.logs.rmdir()
                 _link(self.logs, script.logs)
 
     # -- history ---------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
-        """The rows of metrics.jsonl, one for each epoch done; a line that is damaged is said once, and passed over."""
+        """The rows of metrics.jsonl, one per finished epoch; a damaged line is reported once and skipped."""
         if not self.metrics.exists():
             return []
         rows = []
@@ -172,7 +172,7 @@ class RunDir(Locked):
         return rows
 
     def last_row(self) -> Row | None:
-        """The last of `rows`; the others are read only where the file's end is damaged."""
+        """The last of `rows`; the others are read only if the file's end is damaged."""
         with contextlib.suppress(OSError):
             row = _parse_row(self.metrics.read_bytes().rstrip().rpartition(b"\n")[2])
             if row is not None:
@@ -186,13 +186,13 @@ class RunDir(Locked):
     # -- status ----------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """status.json as it is true now: "running" without a live writer reads as "killed".
+        """status.json, corrected: "running" without a live writer reads as "killed".
 
-        Empty where there is no run. Where the file is damaged, which is said once, the history tells the place.
+        Empty if there is no run. If the file is damaged, which is reported once, the history gives the position.
         """
         status = self._read_status()
         if status.get("state") == "running" and self.writer() is None:
-            # The writer may have finished between the two looks.
+            # The writer may have finished between the two checks.
             status = self._read_status()
             if status.get("state") == "running":
                 status["state"] = "killed"
@@ -233,11 +233,11 @@ def _is_status(value: dict[str, Any]) -> bool:
     return isinstance(value.get("state"), str) and all(isinstance(each, int) for each in numbers) and is_error
 
 
-_damaged: set[str] = set()  # what this process has said to be so
+_damaged: set[str] = set()  # what this process has reported
 
 
 def warn_of_damage(place: str | Path) -> None:
-    """Say, once, that what stands there is passed over."""
+    """Warn, once, that what is there is skipped."""
     if str(place) not in _damaged:
         _damaged.add(str(place))
         with contextlib.suppress(OSError):

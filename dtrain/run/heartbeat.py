@@ -1,6 +1,6 @@
-"""A few bytes of shared memory for each rank, beside the run folder: how far it is, whether it shall stop, and did.
+"""A few bytes of shared memory per rank, outside the run folder: its progress, a request to stop, and the answer.
 
-A rank writes its place at each step (about a microsecond); its node's agent reads it, and writes the request to
+A rank writes its position at each step (about a microsecond); its node's agent reads it, and writes the request to
 stop. A file that both map, and not a message, so that neither ever waits for the other.
 """
 
@@ -30,10 +30,10 @@ _SIZE = _FIT_AT + _FIT.size
 
 
 class Phase(IntEnum):
-    """What a rank does, in the order in which it does so while its epoch and step are the same."""
+    """What a rank is doing, in the order of these phases within one step."""
 
     STARTING = 0
-    JOINING = 1  # the other ranks, for whom it waits
+    JOINING = 1  # the other ranks, which it waits for
     SAVING = 2
     LOADING = 3
     FORWARD = 4
@@ -41,12 +41,12 @@ class Phase(IntEnum):
     WAITING = 6  # for the device to have done it
     VALIDATING = 7
     REPORTING = 8
-    DONE = 9  # with the training; what follows is the script's own affair
+    DONE = 9  # with training; what follows is up to the script
 
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is. Counts are of this fit, not of this process; 0 epochs mean that nothing has begun."""
+    """A rank's position. Counts refer to this fit, not to this process; 0 epochs mean that nothing has begun."""
 
     epoch: int = 0
     epochs: int = 0
@@ -57,7 +57,7 @@ class Beat:
     loss: float = float("nan")  # this rank's mean loss of the epoch so far
     phase: Phase = Phase.STARTING
     moved_ns: int = 0  # when it last moved, by time.monotonic_ns
-    stop_s: float = 0.0  # how long a stop takes from here, as far as is known: a step and a checkpoint
+    stop_s: float = 0.0  # how long a stop takes from here, as far as known: a step and a checkpoint
     fit: int = 0  # which one of the script
 
     @property
@@ -71,17 +71,17 @@ class Beat:
 
     @property
     def in_fit(self) -> str:
-        """Which fit it is, in words before others; nothing in the first one."""
+        """Which fit it is, as a prefix for messages; empty for the first."""
         return f"fit {self.fit}, " if self.fit > 1 else ""
 
 
 class Heartbeat:
-    """One rank's bytes. `create` makes them anew (the agent, before the rank starts), else they are opened."""
+    """One rank's bytes. `create` makes them (the agent, before the rank starts); otherwise they are opened."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         if create:
             path = node_disk.make(path.parent) / path.name
-            path.unlink(missing_ok=True)  # cutting a file short under somebody's map would kill them
+            path.unlink(missing_ok=True)  # truncating a mapped file would kill its readers
             path.write_bytes(bytes(_SIZE))
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -98,11 +98,11 @@ class Heartbeat:
     def begin(self, fit: int) -> None:
         """The script's first, second or later fit begins; 0: the rank does."""
         self._put(_FIT_AT, _FIT.pack(fit))
-        # A later fit begins as a training that runs: a request to stop is heard by it.
+        # A later fit counts as running training from the start: it handles a request to stop.
         self.beat(Beat(epochs=self.read().epochs if fit else 0))
 
     def enter(self, phase: Phase) -> None:
-        """This rank begins with something else at the same place."""
+        """This rank enters another phase at the same position."""
         self._put(_MOVED_AT, struct.pack("<2q", phase, time.monotonic_ns()))
 
     def read(self) -> Beat:
@@ -124,7 +124,7 @@ class Heartbeat:
 
     @property
     def stopped(self) -> bool:
-        """Whether this rank has ended before its time, on request and with all that it needs to continue."""
+        """Whether this rank has stopped early, on request and with all that it needs to continue."""
         return bool(_STOP.unpack_from(self._bytes, _STOPPED_AT)[0])
 
     @stopped.setter
@@ -132,8 +132,8 @@ class Heartbeat:
         self._put(_STOPPED_AT, _STOP.pack(value))
 
     def _put(self, place: int, numbers: bytes) -> None:
-        """Write over what stands there. `pack_into` would first make zeros of it, which a reader may see.
+        """Overwrite in place. `pack_into` would write zeros first, which a reader might see.
 
-        A rank that is interrupted just then would look as if it had stood still since the machine was started.
+        A rank interrupted at that moment would look as if it had been stuck since the machine booted.
         """
         self._bytes[place : place + len(numbers)] = numbers

@@ -1,8 +1,8 @@
-"""A folder on each node's own disk, for what is looked at many times a second while a run goes on.
+"""A folder on each node's own disk, for what is polled many times a second during a run.
 
-The run folder may lie on a file system that all nodes share: a question of ten a second from each node is one too many
-there, and a rank that maps a file may wait for a server. So it holds but a link, to a name that is the same on all
-nodes. Each finds a folder of its own there, and so does `dtrain cancel` on the same machine.
+The run folder may be on a file system that all nodes share: ten requests a second from each node are too many
+there, and a rank that maps a file may wait for a server. So it only holds a link, to a name that is the same on all
+nodes. Each node finds its own folder there, and so does `dtrain cancel` on the same machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dtrain.errors import UserError
 
-ROOT = Path("/tmp")  # not TMPDIR, which clusters set anew for each job
+ROOT = Path("/tmp")  # not TMPDIR, which clusters set per job
 PREFIX = "dtrain-node-"
 
 
@@ -39,14 +39,14 @@ def link(place: Path) -> None:
 
 
 def make(place: Path) -> Path:
-    """The folder on this node, which is made where it is not there.
+    """The folder on this node, created if missing.
 
     Raises:
-        UserError: somebody else has made it.
+        UserError: another user has created it.
     """
     folder = Path(os.path.realpath(place))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.parent == ROOT and folder.stat().st_uid != os.getuid():  # who owns it could ask the ranks to stop
+    if folder.parent == ROOT and folder.stat().st_uid != os.getuid():  # its owner could ask the ranks to stop
         raise UserError(f"{folder} belongs to another user: move the run folder {place.parent}, or have it removed")
     return folder
 

@@ -1,4 +1,4 @@
-"""What a command asks of ranks: it starts the request's entrypoint on each of them, with the request as argument."""
+"""What a command asks of ranks: each runs the request's entrypoint, with the request as its argument."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Train(RankRequest):
 
 @dataclass(frozen=True)
 class Rehearse(RankRequest):
-    """Train on the first batches. Answers with the types of what each rank has to itself, a JSON list.
+    """Train on the first batches. Answers with a JSON list: the types of what each rank has of its own.
 
     Attributes:
         stop_after: steps of a process after which it stops, as on a signal; 0: never.

@@ -1,4 +1,4 @@
-"""The copy of the code that a run begins with: the job's folder, and the user's modules that were found elsewhere."""
+"""The copy of the code that a run begins with: the job's folder, and the user's modules found elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Snapshot:
     """Fills a folder with copies of others, within limits on its size.
 
     Attributes:
-        left_out: what is not in it though it is in what was added, or not as it is there; and why.
+        left_out: what was not copied, or not unchanged, and why.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,9 +37,9 @@ class Snapshot:
     def add(self, folder: Path, name: str = "") -> None:
         """Copy a folder's Python files and small data, under that name.
 
-        Left out are hidden files, what tools make (SKIPPED), run folders, keys and credentials, links that lead out of
+        Left out are hidden files, tools' output (SKIPPED), run folders, keys and credentials, links that lead out of
         the folder, files above 1 MiB, and what goes beyond 2,000 files or 20 MiB in all. Python files come first, so
-        that they are not what is left out.
+        that they are the last to be left out.
         """
         for path in sorted(_files(folder), key=lambda path: (path.suffix != ".py", path)):
             relative = name / path.relative_to(folder)
@@ -49,7 +49,7 @@ class Snapshot:
                 self._copy(path, relative)
 
     def add_modules(self) -> None:
-        """Copy the user's modules that this process has loaded from elsewhere, each package whole or not at all.
+        """Copy the user's modules that this process has loaded from elsewhere; each package completely or not at all.
 
         A part of one would hide the rest, once the run goes on with this copy.
         """
@@ -100,7 +100,7 @@ def _files(folder: Path) -> Iterator[Path]:
             if _is_wanted(name) and (path.is_file() or name in links):
                 yield path
                 seen += 1
-        if seen > 10 * MAX_FILES:  # a folder of data: what lies deeper is not the job's code
+        if seen > 10 * MAX_FILES:  # a data folder: what is deeper is not the job's code
             return
 
 

@@ -1,4 +1,4 @@
-"""A sweep: several runs of one job that differ in some values, in the folders 0, 1, 2 ... of one folder."""
+"""A sweep: several runs of one job with different values, in the folders 0, 1, 2 ... of one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Point = tuple[str, ...]  # overrides, such as optimizer.lr=0.1
 
 @dataclass(frozen=True)
 class Sweep:
-    """The folder, and what is swept: of each run the values that others have otherwise."""
+    """The folder, and what is swept: the values in which each run differs."""
 
     folder: Path
     points: tuple[Point, ...]
@@ -60,12 +60,12 @@ class Sweep:
         return [RunDir(self.folder / str(index)) for index in range(len(self.points))]
 
     def point(self, run: RunDir) -> str:
-        """What is this run's own, in words."""
+        """This run's own values, in words."""
         return " ".join(hide_in_command(self.points[int(run.path.absolute().name)]))
 
 
 def grid(overrides: Sequence[str]) -> tuple[list[str], list[Point]]:
-    """What all runs of a sweep have, and what each has for itself: every value of a key with every one of the others.
+    """The overrides that all runs share, and each run's own: every combination of the keys' values.
 
     `lr=0.1,0.01` are two values, `betas=[0.9,0.99],[0.8,0.99]` too; the last key varies fastest.
 

@@ -1,4 +1,4 @@
-"""Settings that are each right, and wrong together."""
+"""Settings that are valid by themselves but contradict each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtrain.schema.strategies import STRATEGIES
 
 
 def contradictions_of(fit: Fit) -> list[Problem]:
-    """What is wrong between settings of this section that are each right."""
+    """Contradictions between settings of this section that are valid by themselves."""
     problems = []
     if fit.clip_norm and fit.clip_value:
         problems.append(Problem("is a second way of clipping; give either clip_norm or clip_value", "fit.clip_value"))
@@ -27,7 +27,7 @@ def contradictions_of(fit: Fit) -> list[Problem]:
 
 
 def contradictions(job: Job) -> list[Problem]:
-    """What is wrong between fields that are each right."""
+    """Contradictions between fields that are valid by themselves."""
     problems = []
     if job.loss and job.step:
         problems.append(Problem("returns its own loss; give either loss or step", "step"))
@@ -60,7 +60,7 @@ def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
 
 
 def _wrong_plateau(job: Job) -> list[Problem]:
-    """A scheduler that would take a better value for a worse one."""
+    """A scheduler that would mistake a better value for a worse one."""
     if job.scheduler is None or job.scheduler.target.rpartition(".")[2] != "ReduceLROnPlateau":
         return []
     mode, watched = job.scheduler.arguments.get("mode", "min"), job.scheduler.monitor or job.monitor
@@ -75,12 +75,12 @@ def _wrong_plateau(job: Job) -> list[Problem]:
 def _is_rate(value: object, optimizer: str) -> bool:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return 0 <= value < math.inf
-    # A tensor may be made by a target; and optimizers that find their own rate take null for it.
+    # A target may create a tensor; and optimizers that find their own learning rate take null.
     return isinstance(value, dict) or (value is None and not optimizer.startswith("torch."))
 
 
 def wrong_slurm_options(job: Job | ScriptJob) -> list[Problem]:
-    """What sbatch would not take, or dtrain sets itself."""
+    """Options that sbatch would refuse, or that dtrain sets itself."""
     found = ((name, sbatch.problem(name, value, Slurm.model_fields)) for name, value in job.slurm.extra.items())
     problems = [Problem(message, f"slurm.{name}") for name, message in found if message]
     problems += [Problem("holds a NUL character", f"slurm.{path}") for path, text in job.slurm.texts() if "\0" in text]

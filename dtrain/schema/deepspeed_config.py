@@ -1,4 +1,4 @@
-"""The `deepspeed` section: DeepSpeed's own keys, beside what the job says already."""
+"""The `deepspeed` section: DeepSpeed's own keys, besides what the job already sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dtrain.errors import Problem, did_you_mean
 if TYPE_CHECKING:
     from dtrain.schema.sections import Fit
 
-# Taken as they are. Of DeepSpeed 0.19; a name that it doesn't know it would pass over without a word.
+# Passed on as they are, from DeepSpeed 0.19, which silently ignores names it does not know.
 _ITS_OWN = (
     *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast"),
     *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
@@ -54,13 +54,13 @@ def disagreements(
     batch_size: int | None = None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> Iterator[Problem]:
-    """What a section holds that DeepSpeed doesn't know, that is not its own here, or that the job says otherwise.
+    """What a section contains that DeepSpeed does not know, that is not its to set here, or that contradicts the job.
 
-    "auto", as other tools write it, says nothing.
+    "auto", as other tools write it, sets nothing.
 
     Args:
-        batch_size: None where it is not known yet; any is right then.
-        optimizer: the job's, with `_target_` and its arguments; None where it is not known.
+        batch_size: None if it is not known yet; then any value is accepted.
+        optimizer: the job's, with `_target_` and its arguments; None if unknown.
     """
     config = without_auto(config)
     said = {
@@ -146,15 +146,15 @@ def filled(config: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """The whole configuration for DeepSpeed, with what the job and dtrain decide."""
     config = without_auto(config)
     own = {key: value for key, value in config.items() if key in _ITS_OWN}
-    if precision == "bf16":  # what travels does so in float32, unless the section names modules for which it may not
+    if precision == "bf16":  # communicate in float32, unless the section names modules for which 16 bits are safe
         own["torch_autocast"] = {"lower_precision_safe_modules": [], **own.get("torch_autocast", {})}
         own["torch_autocast"] |= {"enabled": True, "dtype": "bfloat16"}
     return {
-        "zero_allow_untested_optimizer": True,  # any optimizer that works number by number
+        "zero_allow_untested_optimizer": True,  # any elementwise optimizer
         "zero_force_ds_cpu_optimizer": False,  # its own is compiled on first use
         **own,
-        "train_micro_batch_size_per_gpu": 1,  # it wants one; ranks' shares may differ
-        "gradient_clipping": 0.0,  # is done before its step, on what it sums; its default is 1.0
+        "train_micro_batch_size_per_gpu": 1,  # required; ranks' shares may differ
+        "gradient_clipping": 0.0,  # the loop clips the summed gradients before its step; its default is 1.0
     }
 
 

@@ -1,4 +1,4 @@
-"""`_target_`s: what they name is called, their arguments checked before anything is."""
+"""`_target_`s: calls what they name, after checking all arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def instantiate(value: object, *args: object, given: Mapping[str, object] | None
 
     What is no target is returned as it is, rebuilt where it holds targets.
 
-    A target with `_partial_: true` is not called: it is a function, with the arguments that it has already.
+    A target with `_partial_: true` is not called: it is a function with some arguments bound.
 
     Args:
         given: what the target, instead of `args`, and each target within it gets by name, if it takes that.
@@ -78,7 +78,7 @@ def _resolve_callable(name: object) -> Callable[..., Any]:
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """None where it is written in C, without a signature."""
+    """Its signature; None if it is written in C without one."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -111,10 +111,10 @@ def _check_object(target: Target, positional: int, where: str, given: Collection
 
 
 def _check_function(target: Target, positional: int, where: str) -> list[Problem]:
-    """What is wrong with `bind_function`, for a function that is called with so many arguments."""
+    """What is wrong with `bind_function` for a function that is called with this many arguments."""
     try:
         found = _resolve_callable(target.target)
-    except UserError:  # a wrong name, which is told below
+    except UserError:  # a wrong name, reported below
         found = None
     if not inspect.isclass(found) or target.arguments.get(_PARTIAL):
         return check_target(target, positional, where)
@@ -214,7 +214,7 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
 
     `folder` holds the job's own modules.
     """
-    if problems := collisions(folder):  # nothing can be imported beside them
+    if problems := collisions(folder):  # nothing can be imported with these in place
         return problems
     load_what_ranks_have(folder)
     job_path(folder)
@@ -271,7 +271,7 @@ def _check_metric(target: MetricTarget, where: str) -> tuple[object, list[Proble
     """The metric, None for a function of samples, and what is wrong with it."""
     try:
         missing = _num_missing(target)
-    except UserError:  # a wrong name, which is told below
+    except UserError:  # a wrong name, reported below
         missing = 0
     if missing > 1:
         return None, check_target(target, missing, where)

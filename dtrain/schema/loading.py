@@ -33,10 +33,10 @@ _STAND_INS: dict[str, Any] = {
     "optimizer": _ANY_TARGET,
     "fit": {"epochs": 1},
 }
-# How much goes where something is wrong: a whole target (of the sections left out, all at the second level).
+# How much is dropped around a mistake: a whole target (in the sections not listed, everything at the second level).
 _SALVAGE_DEPTHS = {"model": 1, "loss": 1, "step": 1, "optimizer": 1, "scheduler": 1, "fit": 3}
 
-# A contradiction, by its path, says nothing where a value that it is drawn from is wrong itself.
+# A contradiction is not reported if one of the values that it compares is itself wrong.
 _DRAWN_FROM = {
     "loss": ("loss", "step"),
     "step": ("loss", "step"),
@@ -56,7 +56,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedS
     """The job in a file, with `key=value` overrides; raises UserError with all that is wrong.
 
     Only where something is wrong are the job's targets imported and checked too, for the user to see all
-    mistakes at once. Of a job that loads, `dtrain.schema.instantiate.check_job` tells.
+    mistakes at once. For a job that loads, use `dtrain.schema.instantiate.check_job`.
     """
     reader = Reader(str(path))
     document = reader.read(_read_text(Path(path)))
@@ -105,14 +105,14 @@ def _load_script(
 
 
 def _all(problems: Iterable[Problem]) -> UserError:
-    """In the order of the file, and what the command line says last."""
+    """Problems in the order of the file, those of the command line last."""
     return UserError(sorted(problems, key=lambda problem: problem.line or float("inf")))
 
 
 def dump_job(job: Job | ScriptJob) -> str:
     """The job as YAML, defaults and overrides included; loads back to an equal job.
 
-    But for a password in mlflow.tracking_uri: it is for the store alone, see `dtrain.monitoring.tracking_uri`.
+    A password in mlflow.tracking_uri is left out: only the store needs it, see `dtrain.monitoring.tracking_uri`.
     """
     values = job.model_dump(by_alias=True)
     if job.mlflow.tracking_uri is not None:
@@ -121,7 +121,7 @@ def dump_job(job: Job | ScriptJob) -> str:
 
 
 def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:
-    """What keeps `new` from continuing a run of `old`, one line a value."""
+    """The differences that keep `new` from continuing a run of `old`, one line per value."""
     before, now = dict(_leaves(old.model_dump(by_alias=True))), dict(_leaves(new.model_dump(by_alias=True)))
     return [
         f"{path}: {before.get(path, 'absent')} before, {now.get(path, 'absent')} now"
@@ -162,7 +162,7 @@ def _read_text(path: Path) -> str:
 
 
 def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) -> list[Problem]:
-    """Sets one `key=value` in the document; what is wrong with it, else nothing."""
+    """Set one `key=value` in the document; what is wrong with it, if anything."""
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
     source = f"override {override}"
@@ -195,7 +195,7 @@ def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) ->
 
 
 def _read_deepspeed(document: dict[Any, Any], places: dict[str, Place], path: Path) -> list[Problem]:
-    """Puts DeepSpeed's settings where the document has the path of its JSON file; what is wrong with that."""
+    """Replace the path of DeepSpeed's JSON file in the document by its content; what is wrong with it."""
     name = document.get("deepspeed")
     if not isinstance(name, str):
         return []
@@ -212,7 +212,7 @@ def _read_deepspeed(document: dict[Any, Any], places: dict[str, Place], path: Pa
 
 
 def _validate(document: dict[Any, Any], path: Path, places: dict[str, Place]) -> tuple[LoadedJob, list[Problem]]:
-    """The job, as far as the document is one, and what is wrong with it."""
+    """The job, as far as it is valid, and what is wrong with it."""
     errors: list[ErrorDetails] = []
     try:
         job = Job.model_validate(document)

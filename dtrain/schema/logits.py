@@ -1,4 +1,4 @@
-"""Which metrics of torchmetrics guess, from the values of each update, whether they were given logits."""
+"""Which torchmetrics metrics guess, from the values of each update, whether they were given logits."""
 
 from __future__ import annotations
 

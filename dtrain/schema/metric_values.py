@@ -27,7 +27,7 @@ def _plain(result: Any) -> Result:
 
 
 def values_of_no_sample(name: str, metric: Any) -> dict[str, Result] | None:
-    """The values that a metric of torchmetrics' own has before its first sample, for their names.
+    """The values of a torchmetrics metric before its first sample, for their names.
 
     None where it has none (it keeps samples), or where they may tell too little: others' metrics.
     """
@@ -38,6 +38,6 @@ def values_of_no_sample(name: str, metric: Any) -> dict[str, Result] | None:
         warnings.simplefilter("ignore")
         try:
             values = named_values(name, copy.deepcopy(metric).compute())
-        except Exception:  # as each of them words it
+        except Exception:  # each words it differently
             return None
     return None if [] in values.values() else values or None

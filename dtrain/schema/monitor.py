@@ -1,4 +1,4 @@
-"""Whether what a monitor names is a single number that every epoch reports, as far as that is known beforehand."""
+"""Whether a monitor names a single number that every epoch reports, as far as that is known beforehand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages that a machine may be without: what is said where one is asked for, before anything begins."""
+"""Optional packages: the message if a needed one is missing, before anything starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from dtrain.schema.job import Job, LoadedJob, LoadedScript, ScriptJob
     from dtrain.schema.sections import Fit
 
-OLDEST_TORCH = (2, 11)  # as in pyproject.toml, which a cluster's torch or `pip install --no-deps` need not have met
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml; a cluster's torch or `pip install --no-deps` may not meet it
 
 
 def missing(*names: str) -> str | None:
-    """Which of these packages this Python has not, as the end of a sentence; None if it has all."""
+    """Which of these packages are missing, as the end of a sentence; None if none is."""
     lacking = [name for name in names if importlib.util.find_spec(name) is None]
     if not lacking:
         return None
@@ -27,13 +27,13 @@ def missing(*names: str) -> str | None:
 
 
 def require(what: str, *names: str) -> None:
-    """Raise UserError where a package that is needed for something is not there."""
+    """Raise UserError if a package that something needs is missing."""
     if lacking := missing(*names):
         raise UserError(f"{what} {lacking}")
 
 
 def require_for(loaded: LoadedJob | LoadedScript | None = None) -> None:
-    """Raise UserError where what a run needs is not there; None: a script, which names nothing."""
+    """Raise UserError if a package that a run needs is missing; None: a script, which names none."""
     require("dtrain", "torch", "torchmetrics")
     try:
         found = version("torch")

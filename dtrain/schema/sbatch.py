@@ -29,17 +29,17 @@ _WITH_VALUE = frozenset(
     }
 )
 # fmt: on
-# Of the plugin Pyxis: srun is given them, and runs dtrain in that container.
+# The Pyxis plugin's options: they go to srun, which runs dtrain in that container.
 _PYXIS_FLAGS = frozenset({"container-mount-home", "no-container-mount-home", "container-writable"})
 PYXIS = _PYXIS_FLAGS | {"container-image", "container-name", "container-mounts", "container-env"}
 OPTIONS = FLAGS | _WITH_VALUE | PYXIS
 CPUS = frozenset({"cpus-per-gpu", "cpus-per-task", "exclusive", "mincpus", "tres-per-task"})  # say how many CPUs
 
-# What differs from one Slurm to the next, of what a job may say: since which version there is an option, and the last
-# that has it. What dtrain itself asks of Slurm is the same for all of them:
+# How Slurm's versions differ in the options that a job may set: the first version that has an option, and the last
+# one. What dtrain itself asks of Slurm is the same for all of them:
 # - `--gres=gpu:N` and not `--gpus-per-node`, which select/cons_res (until 23.02) refuses;
-# - srun is told `--cpus-per-task`: 22.05 to 23.02 don't take it from the job;
-# - srun is told `--export=ALL`: a job that was submitted with `--export=NONE` hands that on to its steps;
+# - srun gets `--cpus-per-task`: 22.05 to 23.02 don't take it from the job;
+# - srun gets `--export=ALL`: a job that was submitted with `--export=NONE` passes that on to its steps;
 # - a node's CPUs are CPUEfctv, where scontrol shows it (since 22.05), else CPUTot.
 SINCE = {
     "prefer": "22.05",
@@ -72,7 +72,7 @@ TAKEN = {
 
 
 def problem(name: str, value: object, ours: Iterable[str]) -> str | None:
-    """What is wrong with the option, in words; None where nothing is. `ours` are the section's other keys."""
+    """What is wrong with the option, in words; None if it is right. `ours` are the section's other keys."""
     if name in TAKEN:
         return f"is set by dtrain: {TAKEN[name]}"
     if name not in OPTIONS:
@@ -111,7 +111,7 @@ def to_text(value: object) -> str:
 
 
 def unknown_to(version: str, arguments: Iterable[str]) -> list[str]:
-    """Which of sbatch's arguments that version of Slurm (22.05.8, say) does not have, in words."""
+    """Which of sbatch's arguments this version of Slurm (22.05.8, say) lacks, in words."""
     names = [argument.removeprefix("--").partition("=")[0] for argument in arguments]
     here = _release(version)
     too_new = [name for name in names if here < _release(SINCE.get(name, "0"))]

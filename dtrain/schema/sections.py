@@ -18,7 +18,7 @@ def _check_metric_name(name: str) -> str:
 
 
 def _check_every(value: object) -> object:
-    # Ahead of the union, whose own errors come one for each member.
+    # Checked before the union, which would report one error per member.
     if value == "epoch" or (type(value) is int and value > 0):
         return value
     raise ValueError("expected epoch or a number of optimizer steps above 0")

@@ -1,4 +1,4 @@
-"""Which metrics of torchmetrics can't be had of samples that several ranks, or several micro-batches, have seen."""
+"""Which torchmetrics metrics can't be computed from samples that several ranks, or micro-batches, have seen."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class DigitNet(nn.Module):
-    """Three convolutions of 3x3, then a linear layer; `width` is the number of the first one's channels."""
+    """Three convolutions of 3x3, then a linear layer; `width` is the first one's number of channels."""
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class Texts(Dataset[dict[str, Tensor]]):
 
 
 def functions(split: Literal["train", "val"], context: int, modules: Sequence[str] = MODULES) -> Texts:
-    """One of the two parts; the text itself decides to which it belongs, so that they share none."""
+    """One of two parts; each text's content decides which one it belongs to, so that they share none."""
     found = sorted({text for name in modules for text in _functions(name)})
     is_val = [hashlib.sha256(text).digest()[0] < 26 for text in found]  # a tenth
     return Texts([text for text, val in zip(found, is_val, strict=True) if val == (split == "val")], context)

@@ -10,7 +10,7 @@ VOCABULARY = 256
 
 
 class Block(nn.Module):
-    """Attention to what came before, then a layer by itself; each adds to what goes through."""
+    """Causal attention, then a feed-forward layer, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

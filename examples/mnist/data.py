@@ -10,7 +10,7 @@ from torchvision.transforms import ToTensor
 
 
 def mnist(root: str, train: bool, download: bool = True) -> MNIST:
-    """The images in `root`, as tensors of values from 0 to 1; fetched once where they are not there yet."""
+    """The images in `root`, as tensors of values from 0 to 1; downloaded once if missing."""
     if download:
         _fetch(Path(root))
     return MNIST(root, train=train, transform=ToTensor())

@@ -11,7 +11,7 @@ ROWS, INNER, REPEATS = 10_000, 200, 7
 
 
 def product_seconds(device: torch.device) -> float:
-    """The median of some products; the first, which also sets the device up, does not count."""
+    """The median time of a few products; the first, which also sets up the device, does not count."""
     a, b = torch.rand(ROWS, INNER, device=device), torch.rand(INNER, ROWS, device=device)
     seconds = []
     for _ in range(REPEATS + 1):

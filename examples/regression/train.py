@@ -1,4 +1,4 @@
-"""Linear regression on a million points, timed: how far one more process shortens it.
+"""Linear regression on a million points, timed: how much faster it gets with more processes.
 
 python train.py
 dtrain launch --gpus 2 train.py

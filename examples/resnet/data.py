@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
 def images(
     split: Literal["train", "val"], size: int, classes: int, samples: int, root: str | None = None
 ) -> Dataset[Any]:
-    """(3, size, size) images with their class: those in root/train or root/val, one folder a class, or random ones."""
+    """(3, size, size) images with their class: from root/train or root/val, one folder per class, or random ones."""
     shape = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if split == "train" else [v2.Resize((size, size))]
     transform = v2.Compose([v2.ToImage(), *shape, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     if root is not None:

@@ -1,4 +1,4 @@
-"""Two noisy rings in the plane, one within the other, and a small network that tells them apart."""
+"""Two noisy rings in the plane, one inside the other, and a small network that tells them apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RingNet(nn.Sequential):
 
 
 def ring(radius: float, size: int, generator: torch.Generator) -> Tensor:
-    """Points at that distance from the origin, more or less: a standard deviation of 1."""
+    """Points at about this distance from the origin, with a standard deviation of 1."""
     distance = radius + torch.randn(size, generator=generator)
     angle = 2 * math.pi * torch.rand(size, generator=generator)
     return torch.stack([distance * angle.cos(), distance * angle.sin()], dim=1)

@@ -1,4 +1,4 @@
-"""Draw what a run of this job has learnt: python examples/rings/scatter.py RUN writes RUN/rings.png."""
+"""Plot what a run of this job has learnt: python examples/rings/scatter.py RUN writes RUN/rings.png."""
 
 from __future__ import annotations
 

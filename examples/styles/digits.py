@@ -18,7 +18,7 @@ class DigitNet(nn.Sequential):
 
 
 def digits(split: Literal["train", "val"]) -> TensorDataset:
-    """One of the two parts, which share no image and are the same in every process."""
+    """One of two parts, which share no image and are the same in every process."""
     images, labels = load_digits(return_X_y=True)
     features: Tensor = torch.tensor(images, dtype=torch.float32) / 16  # grey values are 0 to 16
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

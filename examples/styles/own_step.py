@@ -20,7 +20,7 @@ from dtrain import Trainer
 
 
 def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """The batch's mean loss, and what the metrics compare. `model.training` says which of the two it is."""
+    """The batch's mean loss, and what the metrics compare. `model.training` tells training from validation."""
     images, labels = batch
     predictions = model(images)
     return {"loss": F.cross_entropy(predictions, labels), "predictions": predictions, "target": labels}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .nodes import Nodes
     from .supervisor import Supervisor
 
-GRACE_S = 30.0  # for ranks that were asked to stop, beside three steps, and what they save
+GRACE_S = 30.0  # for ranks that were asked to stop, besides three steps and a checkpoint
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -52,7 +52,7 @@ def run_ranks(
     Args:
         show_ranks: whose output is shown, on node 0's screen.
         nodes: this node among several.
-        restarts: how often the ranks are started again after a failure, from the last checkpoint.
+        restarts: how often the ranks are restarted after a failure, from the last checkpoint.
         quiet: nothing but a failure is shown, and MLflow gets nothing.
         wait_mlflow: whether to wait until MLflow has all of the run.
     """
@@ -74,7 +74,7 @@ def run_ranks(
             with agent_log(run, node_rank):
                 agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper, quiet=quiet)
                 requests.agent = agent
-                gc.freeze()  # what was imported is a million objects, and no garbage
+                gc.freeze()  # imports are a million objects, none of them garbage
                 gc.enable()
                 agent.run()
         except KeyboardInterrupt:
@@ -89,7 +89,7 @@ def run_ranks(
 
 @contextmanager
 def _scratch_folder() -> Iterator[str]:
-    """What torch's agent writes of its own."""
+    """The log of torch's own agent."""
     with held_folder("scratch") as folder:
         try:
             yield str(folder)
@@ -115,18 +115,18 @@ def _supervisor(
     from .supervisor import Supervisor
 
     def on_restart(error: root_cause.Error) -> None:
-        saved = ", from the last checkpoint" if task.is_job else ""  # what a script goes on from is its own affair
+        saved = ", from the last checkpoint" if task.is_job else ""  # how a script resumes is up to the script
         _say(f"{root_cause.headline(error, run)}\nrestarting the ranks{saved}")
         if keeper is not None:
             keeper.restarted()
 
-    # Its own handlers would kill at once, where ours ask for a checkpoint first. It wants at least one signal: one
+    # Its own handlers would kill at once, where ours ask for a checkpoint first. It needs at least one signal: one
     # that nobody sends.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGURG"
     if nodes is not None:
-        if nodes.interface is not None:  # else gloo goes by this host's name
+        if nodes.interface is not None:  # otherwise gloo uses this host's name
             os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
-    elif task.is_job:  # gloo's ranks listen to each other, else to all that reach this host's address
+    elif task.is_job:  # only gloo's ranks can connect, rather than anyone who reaches this host's address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if task.forked:
         fork_server.fork_ranks()
@@ -138,7 +138,7 @@ def _supervisor(
         scratch,
         hang_timeout_s=task.hang_timeout_s,
         restarts=restarts,
-        # A job's ranks leave SIGTERM to the agent, and have nothing to put in order; a script may have a handler.
+        # A job's ranks leave SIGTERM to the agent and need no cleanup; a script may have a handler.
         end_by=signal.SIGKILL if task.is_job else signal.SIGTERM,
         give_up=requests.is_overdue,
         beginning=Beginning(heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
@@ -147,22 +147,22 @@ def _supervisor(
 
 
 class StopRequests:
-    """What signals to the agent mean: the first asks the ranks to stop at a step boundary, Ctrl-C again ends all.
+    """Signals to the agent: the first asks the ranks to stop at a step boundary, a second Ctrl-C ends everything.
 
-    SIGQUIT ends all at once too (`dtrain cancel --now`).
+    SIGQUIT ends everything at once too (`dtrain cancel --now`).
 
-    A script without a Trainer has nobody who listens to that: it gets the signal itself, as from torchrun.
+    A script without a Trainer would ignore such a request: it gets the signal itself, as from torchrun.
     """
 
     def __init__(self, heartbeats: Mapping[int, Heartbeat], *, is_job: bool) -> None:
         self.first: int | None = None
         self.agent: Supervisor | None = None  # once it is made
-        self.are_over = False  # the ranks have ended: it is only being said
+        self.are_over = False  # the ranks have ended: only the report is left
         self._heartbeats = heartbeats
         self._is_job = is_job
         self._clock = AwakeClock()
         self._deadline = float("inf")
-        self._unsent: int | None = None  # for ranks that are still to be started
+        self._unsent: int | None = None  # for ranks that have yet to start
 
     @property
     def are_met(self) -> bool:
@@ -171,27 +171,27 @@ class StopRequests:
 
     @property
     def are_heard(self) -> bool:
-        """Whether the ranks look at a request: a job's do from the start, a script's once its Trainer runs."""
+        """Whether the ranks check for a request: a job's do from the start, a script's once its Trainer runs."""
         return self._is_job or any(heartbeat.read().epochs for heartbeat in self._heartbeats.values())
 
     def is_overdue(self) -> bool:
-        """Whether the ranks should long have stopped. Asked again and again while they run."""
+        """Whether the ranks should have stopped long ago. Called repeatedly while they run."""
         if self._unsent is not None:
             number, self._unsent = self._unsent, None
             self._signal_ranks(number)
         now = self._clock.now()
         if any(heartbeat.read().phase == Phase.SAVING for heartbeat in self._heartbeats.values()):
-            self._deadline = max(self._deadline, now + GRACE_S)  # how long that takes, nobody knows the first time
+            self._deadline = max(self._deadline, now + GRACE_S)  # nobody knows how long the first one takes
         return now > self._deadline
 
     def handled(self) -> AbstractContextManager[None]:
-        """Listen to signals, but not to a closed terminal under `nohup`."""
+        """Handle signals, except a closed terminal's under `nohup`."""
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         return signals.handled(set(STOP_SIGNALS) - ({signal.SIGHUP} if is_nohup else set()), self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.are_over:
-            if number in (signal.SIGINT, signal.SIGQUIT):  # MLflow is not worth waiting for
+            if number in (signal.SIGINT, signal.SIGQUIT):  # not worth waiting for MLflow
                 raise KeyboardInterrupt
             return
         if number == signal.SIGQUIT or (number == signal.SIGINT and self.first is not None):
@@ -211,7 +211,7 @@ class StopRequests:
                 self._signal_ranks(number)
             else:
                 self._unsent = number
-        if number != signal.SIGUSR2:  # by which Slurm says that the time is nearly over; when it is, Slurm knows
+        if number != signal.SIGUSR2:  # sent by Slurm shortly before the time limit, which Slurm itself enforces
             longest = max(heartbeat.read().stop_s for heartbeat in self._heartbeats.values())
             self._deadline = self._clock.now() + GRACE_S + 3 * longest
 
@@ -223,7 +223,7 @@ class StopRequests:
 
 def _say(line: str) -> None:
     # Straight to the descriptor: a handler may have interrupted a print to the same stream.
-    with tolerated(sys.stderr):  # the terminal's end may be what the signal is about
+    with tolerated(sys.stderr):  # the signal may mean that the terminal is gone
         os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
@@ -237,7 +237,7 @@ class End:
     error: root_cause.Error | None = None
 
     def report(self, keeper: Keeper | None) -> int:
-        """Say it; the exit code."""
+        """Report it; the exit code."""
         if keeper is not None:
             keeper.finish(self.state, self.exit_code, None if self.error is None else root_cause.public(self.error))
             if self.state in ("finished", "killed") and self.line:
@@ -248,7 +248,7 @@ class End:
 
 
 def how_it_ended(cause: root_cause.Error | None, requests: StopRequests, run: RunDir) -> End:
-    """What the end of this node's ranks means for the run."""
+    """How the run ended, judging by this node's ranks."""
     asked = requests.first
     if cause is None and requests.are_met:
         return End("stopped", EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_STOPPED)
@@ -260,13 +260,13 @@ def how_it_ended(cause: root_cause.Error | None, requests: StopRequests, run: Ru
         compare = "" if missing("mlflow") else "; to compare runs: dtrain ui"
         return End("finished", 0, f"finished: {found} in {run}{compare}")
     if cause["type"] == "Timeout":
-        code = 1 if asked is None else 128 + asked  # None: another node was asked
+        code = 1 if asked is None else 128 + asked  # None: another node got the request
         return End("killed", code, "the ranks did not stop when asked to, and were killed", cause)
     return End("failed", root_cause.exit_code(cause), root_cause.headline(cause, run), cause)
 
 
 class _AgentLog(logging.FileHandler):
-    """A disk that takes no more must not end the run, nor fill the screen."""
+    """A full disk must not end the run, nor fill the screen."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -278,8 +278,8 @@ class _AgentLog(logging.FileHandler):
 
 @contextmanager
 def agent_log(run: RunDir, node_rank: int) -> Iterator[None]:
-    """What the supervisor and torch's elastic agent say goes to the agent's log: the screen is for the cause."""
-    import torch  # noqa: F401  # gives its loggers handlers of their own, those replaced here
+    """Send the logs of the supervisor and torch's elastic agent to the agent's log: the screen is for the cause."""
+    import torch  # noqa: F401  # installs its loggers' handlers, which are replaced here
 
     handler = _AgentLog(run.agent_log(node_rank))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

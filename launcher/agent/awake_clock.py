@@ -1,17 +1,17 @@
-"""How long something lasts, without the time in which this node stood still itself."""
+"""Measures durations without the time in which this node itself was suspended or blocked."""
 
 from __future__ import annotations
 
 import time
 
-ASLEEP_S = 5.0  # who looks several times a second, and now after so long, was held up
+ASLEEP_S = 5.0  # the agent looks several times a second; after a longer gap it was held up
 
 
 class AwakeClock:
-    """Seconds in which this process was awake. To be read all the time, by one that looks for others.
+    """Seconds in which this process was awake. Read it continuously, where others are watched.
 
-    One that was suspended (`scontrol suspend`, SIGSTOP), or waited for a file system, has seen nothing of the others
-    meanwhile: neither that they stood still, nor that they have gone.
+    A process that was suspended (`scontrol suspend`, SIGSTOP), or waited for a file system, saw nothing of the others
+    meanwhile: neither that they were stuck, nor that they are gone.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class AwakeClock:
         self._asleep = 0.0
 
     def now(self) -> float:
-        """The time, which goes on from where it was when it was last read long ago."""
+        """The time; it continues from the last reading if that was long ago."""
         now = time.monotonic()
         if now - self._last > ASLEEP_S:
             self._asleep += now - self._last

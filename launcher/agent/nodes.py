@@ -1,4 +1,4 @@
-"""The nodes of a run: how their agents find each other, and what they tell each other while it runs.
+"""The nodes of a run: how their agents find each other, and what they exchange while it runs.
 
 Node 0 keeps torch's TCPStore, which the ranks of all nodes use for their own rendezvous too.
 """
@@ -27,16 +27,16 @@ _POLL_S = 0.1
 
 
 class Nodes:
-    """This node among all; what is said here reaches the agents of the others.
+    """This node among all of them; exchanges information with the other agents.
 
     Args:
-        hello: what all nodes must have in common.
+        hello: what must be the same on all nodes.
 
     Attributes:
-        interface: the network interface by which the others reach this node; None where that can't be known.
+        interface: the network interface through which the others reach this node; None if unknown.
 
     Raises:
-        UserError: they don't find each other, or don't have it in common.
+        UserError: they can't find each other, or `hello` differs.
     """
 
     def __init__(self, endpoint: Endpoint, hello: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ class Nodes:
         else:
             self.store, addresses = find_store(endpoint)
             self.store.set(f"addresses/{self.node_rank}", json.dumps(addresses))
-        self._seen: dict[int, tuple[int, float]] = {}  # by node: its last sign of life, and when it was noticed
+        self._seen: dict[int, tuple[int, float]] = {}  # by node: its last heartbeat, and when it was noticed
         self._clock = AwakeClock()
         self._spoke = 0.0
         self._endpoint = endpoint
@@ -89,7 +89,7 @@ class Nodes:
         return str(next((first for other, first in met if not is_loopback(other)), own))
 
     def from_first(self, key: str, value: str = "") -> str:
-        """What node 0 gives under that key, on all nodes."""
+        """Node 0's value under that key, on all nodes."""
         if self.node_rank == 0:
             self.store.set(f"first/{key}", value)
             return value
@@ -115,7 +115,7 @@ class Nodes:
             self.store.set(f"{attempt}/end/{self.node_rank}", json.dumps(end))
 
     def reports(self, attempt: int) -> dict[int, dict[str, Any]]:
-        """What the other nodes have reported so far."""
+        """The other nodes' reports so far."""
         return dict(self._reports(attempt))
 
     def _reports(self, attempt: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -125,7 +125,7 @@ class Nodes:
                 yield node, json.loads(self.store.get(key))
 
     def lost(self) -> int | None:
-        """Another node whose agent gives no sign of life; to be called all the time, since it gives this one's."""
+        """Another node whose agent does not respond; call it continuously: it also sends this one's heartbeat."""
         if self.is_alone:
             return None
         now = self._clock.now()
@@ -136,12 +136,12 @@ class Nodes:
                 count = self.store.add(f"alive/{node}", 0)
                 if node not in self._seen or count != self._seen[node][0]:
                     self._seen[node] = (count, now)
-        # One that has not begun yet may still be importing.
+        # A node that has not begun may still be importing.
         limits = {node: LOST_S if count else GATHER_S for node, (count, _) in self._seen.items()}
         return next((node for node, (_, when) in self._seen.items() if now - when > limits[node]), None)
 
     def close(self) -> None:
-        """Leave; node 0 waits for the others, who may still have to hear how it ended."""
+        """Leave; node 0 waits for the others, which may still need to learn how it ended."""
         if self.is_alone:
             return
         with suppress(DistNetworkError, DistStoreError):
@@ -156,26 +156,26 @@ class Nodes:
 
 
 class Rendezvous(RendezvousHandler):
-    """torch's elastic agent meets here again at each attempt: the nodes are known, and keep their numbers."""
+    """The rendezvous of torch's elastic agent for each attempt: the nodes are known and keep their numbers."""
 
     def __init__(self, nodes: Nodes, run_id: str) -> None:
         self._nodes = nodes
         self._run_id = run_id
         self._attempts = 0
-        self._ranks_store: Any = None  # of the attempt, kept as long as it lasts
+        self._ranks_store: Any = None  # of the attempt, kept while it lasts
 
     def get_backend(self) -> str:
         return "static"
 
     @property
     def use_agent_store(self) -> bool:
-        return True  # so that the ranks need no port of their own, which another process could take
+        return True  # so that the ranks need no other port, which another process could take
 
     def next_rendezvous(self) -> RendezvousInfo:
         self._attempts += 1
         nodes = self._nodes
         port = nodes.store.port
-        if self._attempts > 1:  # the ranks would find each other's addresses of the attempt before
+        if self._attempts > 1:  # the ranks would find each other's addresses from the previous attempt
             if nodes.node_rank == 0:
                 self._ranks_store = new_store(nodes.host, 0, is_local=nodes.is_alone)
                 port = self._ranks_store.port

@@ -1,4 +1,4 @@
-"""Which of the ranks that ended is the one to blame, and how that is said."""
+"""Which of the ranks that ended is the root cause, and how it is reported."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dtrain.run.heartbeat import Beat, Phase
 from ..machine.proc import oom_kills
 from ..rank.reports import DEAD_LOADER, excerpt, has_users_lines
 
-MAX_LINES = 15  # of the screen: the cause must fit, however long it is itself
+MAX_LINES = 15  # screen lines: the cause must fit, however long it is
 MAX_MESSAGE_LINES = 7
 MAX_LINE = 200  # characters of a line of a log
-MAX_LOG_LINES = 6  # of a rank that has not said itself why it left
+MAX_LOG_LINES = 6  # for a rank that has not recorded why it left
 
-# What starting the ranks again does not mend.
+# What a restart can't fix.
 FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost", "FolderLost")
 
 Error = dict[str, Any]  # status.json's `error`: rank, host, type, message, traceback; and time, and place of a hang
@@ -40,7 +40,7 @@ class RankEnd:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it has ended otherwise than it should, or is about to."""
+        """Whether it has failed, or is about to."""
         if self.record is not None and not self.record["victim"]:
             return True
         return self.exit_code not in (None, 0)
@@ -49,8 +49,8 @@ class RankEnd:
     def suspicion(self) -> int:
         """How likely it is the cause; 0: it is. Among equals the earlier one counts.
 
-        A signal strikes from without, but for SIGABRT and SIGTERM, by which libraries and we end those that can't
-        go on; an exception speaks of itself, unless it says that another rank is gone; an exit code says little.
+        A signal comes from outside, except SIGABRT and SIGTERM, with which libraries and we end ranks that can't
+        continue; an exception speaks for itself, unless it says that another rank is gone; an exit code says little.
         """
         if self.record is not None and self.record["victim"]:
             return 4
@@ -72,8 +72,8 @@ def first_cause(noticed: Sequence[RankEnd], after: Sequence[RankEnd]) -> RankEnd
 
     Args:
         noticed: those that had failed when the agent first looked.
-        after: those that have failed by themselves, now that all have ended. They count only where the others are
-            victims or look like it: a collective failed since another rank was gone, or something ended them.
+        after: those that have failed by themselves, now that all have ended. They count only if the others are
+            victims or look like it: a collective failed because another rank was gone, or something ended them.
     """
     found = min(noticed, key=_order)
     late = min(after, key=_order, default=found)
@@ -81,7 +81,7 @@ def first_cause(noticed: Sequence[RankEnd], after: Sequence[RankEnd]) -> RankEnd
 
 
 def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, float]) -> Error | None:
-    """The rank that was the first to end as if all were done, where the others are but its victims.
+    """The first rank to end as if all were done, if the others are only its victims.
 
     Args:
         found: `first_cause`.
@@ -97,7 +97,7 @@ def left_early(found: RankEnd, ends: Sequence[RankEnd], ended_at: Mapping[int, f
 
 
 def left_unmet(beats: Mapping[int, Beat], exit_codes: Mapping[int, int | None], ended_at: Mapping[int, float]) -> Error:
-    """The rank that has ended as if all were done, and for which others wait in vain; empty where there is none.
+    """The rank that has ended as if all were done while others still wait for it; empty if there is none.
 
     Args:
         beats: of all ranks of this node.
@@ -110,7 +110,7 @@ def left_unmet(beats: Mapping[int, Beat], exit_codes: Mapping[int, int | None], 
 def _left(ranks: Sequence[int], ended_at: Mapping[int, float], meanwhile: str) -> Error:
     rank = min(ranks, key=lambda rank: ended_at[rank])
     at = time.strftime("%H:%M:%S", time.localtime(ended_at[rank]))
-    # Less suspect than what another node's rank has raised by itself, more than the victims there.
+    # Less suspect than an exception of another node's rank, more than the victims there.
     error = _error(rank, "LeftEarly", f"it left with exit code 0 at {at}, while {meanwhile}", suspicion=3)
     return {**error, "time": ended_at[rank]}
 
@@ -123,8 +123,8 @@ def describe(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str])
     """A rank's end as status.json's `error`.
 
     Args:
-        printed: by rank, the end of what it has printed: programs that catch their own errors, and loading
-            processes, say there why they leave.
+        printed: by rank, the end of its output: programs that catch their own errors, and loading
+            processes, print there why they exit.
     """
     code = end.exit_code or 0
     if code >= 0 or end.record is not None:
@@ -139,7 +139,7 @@ def describe(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str])
 
 
 def last_words(log: Path, begin: int) -> str:
-    """The last lines of a log, of those that begin after so many bytes."""
+    """The last lines of a log, after this offset in bytes."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(begin, file.seek(0, os.SEEK_END) - (1 << 14)))
         text = file.read().decode(errors="replace").partition(END_OF_OUTPUT)[0]
@@ -149,17 +149,17 @@ def last_words(log: Path, begin: int) -> str:
 
 
 def gave_up(rank: int) -> Error:
-    """Ranks that were asked to stop, and did not."""
+    """The cause if ranks were asked to stop and did not."""
     return _error(rank, "Timeout", "did not stop when asked to, and was killed", suspicion=1)
 
 
 def lost_node(node: int) -> Error:
-    """A node whose agent gives no sign of life."""
+    """The cause if a node's agent no longer responds."""
     return {**_error(None, "NodeLost", f"node {node} is gone: its agent no longer responds"), "suspicion": 1}
 
 
 def lost_folder(run: RunDir) -> Error:
-    """A run folder that somebody has removed or moved."""
+    """The cause if the run folder was removed or moved."""
     message = f"{run} was removed or moved during the run: nothing more could be saved"
     return _error(None, "FolderLost", message)
 
@@ -170,7 +170,7 @@ def _error(rank: int | None, kind: str, message: str, suspicion: int = 0) -> Err
 
 
 def first(errors: Sequence[Error]) -> Error | None:
-    """The cause among those of all nodes: the hung rank that is furthest behind, or the likeliest and earliest."""
+    """The root cause among those of all nodes: the hung rank furthest behind, or the likeliest and earliest."""
     hangs = [error for error in errors if error["type"] == "Hang"]
     if hangs:
         return min(hangs, key=lambda error: error["place"])
@@ -178,12 +178,12 @@ def first(errors: Sequence[Error]) -> Error | None:
 
 
 def exit_code(error: Error) -> int:
-    """What the command exits with: 1, or 2 where there was nothing that the run could continue from."""
+    """The command's exit code: 1, or 2 if there was nothing to continue from."""
     return int(error.get("exit_code", 1))
 
 
 def public(error: Error) -> Error:
-    """What status.json says of it."""
+    """Its entry in status.json."""
     return {key: error[key] for key in ("rank", "host", "type", "message", "traceback")}
 
 

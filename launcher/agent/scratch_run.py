@@ -1,4 +1,4 @@
-"""Ranks that do something beside a run, in a run folder that is thrown away."""
+"""Ranks that serve a command other than training, in a temporary run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .agent import run_ranks
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder that goes again, but after RanksFailed: the screen has named the log in it. (It goes a day later.)"""
+    """A temporary folder, kept for a day after RanksFailed, since the screen has named the log in it."""
     with held_folder("aside") as folder:
         try:
             yield folder
@@ -42,7 +42,7 @@ def new_run(folder: Path, job: str) -> RunDir:
 def run_request(
     run: RunDir, request: RankRequest, num_ranks: int, num_threads: int, may_end: tuple[int, ...] = ()
 ) -> int:
-    """Have so many ranks do it for the job of the run; 0, or an exit code of `may_end`.
+    """Run it on this many ranks for the job of the run; 0, or an exit code in `may_end`.
 
     Raises:
         RanksFailed: another exit code.

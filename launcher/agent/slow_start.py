@@ -1,4 +1,4 @@
-"""Ranks that have not begun a while after their start: it may take its time, or hang, and either is worth a word."""
+"""Ranks that have not begun a while after their start: they may be slow or hung, and either is worth reporting."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..rank import stacks
 from .awake_clock import AwakeClock
 from .watchdog import DOING, laggard
 
-FIRST_S = 60.0  # then after twice the time, and so on
+FIRST_S = 60.0  # doubled after each report
 
 
 class Beginning:
-    """Says which of this node's ranks have not begun, and where the one stands that holds up the others.
+    """Reports which of this node's ranks have not begun, and where the one is that holds up the others.
 
     Args:
         heartbeats: by rank.
-        is_job: whether all train; of a script it is late if it has not met the others, who wait for it.
+        is_job: whether all train; a script's rank is late if it has not joined the others, which wait for it.
     """
 
     def __init__(self, heartbeats: Mapping[int, Heartbeat], say: Callable[[str], None], *, is_job: bool) -> None:
@@ -35,7 +35,7 @@ class Beginning:
         self._due_s = FIRST_S
 
     def look(self, pids: Mapping[int, int], logs: Mapping[int, Path]) -> None:
-        """To be called all the time."""
+        """Check now; call it continuously."""
         waited = self._clock.now() - self._began
         if waited < self._due_s:
             return

@@ -1,4 +1,4 @@
-"""Commands that this one runs in its place: the same dtrain again, or srun."""
+"""Commands that this one runs in its place: dtrain once more, or srun."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .agent import STOP_SIGNALS
 
 
 def own_command() -> list[str]:
-    """What starts this command again, here or on another machine: its script, or `python -m dtrain`."""
+    """The command line of dtrain, for here or another machine: its script, or `python -m dtrain`."""
     script = os.path.abspath(sys.argv[0])
     return [sys.executable, "-m", "dtrain"] if os.path.basename(script) == "__main__.py" else [script]
 
 
 class Subcommand:
-    """A command at a time, in a session of its own: it is sent once what this process is sent, and dies with it.
+    """Runs one command at a time in its own session: it gets each signal to this process once, and dies with it.
 
     Args:
-        translated: signals that it knows by another number.
+        translated: signals that are passed on as another one.
     """
 
     def __init__(self, translated: Mapping[int, int]) -> None:

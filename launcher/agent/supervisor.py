@@ -1,6 +1,6 @@
 """torch's elastic agent, with fast teardown and one agreed root cause when a rank, a node or the user ends the run.
 
-It decides once for a whole attempt who is to blame, on all nodes alike, and takes all ranks down within about a
+It decides once per attempt, for all nodes, which rank is to blame, and takes all ranks down within about a
 second. Imports torch.
 """
 
@@ -38,19 +38,19 @@ from .watchdog import Watchdog
 
 logger = logging.getLogger("dtrain.launcher")  # in the agent's log
 
-_TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a job that is lost
+_TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a failed job
 _KILL_S = 5.0  # for the kernel to end them
-_LEAVE_S = 2  # for what still runs when the agent leaves
-_HEAR_S = 2.0  # for the other nodes to say how their ranks ended
+_LEAVE_S = 2  # for processes that still run when the agent exits
+_HEAR_S = 2.0  # for the other nodes to report how their ranks ended
 _MONITOR_S = 0.1
-_MISSED_S = 2.0  # a run folder that is not there for so long is gone
-_LOOK_EVERY_S = 0.5  # for it: the file system may be one that many share
+_MISSED_S = 2.0  # a run folder that is missing for so long is gone
+_LOOK_EVERY_S = 0.5  # between checks: the file system may be shared by many
 
 
 class Presence:
-    """Sees that a file has been removed, or moved with its folder. A file system may fail to find it for a moment.
+    """Notices that a file was removed, or moved with its folder. A file system may fail to find it for a moment.
 
-    A thread looks: one that does not answer must not keep the agent from its ranks, and from the other nodes.
+    A thread checks: a file system that hangs must not cut the agent off from its ranks and the other nodes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -59,12 +59,12 @@ class Presence:
         threading.Thread(target=self._watch, name="dtrain-presence", daemon=True).start()
 
     def is_gone(self) -> bool:
-        """Whether it has not been there for a while."""
+        """Whether it has been missing for a while."""
         since = self._missed_since
         return since is not None and time.monotonic() - since > _MISSED_S
 
     def stays_away(self) -> bool:
-        """Whether it is not there, and does not come back either for a while."""
+        """Whether it is missing and does not reappear within a while."""
         self._look()
         while not self.is_gone() and self._missed_since is not None:
             time.sleep(_MONITOR_S)
@@ -87,18 +87,18 @@ class Presence:
 
 
 class Supervisor(LocalElasticAgent):
-    """Starts this node's ranks, watches them, starts them again where that was asked for.
+    """Starts this node's ranks, watches them, and restarts them if asked to.
 
     Args:
         command: what python is called with for each rank.
         heartbeats: of this node's ranks, by rank.
-        end_by: the signal that ends ranks of an attempt that is lost; after a moment it is SIGKILL for all.
-        give_up: whether the ranks were asked to stop, and should long be gone.
-        beginning: told of the start of each attempt.
-        on_restart: told of the cause of each failure after which the ranks are started again.
+        end_by: the signal that ends the ranks of a failed attempt; a moment later all get SIGKILL.
+        give_up: whether the ranks were asked to stop, and should have ended long ago.
+        beginning: called at the start of each attempt.
+        on_restart: called with the cause of each failure after which the ranks are restarted.
 
     Attributes:
-        cause: of the last attempt's failure, as status.json's `error`; None where it did not fail.
+        cause: of the last attempt's failure, as status.json's `error`; None if it did not fail.
     """
 
     def __init__(
@@ -137,9 +137,9 @@ class Supervisor(LocalElasticAgent):
         self._give_up = give_up
         self._on_restart = on_restart
         self._attempt = 0
-        self._sent: dict[int, int] = {}  # by rank, the signal that we last sent it
+        self._sent: dict[int, int] = {}  # by rank, the last signal that we sent
         self._folder = Presence(run.lock_file)
-        # By rank, on this node's own disk: looked for without a question to the run folder's.
+        # By rank, on this node's own disk, so that polling does not touch the run folder's file system.
         self._last_words = {rank: Path(os.path.realpath(run.last_word(rank))) for rank in heartbeats}
         self._ended_at: dict[int, float] = {}  # by rank, when it was seen to have ended
         self._logs = {rank: run.rank_log(rank) for rank in heartbeats}
@@ -167,13 +167,13 @@ class Supervisor(LocalElasticAgent):
         self._sent.clear()
         self._ended_at.clear()
         for rank, heartbeat in self._heartbeats.items():
-            for file in (self._run.rank_error(rank), self._last_words[rank]):  # of an earlier start
+            for file in (self._run.rank_error(rank), self._last_words[rank]):  # from an earlier start
                 file.unlink(missing_ok=True)
             heartbeat.begin(0)
             log = self._run.rank_log(rank)
             self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
         self._beginning.begin()
-        with held_back():  # until the ranks have said what they do at them
+        with held_back():  # until the ranks have installed their handlers
             workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
 
@@ -182,7 +182,7 @@ class Supervisor(LocalElasticAgent):
             self._look()
         if self.cause is not None:
             return RunResult(state=WorkerState.FAILED)
-        codes = self._exit_codes()  # torch's own look would end the others at once where one has failed
+        codes = self._exit_codes()  # torch's own check would end the others as soon as one has failed
         return RunResult(WorkerState.HEALTHY if None in codes.values() else WorkerState.SUCCEEDED, return_values=codes)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
@@ -197,7 +197,7 @@ class Supervisor(LocalElasticAgent):
         super()._shutdown(death_sig, *args, **kwargs)
 
     def _exit_barrier(self) -> None:
-        """This node is done; whether the run is, the others say."""
+        """This node is done; the others decide whether the run is."""
         self._nodes.report(self._attempt, {})
         while len(reports := self._reports()) < self._nodes.num_nodes - 1:
             if (lost := self._lost_node()) is not None:
@@ -209,7 +209,7 @@ class Supervisor(LocalElasticAgent):
     # -- a failure -------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """See whether the attempt is lost, and if so, end it."""
+        """Check whether the attempt has failed, and if so, end it."""
         ends = self._ends()
         failed = [end for end in ends if end.has_failed]
         gone, elsewhere = self._lost_node(), self._reports()
@@ -251,7 +251,7 @@ class Supervisor(LocalElasticAgent):
             self._remaining_restarts = 0
 
     def _conclude(self, own: dict[str, Any]) -> None:
-        """Tell the other nodes how the ranks here ended, hear how theirs did, and choose the first cause."""
+        """Exchange with the other nodes how the ranks ended, and choose the root cause."""
         with suppress(DistNetworkError, DistStoreError):
             self._nodes.report(self._attempt, own)
         deadline = time.monotonic() + _HEAR_S
@@ -273,21 +273,21 @@ class Supervisor(LocalElasticAgent):
         return None if node is None else root_cause.lost_node(node)
 
     def _take_down(self, *, at_once: bool = False) -> None:
-        """End this node's ranks and all that they have started."""
+        """End this node's ranks and everything that they have started."""
         if not at_once:
             self._signal(self._end_by, sparing_those_that_end=True)
             self._await_end(_TERM_S)
         self._signal(signal.SIGKILL)
         self._await_end(_KILL_S)
-        kill_sessions(set(self.pids.values()))  # each rank has one of its own, with what it has started
-        for rank, words in self._last_words.items():  # to last, as long as the run folder does
+        kill_sessions(set(self.pids.values()))  # each rank has its own session, with what it has started
+        for rank, words in self._last_words.items():  # to keep it as long as the run folder
             with suppress(OSError):
                 shutil.copy(words, self._run.rank_error(rank))
         logger.info("this node's ranks are down")
 
     def _signal(self, number: int, *, sparing_those_that_end: bool = False) -> None:
         for rank, code in self._exit_codes().items():
-            # A rank that has just said what went wrong is ending; its own exit code is worth a moment.
+            # A rank that has just reported an error is ending; its own exit code is worth a moment's wait.
             if code is not None or (sparing_those_that_end and self._is_ending(rank)):
                 continue
             if not self._is_ending(rank):
@@ -296,7 +296,7 @@ class Supervisor(LocalElasticAgent):
                 os.kill(self.pids[rank], number)
 
     def _ended_as_told(self, end: root_cause.RankEnd) -> bool:
-        """Whether the rank has ended since we told it to, and not for a reason of its own."""
+        """Whether the rank has ended because we told it to, and not for a reason of its own."""
         number = self._sent.get(end.rank)
         return number is not None and (end.exit_code == -number or end.suspicion > 1)
 
@@ -319,7 +319,7 @@ class Supervisor(LocalElasticAgent):
         return {rank: heartbeat.read() for rank, heartbeat in self._heartbeats.items()}
 
     def _exit_codes(self) -> dict[int, int | None]:
-        """By rank; None for those that run."""
+        """By rank; None for those still running."""
         context: Any = self._pcontext
         polled = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         codes = {worker.global_rank: polled[worker.local_rank] for worker in self._workers}

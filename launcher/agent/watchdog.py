@@ -1,4 +1,4 @@
-"""Finds ranks that no longer move: which of them holds up the others, and where it stands."""
+"""Finds ranks that hang: which one holds up the others, and where it is."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ class Watchdog:
 
     Args:
         heartbeats: by rank.
-        timeout_s: so long may a rank stay where it is, once it has begun.
+        timeout_s: seconds without progress before a rank that has begun counts as hung.
     """
 
     def __init__(self, heartbeats: Mapping[int, Heartbeat], timeout_s: float) -> None:
         self._heartbeats = heartbeats
         self._timeout_s = timeout_s
         self._clock = AwakeClock()
-        self._seen: dict[int, tuple[int, float]] = {}  # by rank: when it moved, by its clock, and when that was seen
+        self._seen: dict[
+            int, tuple[int, float]
+        ] = {}  # by rank: when it last made progress, by its clock, and when that was noticed
 
     def sees_hang(self) -> bool:
-        """Whether a rank that has begun stands still."""
+        """Whether a rank that has begun is hung."""
         now = self._clock.now()
         is_hung = False
         for rank, heartbeat in self._heartbeats.items():
@@ -55,7 +57,7 @@ class Watchdog:
         return is_hung
 
     def explain(self, pids: Mapping[int, int], logs: Mapping[int, Path]) -> dict[str, Any]:
-        """Have all ranks write their stacks to their logs; the one that lags, as status.json's `error`.
+        """Have all ranks write their stacks to their logs; the furthest behind, as status.json's `error`.
 
         `place` says how far it is, to be compared with other nodes' laggards.
         """
@@ -80,10 +82,10 @@ class Watchdog:
 
 
 def laggard(beats: Mapping[int, Beat], found: Mapping[int, list[stacks.Stack]]) -> int:
-    """The rank that is furthest behind, and holds up the others by what its stacks say."""
+    """The rank that is furthest behind and, judging by its stacks, holds up the others."""
     furthest_behind = min(_place(beat) for beat in beats.values())
     laggards = [rank for rank, beat in beats.items() if _place(beat) == furthest_behind]
-    # Who waits for the others is in torch's code; who holds them up is mostly in the user's.
+    # A rank that waits is in torch's code; the one that holds up the others is usually in the user's.
     return min(laggards, key=lambda rank: (not stacks.in_users_code(found[rank]), beats[rank].moved_ns))
 
 

@@ -1,4 +1,4 @@
-"""`dtrain launch` in an allocation of Slurm's that the user has made: salloc, sbatch with a script of their own, srun.
+"""`dtrain launch` in the user's own Slurm allocation: salloc, sbatch with their own script, srun.
 
 A task that srun started takes its place among the others. Elsewhere, in a shell on the first node or on the machine
 where salloc was called, this command starts itself by srun, one task on each node.
@@ -22,19 +22,19 @@ from ..agent.subcommand import Subcommand, own_command
 from ..machine.devices import visible_gpus
 from .request import Request
 
-# srun kills at SIGTERM; what it passes on as it comes has the ranks save a checkpoint.
+# srun kills at SIGTERM; this signal it passes on unchanged, and the ranks save a checkpoint.
 _FOR_SRUN: Mapping[int, int] = {signal.SIGTERM: signal.SIGUSR2, signal.SIGHUP: signal.SIGUSR2}
 
 
 def located(request: Request, nodes: int | None, *, started_by_srun: bool) -> Request:
-    """The request of this process's part of the run, where srun has started it as one of several tasks.
+    """The request for this process's part of the run, if srun has started it as one of several tasks.
 
     Args:
-        nodes: as the user said it.
+        nodes: as the user gave it.
         started_by_srun: known to be so: a job that dtrain has submitted.
 
     Raises:
-        UserError: what was said does not fit the tasks that there are.
+        UserError: the request does not match the tasks.
     """
     if not started_by_srun and not _is_part(nodes):
         return replace(request, nodes=nodes or 1)
@@ -47,15 +47,15 @@ def located(request: Request, nodes: int | None, *, started_by_srun: bool) -> Re
 
 
 def _is_part(nodes: int | None) -> bool:
-    """Whether this process is a task among several that are to be one run, which --nodes 1 denies.
+    """Whether this process is one of several tasks that form one run; --nodes 1 says that it is not.
 
-    `srun --pty bash` on several nodes has tasks too, but its shell is the only one that a person speaks to.
+    `srun --pty bash` on several nodes has tasks too, but only its shell is interactive.
     """
     return nodes != 1 and is_task(os.environ) and not sys.stdin.isatty()
 
 
 def nodes_elsewhere(nodes: int | None) -> int | None:
-    """On how many nodes of the allocation this command is to run, where that is not just here; else None.
+    """On how many nodes of the allocation this command should run; None if only here.
 
     Raises:
         UserError: there are fewer than were asked for.
@@ -71,17 +71,17 @@ def nodes_elsewhere(nodes: int | None) -> int | None:
 
 
 def start(nodes: int) -> int:
-    """Run this command again, on so many nodes of the allocation; the exit code.
+    """Run this command on this many nodes of the allocation; the exit code.
 
     Raises:
         UserError: Slurm does not answer.
     """
     job = os.environ["SLURM_JOB_ID"]
-    # Of the job's own options (tasks, CPUs or GPUs for each of them) none is to hold for this step.
+    # None of the job's own options (tasks, CPUs or GPUs per task) may apply to this step.
     command = ["srun", f"--jobid={job}", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap"]
     if gpus := _gpus_per_node(job):
         command.append(f"--gres=gpu:{gpus}")
-    # The agents end by themselves, and hear of Ctrl-C at once.
+    # The agents end by themselves, and get Ctrl-C at once.
     command += ["--kill-on-bad-exit=0", "--wait=120", "--unbuffered", "--input=none", "--export=ALL"]
     command += ["--disable-status", *own_command(), *sys.argv[1:]]
     with Subcommand.passing_signals_on(_FOR_SRUN) as srun:
@@ -89,14 +89,14 @@ def start(nodes: int) -> int:
 
 
 def _gpus_per_node(job: str) -> int:
-    """How many GPUs the job has on each of its nodes, or on the one that has fewest."""
+    """How many GPUs the job has on each of its nodes, or on the one with the fewest."""
     shown = ask("scontrol", "--oneliner", "--details", "show", "job", job).stdout
     resources = re.findall(r" CPU_IDs=\S+ Mem=\S+ GRES=(\S*)", shown)
     return min((sum(parse_gpus(each).values()) for each in resources), default=0)
 
 
 def _share(request: Request, here: Place) -> Request:
-    """This task's part of its node's processes and GPUs."""
+    """This task's share of its node's processes and GPUs."""
     count = here.local_size
     if request.gpus != "auto":
         if int(request.gpus) % count:

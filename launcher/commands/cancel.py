@@ -1,4 +1,4 @@
-"""`dtrain cancel`: ask a run to stop, or end it, and say what became of it."""
+"""`dtrain cancel`: ask a run to stop, or end it, and report the result."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .status import place, read_status
 LOOK_EVERY_S = 0.1
 LOOK_AT_QUEUE_EVERY_S = 1.0
 SAY_EVERY_S = 30.0
-PATIENCE_S = 10.0  # with an agent that is to end its run at once; then it is killed
+PATIENCE_S = 10.0  # for an agent to end its run at once; then it is killed
 TRIES = 20
 
 
 def cancel(path: str, now: bool) -> int:
     """Stop the run at its next step, or with `now` end it at once; wait until its agent has ended.
 
-    0 if it runs no more, 1 if it failed instead of stopping.
+    0 if it no longer runs, 1 if it failed instead of stopping.
 
     Raises:
         UserError: there is no run, or none that can be stopped from here.
     """
     run = RunDir(path)
     if sweep := Sweep.read(run.path):
-        # Those that wait first, which else would begin as the others end.
+        # Waiting ones first: otherwise they would start as the others end.
         begun = [each for each in reversed(sweep.runs) if each.status() or submitted_file(each)]
         return max((cancel(str(each), now) for each in begun), default=0)
     read_status(run)
@@ -55,7 +55,9 @@ def cancel(path: str, now: bool) -> int:
         with ExitStack() as stack:
             try:
                 process = stack.enter_context(run.process_of(writer))
-            except ProcessLookupError:  # another one may just have taken the lock, and not have written its number yet
+            except (
+                ProcessLookupError
+            ):  # another process may just have taken the lock without having written its number yet
                 time.sleep(LOOK_EVERY_S)
                 continue
             except OSError as error:
@@ -70,7 +72,7 @@ def cancel(path: str, now: bool) -> int:
 
 
 def _end_job(run: RunDir, job: Submitted, queued: QueuedJob | None, now: bool) -> int:
-    """Have its cluster stop it, and wait until it is over."""
+    """Have its cluster stop it, and wait until it has ended."""
     if now or (queued is not None and not queued.is_running):
         job.cluster.end(job.job_id)
     else:
@@ -94,7 +96,7 @@ def _end(run: RunDir, writer: Writer, process: int, now: bool) -> None:
     said_at = time.monotonic()
     while not has_ended(process, LOOK_EVERY_S):
         status = run.status()
-        is_running = status.get("state") == "running"  # else it is just beginning or ending
+        is_running = status.get("state") == "running"  # otherwise it is just starting or ending
         if is_running and asked_at is None:
             asked_at = time.monotonic()
             _ask(run, writer, process, now)
@@ -112,7 +114,7 @@ def _ask(run: RunDir, writer: Writer, process: int, now: bool) -> None:
     else:
         if writer.is_agent:
             _send(process, signal.SIGTERM)
-        else:  # a script: a signal would end it, but its loop looks here
+        else:  # a script: a signal would end it, but its loop checks here
             Heartbeat(run.heartbeat(0)).stop = signal.SIGTERM
         print(
             f"{run}: process {writer.pid} is asked to stop at its next step, with a checkpoint; "
@@ -146,7 +148,7 @@ def _say_outcome(run: RunDir) -> int:
 
 
 def _continuation(run: RunDir) -> str:
-    """What continues the run on as many ranks: a command, or for a script, whose arguments are not known, words."""
+    """How to continue the run on as many ranks: a command, or words for a script, whose arguments are unknown."""
     is_job = re.search("^fit:", run.job.read_text(encoding="utf-8"), re.MULTILINE)
     if is_job:
         return Request(str(run.job), gpus=str(run.ranks_of_checkpoint() or "auto")).continuation(run)

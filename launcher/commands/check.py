@@ -29,7 +29,7 @@ class Size:
 def check(path: str, overrides: Sequence[str], exact: bool, size: Size | None = None) -> int:
     """Check schema, imports and arguments; 0 if the job is right.
 
-    With `exact`, also see its promises kept; with `size`, also ask a cluster and a node about such a run.
+    With `exact`, also verify its exactness; with `size`, also ask a cluster and a node about such a run.
 
     Raises:
         UserError: all that is wrong, at once.

@@ -1,4 +1,4 @@
-"""`dtrain check --exact`: see on a job's own first steps what dtrain promises of it."""
+"""`dtrain check --exact`: verifies dtrain's promises on a job's own first steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOP_AFTER = 3  # steps, of 6 in an epoch
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest one between two rehearsals: of a weight, in parts of its tensor's largest, or of a value."""
+    """The largest difference between two rehearsals: of a weight, relative to its tensor's largest, or of a value."""
 
     size: float
     where: str
@@ -33,11 +33,11 @@ class Difference:
 
 
 def check_exact(loaded: LoadedJob) -> int:
-    """Rehearse a job that is right, on 1, 2 and 3 processes and through a stop, and print what differs.
+    """Rehearse a valid job on 1, 2 and 3 processes and with a stop, and print what differs.
 
     After `preload_job` for that many processes.
 
-    0 if all was as promised, 1 if the stop left a trace on the CPU.
+    0 if everything was as promised, 1 if the stop changed the result on the CPU.
 
     Raises:
         RanksFailed: a rehearsal failed.
@@ -71,7 +71,7 @@ def _compare(loaded: LoadedJob, job: Job, rehearsals: _Rehearsals) -> int:
 
 
 def _on_enough_devices(job: Job) -> Job:
-    """The job on GPUs where there is one for each process, else on the CPU."""
+    """The job on GPUs if there is one per process, otherwise on the CPU."""
     try:
         _, device = choose_processes(str(max(SIZES)), job.launch.device)
     except UserError as error:
@@ -83,7 +83,7 @@ def _on_enough_devices(job: Job) -> Job:
 
 
 class _Rehearsals:
-    """Rehearsals, in a folder that is thrown away."""
+    """Rehearsals, in a temporary folder."""
 
     def __init__(self, folder: Path, job: str, code: str) -> None:
         self._folder = folder
@@ -91,7 +91,7 @@ class _Rehearsals:
         self._code = code
 
     def run(self, name: str, num_ranks: int, stop_after: int = 0) -> RunDir:
-        """Rehearse to the end, through a stop where one is asked for."""
+        """Rehearse to the end, with a stop if asked for."""
         run = new_run(self._folder / name, self._job)
         if not stop_after or self._start(run, num_ranks, stop_after) == EXIT_STOPPED:
             self._start(run, num_ranks, 0)
@@ -99,7 +99,7 @@ class _Rehearsals:
 
     def _start(self, run: RunDir, num_ranks: int, stop_after: int) -> int:
         request = Rehearse(self._code, stop_after)
-        # As many threads whatever the number of ranks: torch's sums depend on it.
+        # The same number of threads for any number of ranks: torch's sums depend on it.
         num_threads = threads_per_rank(max(SIZES))
         code = run_request(run, request, num_ranks, num_threads, (EXIT_STOPPED,))
         if code == EXIT_STOPPED and not stop_after:
@@ -115,7 +115,7 @@ def _weights(run: RunDir) -> dict[str, Any]:
 
 
 def _values(run: RunDir) -> dict[str, Any]:
-    """What the rows report, but for how fast it went."""
+    """The values in the rows, except for the speed."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""`dtrain evaluate`, `predict`, `export` and `summary`: what a model is put to, after training or before it."""
+"""`dtrain evaluate`, `predict`, `export` and `summary`: uses of a model after training or before it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEEDED_FOR = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("sa
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's weights, and its job with overrides: what `data.val.split=test` makes of it."""
+    """A run's weights, and its job with overrides such as `data.val.split=test`."""
 
     run: str
     overrides: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Trained:
         return files[self.weights].absolute()
 
     def load(self) -> LoadedJob:
-        """The run's job, for whatever devices there are here.
+        """The run's job, for the devices of this machine.
 
         Raises:
             UserError: what is wrong with it now.
@@ -85,7 +85,7 @@ def evaluate(trained: Trained, gpus: str) -> int:
 
 
 def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
-    """Write a run's model's predictions of its training or validation set, or of a file of features."""
+    """Write the predictions of a run's model for its training or validation set, or for a file of features."""
     weights, loaded = trained.file, trained.load()
     if data not in ("train", "val"):
         file = Path(data)
@@ -108,7 +108,7 @@ def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
 
 
 def export(trained: Trained, form: str, out: str | None) -> int:
-    """Write a run's model in a format for others."""
+    """Export a run's model."""
     weights, loaded = trained.file, trained.load()
     require(f"--format {form}", *NEEDED_FOR.get(form, ()))
     target = Path(out or f"{loaded.job.name}.{form}")
@@ -130,7 +130,7 @@ def summary(path: str, overrides: Sequence[str]) -> int:
 
 
 def _whole(loaded: LoadedJob) -> LoadedJob:
-    """The job for one process on the CPU, which has the model whole and in float32."""
+    """The job for one process on the CPU, with the whole model in float32."""
     job = loaded.job
     fit = job.fit.model_copy(update={"strategy": "ddp", "precision": "fp32", "sync_batchnorm": False})
     launch = job.launch.model_copy(update={"device": "cpu"})
@@ -154,7 +154,7 @@ def _ask(request: RankRequest, loaded: LoadedJob, gpus: str) -> str:
 
 @contextmanager
 def _new_file(target: Path) -> Iterator[Path]:
-    """Where to write what becomes the target once the block is done. Nothing that is there is overwritten.
+    """Where to write what becomes the target when the block ends. Nothing existing is overwritten.
 
     Raises:
         UserError: there is something, or no folder to write to.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that still run, the oldest first."""
+    """The running child processes of a process, the oldest first."""
     return sorted(child for child, parent, _ in _all() if parent == pid)
 
 
@@ -34,7 +34,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def oom_kills() -> int:
-    """How many processes of this machine the kernel has killed for want of memory since it started."""
+    """How many processes of this machine the kernel has killed for lack of memory since boot."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

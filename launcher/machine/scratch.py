@@ -1,4 +1,4 @@
-"""Folders that a command needs for a while: if it is killed, a later one removes them."""
+"""Temporary folders of commands: if a command is killed, a later one removes its folders."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 
 from dtrain.run import node_disk
 
-# By kind, how old a folder must be that nobody holds. What failed aside of a run has its logs there, to be read.
+# By kind, the age at which an unheld folder is removed. Logs of what failed outside a run are there to be read.
 _KEPT_S = {"scratch": 60.0, "aside": 86400.0, "node": 86400.0}
 _NAME = re.compile(rf"dtrain-({'|'.join(_KEPT_S)})-[a-z0-9_]{{8,16}}")
 
 
 @contextmanager
 def held_folder(kind: str) -> Iterator[Path]:
-    """A new folder, held as long as this process is in the block; removing it is the caller's affair."""
+    """A new folder, held while this process is in the block; the caller removes it."""
     for root in {Path(tempfile.gettempdir()), node_disk.ROOT}:
         remove_left_behind(root)
     folder = Path(tempfile.mkdtemp(prefix=f"dtrain-{kind}-"))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not every file system has locks; there nobody removes it, see `_remove_unheld`
+        with suppress(OSError):  # without locks nobody else removes it, see `_remove_unheld`
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield folder
     finally:
@@ -38,7 +38,7 @@ def remove_left_behind(root: Path) -> None:
     """Remove such folders of this user's that no process holds: their commands have been killed, or have failed."""
     for folder in root.glob("dtrain-*"):
         if match := _NAME.fullmatch(folder.name):
-            with suppress(OSError):  # it is held, or another command removes it too
+            with suppress(OSError):  # it is held, or another command is removing it
                 _remove_unheld(folder, _KEPT_S[match[1]])
 
 

@@ -1,6 +1,6 @@
-"""A rank's first and last lines: it runs its program as python would under torchrun, and says how that ended.
+"""A rank's start and end: it runs its program as python would under torchrun, and records how that ended.
 
-Either in a process forked from the fork server, which has torch imported (fork_server.py), or in an interpreter of its
+Either in a process forked from the fork server, which has imported torch (fork_server.py), or in an interpreter of its
 own (fresh.py).
 """
 
@@ -36,7 +36,7 @@ from . import flight_recorder, reports, stacks
 from .finalize import leave
 from .stdio import open_output
 
-VICTIM_WAIT_S = 2.0  # a failed collective is reported this much later than its cause
+VICTIM_WAIT_S = 2.0  # how much later a failed collective is reported than its cause
 PR_SET_PDEATHSIG = 1
 TORCHRUN_HANDLES = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
@@ -45,9 +45,9 @@ TORCHRUN_HANDLES = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 class Task:
     """What each rank runs: a script by its path, or a module by its name, as `python` and `python -m` do.
 
-    `folder` goes first on sys.path; a job's own worker has none, and looks for its modules itself. It also listens to
+    `folder` goes first on sys.path; a job's worker has none, and finds its modules itself. It also responds to
     a request to stop from its start, where a script does so only once its Trainer runs. `forked`: from the fork
-    server, else in an interpreter of its own.
+    server, otherwise in an interpreter of its own.
     """
 
     run_dir: str
@@ -61,9 +61,9 @@ class Task:
     forked: bool = True
 
     def command(self) -> list[str]:
-        """What python is to be called with, for a rank of this process.
+        """The arguments for python, for a rank of this process.
 
-        torch's agent replaces ${local_rank} and $$ in it. A script's arguments are left to that, as under torchrun.
+        torch's agent replaces ${local_rank} and $$ in it, also in a script's arguments, as under torchrun.
         """
         text = json.dumps({**asdict(self), "arguments": ()}).replace("$", "$$")
         arguments = [each.replace("$", "$$") for each in self.arguments] if self.is_job else self.arguments
@@ -71,29 +71,29 @@ class Task:
 
 
 def main(text: str, *arguments: str, imported: Mapping[str, ModuleType] | None = None) -> NoReturn:
-    """Be this rank to the end of its process: run the task of `Task.command`.
+    """Run this rank until its process ends: the task of `Task.command`.
 
     Args:
-        imported: by the fork server, in a process of which it was forked.
+        imported: modules already loaded by the fork server.
     """
     task = Task(**json.loads(text))
     run_dir = RunDir(os.path.abspath(task.run_dir))  # the script may change the working directory
     open_output(run_dir.rank_log(int(os.environ["RANK"])))
     stacks.write_on_request()
     if task.is_job:
-        signals.leave_to_agent()  # in a script, Trainer sees to that
+        signals.leave_to_agent()  # in a script, Trainer does that
         faulthandler.enable(all_threads=True)
         if flight_recorder.is_recorded():
             flight_recorder.answer_requests(run_dir, int(os.environ["RANK"]))
     signals.let_through()
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     os.environ[HANG_TIMEOUT_VARIABLE] = str(task.hang_timeout_s)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = TORCHRUN_HANDLES  # what the agent was told is for it alone
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = TORCHRUN_HANDLES  # the agent's settings are for the agent only
     set_num_threads(task.num_threads)
     if not getattr(sys.flags, "safe_path", False):
         sys.path[:1] = [] if task.folder is None else [task.folder]
     code = run(task, arguments, run_dir)
-    if task.is_job and code:  # the others may be in a collective: to leave the group in good order would wait for them
+    if task.is_job and code:  # the others may be in a collective: leaving the group properly would wait for them
         if util := sys.modules.get("multiprocessing.util"):
             util._exit_function()  # ends the loading processes
         os._exit(code)
@@ -103,7 +103,7 @@ def main(text: str, *arguments: str, imported: Mapping[str, ModuleType] | None =
 
 
 def run(task: Task, arguments: Sequence[str], run_dir: RunDir) -> int:
-    """Run the program, and leave word of how it ended; the exit code."""
+    """Run the program, and record how it ended; the exit code."""
     process = os.getpid()
     try:
         execute(task, arguments)
@@ -120,9 +120,9 @@ def run(task: Task, arguments: Sequence[str], run_dir: RunDir) -> int:
 
 
 def end(error: BaseException, run_dir: RunDir, *, is_child: bool = False) -> int:
-    """Say by which exception the program has ended; the exit code."""
+    """Report the exception that ended the program; the exit code."""
     code, rank = exit_status(error), int(os.environ["RANK"])
-    if is_child:  # forked by the script, and its own affair
+    if is_child:  # forked by the script, which handles it itself
         show(error)
     elif code == EXIT_STOPPED and isinstance(error, SystemExit):
         Heartbeat(run_dir.heartbeat(rank)).stopped = True
@@ -133,7 +133,7 @@ def end(error: BaseException, run_dir: RunDir, *, is_child: bool = False) -> int
 
 
 def execute(task: Task, arguments: Sequence[str]) -> None:
-    """Run the program as __main__, in a module that stays: threads, atexit handlers and pickles go on using it."""
+    """Run the program as __main__, in a module that stays: threads, atexit handlers and pickles still use it."""
     module = ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     if sys.version_info < (3, 14):
@@ -144,7 +144,7 @@ def execute(task: Task, arguments: Sequence[str]) -> None:
     sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.is_module else []), task.program, *arguments]
     if task.is_module:
         sys.argv[:] = ["-m", *arguments]
-        # run_module, which is public, would run it in a module that is gone afterwards.
+        # run_module, the public function, would run it in a module that disappears afterwards.
         runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]  # what `python -m` calls
         return
     sys.argv[:] = [task.program, *arguments]
@@ -156,14 +156,14 @@ def execute(task: Task, arguments: Sequence[str]) -> None:
 
 
 def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
-    """Have the kernel end this process when its parent ends; end now if it is not `parent` any more."""
+    """Have the kernel end this process when its parent ends; exit now if the parent is no longer `parent`."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
 
 def set_num_threads(number: int) -> None:
-    """Share the node's cores among its ranks. In a forked process torch has read OMP_NUM_THREADS already."""
+    """Divide the node's cores among its ranks. In a forked process torch has already read OMP_NUM_THREADS."""
     os.environ.setdefault("OMP_NUM_THREADS", str(number))
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(openmp_threads(os.environ["OMP_NUM_THREADS"]) or number)
@@ -198,7 +198,7 @@ def show(error: BaseException) -> None:
 
 
 def record(error: BaseException, path: Path, rank: int) -> None:
-    """Leave what happened in the log and in a file for the agent; late, where another rank is the cause."""
+    """Write what happened to the log and to a file for the agent; later, if another rank is the cause."""
     raised_at = time.time()
     error = reports.first_of(error)
     if not isinstance(error, SystemExit):

@@ -1,7 +1,7 @@
-"""The end of a process that has torch: all that Python does at its own, but for taking down torch.
+"""The exit of a process that has imported torch: everything that Python does, except tearing down torch.
 
-An interpreter looks through all objects at its end, a million of them, which takes 2 s of computing. What the program
-itself has made is taken down as Python does it; what was there before is left to the kernel.
+An interpreter scans all objects when it exits, a million of them, which takes 2 s of CPU time. What the program
+itself has created is torn down as Python does it; what was there before is left to the kernel.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dtrain.signals import outlive
 
 
 def leave(code: int, kept: Mapping[str, ModuleType]) -> NoReturn:
-    """End this process: threads are awaited, atexit's functions called, modules cleared, C's buffers written.
+    """End this process: join threads, call atexit's functions, clear modules, flush C's buffers.
 
     Args:
-        kept: the modules that are not to be taken down, by their names.
+        kept: modules that are not torn down, by name.
     """
     threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls
     atexit._run_exitfuncs()
@@ -34,14 +34,14 @@ def leave(code: int, kept: Mapping[str, ModuleType]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             stream.flush()
-    ctypes.PyDLL(None).exit(code)  # with the lock held, so that no other thread goes on
+    ctypes.PyDLL(None).exit(code)  # with the lock held, so that no other thread continues
     raise AssertionError
 
 
 def take_down(kept: Mapping[str, ModuleType]) -> None:
     """Clear the modules that are not kept, as `finalize_modules` in CPython's pylifecycle.c does."""
-    # A collection closes files in any order, those below a buffer among the first.
-    for each in gc.get_objects():  # but for those that were frozen
+    # A collection closes files in any order, perhaps a raw file before its buffer.
+    for each in gc.get_objects():  # except those that were frozen
         if issubclass(type(each), io.TextIOBase | io.BufferedIOBase):
             with contextlib.suppress(Exception):
                 each.flush()
@@ -50,11 +50,11 @@ def take_down(kept: Mapping[str, ModuleType]) -> None:
         if callable(handler) and handler is not outlive:
             signal.signal(number, signal.SIG_DFL)
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
-        sys.__dict__.pop(name, None)  # their frames hold all there is
+        sys.__dict__.pop(name, None)  # their frames keep everything alive
     forgotten = forget(kept)
     gc.collect()
     for reference in reversed(forgotten):
-        if (module := reference()) is not None:  # something kept holds it, or a part of it
+        if (module := reference()) is not None:  # something that is kept refers to it, or to a part of it
             names = [name for name in vars(module) if name != "__builtins__"]
             for name in sorted(names, key=lambda name: not name.startswith("_")):
                 vars(module)[name] = None
@@ -62,7 +62,7 @@ def take_down(kept: Mapping[str, ModuleType]) -> None:
 
 
 def forget(kept: Mapping[str, ModuleType]) -> list[weakref.ref[ModuleType]]:
-    """Take the modules that are not kept out of sys.modules; those that something else holds live on."""
+    """Remove the modules that are not kept from sys.modules; those still referenced elsewhere live on."""
     modules = [(name, module) for name, module in sys.modules.items() if kept.get(name) is not module]
     for name, _ in modules:
         del sys.modules[name]

@@ -1,8 +1,8 @@
-"""Ranks forked from a process that has torch imported already: subprocesses like any other to torch's elastic agent.
+"""Ranks forked from a process that has already imported torch: ordinary subprocesses to torch's elastic agent.
 
 One import serves the agent and all of its ranks: `start_fork_server` imports, then forks the server, which does
-nothing but fork ranks. What they have in them that an interpreter of their own would not have is put right in each, so
-that the program can't tell the difference, but for what is in sys.modules.
+nothing but fork ranks. Whatever they inherit that a fresh interpreter would not have is reset in each rank, so
+that the program can't tell the difference, except by what is in sys.modules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dtrain import signals
 from .entry import die_with_parent, main
 from .stdio import reopen_input
 
-PATH = tuple(sys.path)  # as python made it; its first entry is the folder of this command, or of what is run
+PATH = tuple(sys.path)  # as python set it; its first entry is the folder of this command, or of what is run
 _NUMBER = struct.Struct("q")  # a process's id, or its exit code
 
 _server: socket.socket | None = None  # in the agent
@@ -38,24 +38,24 @@ _server: socket.socket | None = None  # in the agent
 def start_fork_server(modules: Sequence[str], num_threads: int, *, unless: Callable[[], bool] = lambda: False) -> bool:
     """Import the modules, and start the process that all ranks are forked from; whether it was started.
 
-    From the main thread, while there is no other one, and before anything of the user's is imported. Only modules that
-    leave CUDA alone may be named: once CUDA is initialised, no forked process can use it.
+    Call it from the main thread, while there is no other, and before any user code is imported. Only name modules that
+    do not touch CUDA: once CUDA is initialised, no forked process can use it.
 
     Args:
         num_threads: of each rank. numpy's linear algebra takes it from OMP_NUM_THREADS on import, for good.
-        unless: asked once all is imported: whether the ranks can't do with what there is then.
+        unless: called after the imports: whether the ranks can't be forked from this process after all.
     """
     global _server
     environment = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     for module in modules:
-        with contextlib.suppress(ImportError):  # the ranks will say it, if they need it
+        with contextlib.suppress(ImportError):  # the ranks will report it if they need it
             importlib.import_module(module)
     os.environ.clear()  # torch leaves something there, too
     os.environ.update(environment)
     if unless():
         return False
-    for stream in (sys.stdout, sys.stderr):  # what is left in a buffer would be printed by each process
+    for stream in (sys.stdout, sys.stderr):  # each process would print what is left in a buffer
         stream.flush()
     agent = os.getpid()
     _server, requests = socket.socketpair()
@@ -71,16 +71,16 @@ def start_fork_server(modules: Sequence[str], num_threads: int, *, unless: Calla
 
 
 def serve(requests: socket.socket, agent: int) -> NoReturn:
-    """Be the server: fork a rank for each socket that comes, and report its process and its end there.
+    """Run the server: fork a rank for each socket that arrives, and report its process id and its end there.
 
-    The server must die with the agent, and take the ranks along: the kernel counts the thread that forked it as its
+    The server must die with the agent and take the ranks with it: the kernel regards the thread that forked it as its
     parent, the agent's main thread. A session of its own keeps signals to the agent's whole process group (Ctrl-C, a
     closed terminal, `timeout`) away from the ranks: the agent decides what they mean.
     """
     os.setsid()
     die_with_parent(agent)
     server = os.getpid()
-    running: dict[int, tuple[int, socket.socket]] = {}  # by the rank's pidfd: its process, and who wants to know
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the rank's pidfd: its process, and where to report
     events = select.poll()
     events.register(requests, select.POLLIN)
     while True:
@@ -96,7 +96,7 @@ def serve(requests: socket.socket, agent: int) -> NoReturn:
             process = os.fork()
             if process == 0:
                 for other in (requests, *(each for _, each in running.values())):
-                    other.close()  # as objects too, which would close these numbers again at their end
+                    other.close()  # the objects too, which would close these descriptors again when deleted
                 be_rank(connection, server)
             send(connection, process)
             watched = os.pidfd_open(process)
@@ -105,7 +105,7 @@ def serve(requests: socket.socket, agent: int) -> NoReturn:
 
 
 def report_end(watched: int, process: int, connection: socket.socket) -> None:
-    """Tell the agent how the rank ended, as subprocess.Popen has it: minus the signal's number where one ended it."""
+    """Tell the agent how the rank ended, as subprocess.Popen does: the negative signal number if one ended it."""
     _, status = os.waitpid(process, 0)
     send(connection, os.waitstatus_to_exitcode(status))
     connection.close()
@@ -118,7 +118,7 @@ def send(connection: socket.socket, number: int) -> None:
 
 
 def be_rank(connection: socket.socket, server: int) -> NoReturn:
-    """In the new process: be what the agent asks for, to the end."""
+    """In the new process: run what the agent asks for, to the end."""
     with connection, connection.makefile("rb") as file:
         rank: Rank = pickle.load(file)
     close_inherited()
@@ -126,7 +126,7 @@ def be_rank(connection: socket.socket, server: int) -> NoReturn:
 
 
 def close_inherited() -> None:
-    """Close all descriptors but the standard ones, as subprocess does. Only open ones: there may be room for 10^9."""
+    """Close all descriptors but the standard ones, as subprocess does. Only open ones: the limit may be 10^9."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:
             with contextlib.suppress(OSError):  # that of the list itself
@@ -134,7 +134,7 @@ def close_inherited() -> None:
 
 
 def fork_ranks() -> None:
-    """From now on torch's elastic agent has its subprocesses forked from the server."""
+    """Make torch's elastic agent fork its subprocesses from the server."""
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -143,7 +143,7 @@ def fork_ranks() -> None:
             return ForkedProcess(Rank(args[4:], env, os.getcwd()))
 
         def close(self, death_sig: signal.Signals | None = None) -> None:
-            with contextlib.suppress(ProcessLookupError):  # the server does not leave us a zombie to signal
+            with contextlib.suppress(ProcessLookupError):  # the server reaps it, so the number may be reused
                 super().close(death_sig)
 
     # torch's agent looks its handlers up here, and has no parameter for them.
@@ -151,7 +151,7 @@ def fork_ranks() -> None:
 
 
 class ForkedProcess:
-    """A rank just forked, with what torch's agent uses of subprocess.Popen."""
+    """A forked rank, with the part of subprocess.Popen that torch's agent uses."""
 
     def __init__(self, rank: Rank) -> None:
         assert _server is not None
@@ -163,14 +163,14 @@ class ForkedProcess:
         self.pid = self._receive()
 
     def poll(self) -> int | None:
-        """The exit code, minus the signal's number where one ended it; None while it runs."""
+        """The exit code, the negative signal number if one ended it; None while it runs."""
         return self._poll(0)
 
     def wait(self, timeout: float | None = None) -> int:
         """`poll`, once it has ended.
 
         Raises:
-            TimeoutExpired: it has not, in so many seconds.
+            TimeoutExpired: it did not end within this time.
         """
         code = self._poll(None if timeout is None else timeout * 1000)
         if code is None:
@@ -184,7 +184,7 @@ class ForkedProcess:
             if ends.poll(timeout_ms):
                 try:
                     self.returncode = self._receive()
-                except EOFError:  # the server is gone, and took the rank along
+                except EOFError:  # the server has died, and the rank with it
                     self.returncode = -signal.SIGKILL
                 self._connection.close()
         return self.returncode
@@ -205,10 +205,10 @@ class Rank:
     working_directory: str
 
     def run(self, server: int) -> NoReturn:
-        """Be it, to the end of the process."""
+        """Run it, to the end of the process."""
         os.setsid()  # as torch's agent starts its subprocesses: a signal to this group is for this rank
         die_with_parent(server)
-        gc.freeze()  # to look through what was imported would copy all of its pages, and take a while
+        gc.freeze()  # scanning the imports would copy all of their pages, and be slow
         gc.enable()
         imported = dict(sys.modules)
         os.chdir(self.working_directory)
@@ -216,7 +216,7 @@ class Rank:
         os.environ.update(self.environment)
         sys.path[:] = PATH
         for name in [each for each in sys.modules if each.partition(".")[0] == "click"]:
-            del sys.modules[name]  # the command line's: nothing else here has it, and a script may have its own
+            del sys.modules[name]  # the command line's: nothing else here uses it, and a script may bring its own
         # Debuggers and py-spy read it.
         threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # as multiprocessing in each child
         reopen_input()
@@ -225,7 +225,7 @@ class Rank:
 
 
 def reseed() -> None:
-    """A random start for each rank, where the server has one for all. (Python's own `random` sees to itself.)"""
+    """Seed each rank randomly, since the server has one state for all. (Python's `random` does so itself.)"""
     if torch := sys.modules.get("torch"):
         torch.default_generator.seed()
     if random := sys.modules.get("numpy.random"):

@@ -1,4 +1,4 @@
-"""What is done once for all ranks before they start: their modules imported, their job checked, their device chosen."""
+"""What is done once for all ranks before they start: importing modules, checking the job, choosing the device."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .fork_server import start_fork_server
 if TYPE_CHECKING:
     from dtrain.schema.job import Job, LoadedJob, ScriptJob
 
-# What the fork server imports, for all ranks at once: always, and where the job or the script speaks of it. None of
-# it touches CUDA. The user's own modules never belong here: they may.
+# What the fork server imports for all ranks: always, or if the job or the script mentions it. None of
+# it touches CUDA. The user's own modules never belong here: they may touch it.
 PRELOAD = ("torch", "torch._dynamo")  # optimizers import the latter
 PRELOAD_FOR = {
     "_target_": ("dtrain.trainer.trainer", "dtrain.schema.loading", "dtrain.schema.instantiate"),
@@ -28,7 +28,7 @@ PRELOAD_FOR = {
     "torchvision": ("torchvision",),
 }
 
-_IN_CODE = re.compile(r"\S+\.py:\d+: ")  # a message that tells of a line of the user's
+_IN_CODE = re.compile(r"\S+\.py:\d+: ")  # a message with a line of the user's code
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Prepared:
 
 
 def prepare(loaded: LoadedJob, code: Path, gpus: str, *, preload: bool = True) -> Prepared:
-    """Check a job and choose its ranks, whose modules are imported meanwhile.
+    """Check a job and choose its ranks, while their modules are being imported.
 
     Args:
         code: the folder of the job's own modules.
-        gpus: as `dtrain launch` is told.
+        gpus: as given to `dtrain launch`.
         preload: whether the ranks will be forked from the server that this starts.
 
     Raises:
-        UserError: all that is wrong with the job, or these devices can't do it.
+        UserError: all mistakes in the job, or what these devices can't do.
     """
     if preload:  # before the job's modules are imported, which may use CUDA
         preload_job(loaded.job, expected_ranks(gpus))
@@ -80,7 +80,7 @@ def preload_job(job: Job, num_ranks: int) -> None:
 
 
 def preload_for(text: str) -> list[str]:
-    """The modules that the ranks of this job or script will need, of those that may be imported before the fork."""
+    """The modules that this job's or script's ranks will need and that may be imported before the fork."""
     return [*PRELOAD, *(module for word, modules in PRELOAD_FOR.items() if word in text for module in modules)]
 
 
@@ -95,7 +95,7 @@ def require_right(loaded: LoadedJob, code: Path) -> None:
 
 
 def _each_once(problems: list[Problem]) -> list[Problem]:
-    """Without what is said already: a module that can't be imported is so for each target in it."""
+    """Without repetitions: a module that can't be imported is reported for each target in it."""
     found: dict[object, Problem] = {}
     for problem in problems:
         found.setdefault(problem.message if _IN_CODE.match(problem.message) else id(problem), problem)
@@ -103,7 +103,7 @@ def _each_once(problems: list[Problem]) -> list[Problem]:
 
 
 def only_for_gpus(job: Job, num_ranks: int) -> Iterator[Problem]:
-    """What a job asks for that CPU processes can't do."""
+    """What the job asks for that CPU processes can't do."""
     if job.fit.sync_batchnorm and num_ranks > 1:
         yield Problem("needs CUDA: torch has no SyncBatchNorm on the CPU", "fit.sync_batchnorm")
     if job.fit.precision == "fp16":

@@ -1,4 +1,4 @@
-"""A user's program, a script or a module as `python -m` names it: found and compiled before anything starts."""
+"""A user's program, a script or a module as for `python -m`: found and compiled before anything starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dtrain.errors import Problem, UserError, did_you_mean
 if TYPE_CHECKING:
     from dtrain.schema.job import LoadedScript
 
-# Set by the program itself, these come too late where torch, numpy or matplotlib are imported before it begins.
+# If the program itself sets these, it is too late once torch, numpy or matplotlib has been imported.
 _READ_ON_IMPORT = r"""["']?((?:TORCH|PYTORCH|OMP|MKL|KMP|GOMP|OPENBLAS|NUMEXPR|NPY|NUMPY|MPL|TRITON)\w*)["']?\s*"""
 _SETS = re.compile(r"environ(?:\[|\.setdefault\(|\.update\(\s*\{?)\s*" + _READ_ON_IMPORT + r"(?:\]\s*=[^=]|[,:=])")
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the ranks are to run, and what of it is known beforehand."""
+    """What the ranks will run, and what is known about it beforehand."""
 
     name: str  # the script's path, or the module's dotted name
     is_module: bool
@@ -36,7 +36,7 @@ class Program:
 
     @property
     def sets_on_import(self) -> str | None:
-        """A variable that the program sets for libraries which read it when they are imported."""
+        """A variable that the program sets for libraries that read it at import time."""
         found = _SETS.search(self.source)
         return found and found[1]
 
@@ -45,7 +45,7 @@ def find_script(name: str) -> Program:
     """The script with that path.
 
     Raises:
-        UserError: there is none, it can't be read, or it is no Python.
+        UserError: it is missing, unreadable, or not Python.
     """
     path = Path(name)
     try:
@@ -58,12 +58,12 @@ def find_script(name: str) -> Program:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(Problem(f"cannot be read: {reason}", file=name)) from None
-    folder = os.path.dirname(os.path.realpath(path))  # as python has it: that of the file itself, not of a link
+    folder = os.path.dirname(os.path.realpath(path))  # as in python: the file's own folder, not a link's
     return Program(name, False, path, folder, _compiled(source, name))
 
 
 def refuse_other_program(name: str) -> None:
-    """Raise UserError where what should be a job file is a program that is no Python script."""
+    """Raise UserError if the supposed job file is a program that is not a Python script."""
     try:
         with open(name, "rb") as file:
             begin = file.read(64).partition(b"\n")[0]
@@ -77,10 +77,10 @@ def refuse_other_program(name: str) -> None:
 
 
 def find_module(name: str, folder: str) -> Program:
-    """The module with that name, looked for in `folder` first; of a package its __main__.
+    """The module with that name, looked up in `folder` first; for a package, its __main__.
 
     Raises:
-        UserError: there is none, or it is no Python.
+        UserError: there is none, or it is not Python.
     """
     if not all(name.split(".")):
         raise UserError(f"-m {name}: expected a module's name, such as package.module")
@@ -100,7 +100,7 @@ def find_module(name: str, folder: str) -> Program:
 
 
 def find_program(loaded: LoadedScript) -> Program:
-    """The program that a job names, looked for in the job's folder.
+    """The program that a job names, looked up in the job's folder.
 
     Raises:
         UserError: it can't be run; with the place in the job file.
@@ -118,7 +118,7 @@ def _compiled(source: bytes, name: str) -> str:
     """The file's text, which is valid Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the ranks will say it
+            warnings.simplefilter("ignore")  # the ranks will report it
             compile(source, name, "exec", dont_inherit=True)
     except SyntaxError as error:
         raise UserError(Problem(f"{type(error).__name__}: {error.msg}", file=name, line=error.lineno)) from None
@@ -139,7 +139,7 @@ def _first_on_path(folder: str) -> Iterator[None]:
 
 
 def _find_spec(name: str) -> ModuleSpec | None:
-    """As an import finds it; a package on the way is imported only where its module can't be found otherwise.
+    """Find it as an import would; a parent package is imported only if the module can't be found otherwise.
 
     Packages are the user's code: here it would run in the agent, before the ranks.
     """

@@ -1,4 +1,4 @@
-"""What an exception says of a rank's end: its type, its message, the user's own lines, and whether it is the cause."""
+"""What an exception tells about a rank's end: type, message, the user's own lines, and whether it is the cause."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dtrain.errors import InLoadingProcess, UserError, first_line
 
 from . import stacks
 
-# gloo raises mere RuntimeErrors, which begin with their place in it: "[/path/gloo/transport/tcp/pair.cc:9] ...", or
-# "Gloo connectFullMesh failed with [...] ..." where a rank is gone before all have met.
+# gloo raises plain RuntimeErrors, which begin with their place in gloo: "[/path/gloo/transport/tcp/pair.cc:9] ...", or
+# "Gloo connectFullMesh failed with [...] ..." if a rank is gone before all have joined.
 _FROM_GLOO = re.compile(
     r"(?:Gloo \w+ failed with )?\[(?:enforce fail at )?\S*(?:gloo/\S+\.(?:cc|h)|ProcessGroupGloo\.cpp):\d+\]"
 )
 # So do NCCL's, with what torch asked of it and NCCL's own reason: "NCCL AllReduce failed: remote process exited ...".
-# Not where the reason lies here: a call that is wrong, or this GPU.
+# Not if the reason is local: a wrong call, or this GPU.
 _FROM_NCCL = re.compile(
     r"(?:\[[^]]*\]:? ?)?(?:"
     r"(?:NCCL [\w ]+ failed[\w ]*|Failed to initialize NCCL communicator): (?!invalid |unhandled cuda )"
@@ -28,8 +28,8 @@ _FROM_NCCL = re.compile(
 )
 # torch raises in the training process what was raised in a loading process, with the traceback as its message.
 _FROM_LOADING = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback [^\n]*\n")
-DEAD_LOADER = "DataLoader worker (pid"  # so torch begins to say that a loading process is gone
-_DYING_S = 0.5  # for a loading process to end that can't be spoken to any more
+DEAD_LOADER = "DataLoader worker (pid"  # how torch's message about a dead loading process begins
+_DYING_S = 0.5  # for a loading process that no longer responds to end
 _FRAME = re.compile(r'  File "([^"]+)", line \d+')
 _NO_SHARED_MEMORY = re.compile(r"(/torch_\w+|/psm_\w+|shared memory).*No space left on device", re.DOTALL)
 _SHARED_MEMORY = (
@@ -62,12 +62,12 @@ def of(error: BaseException, exit_status: int) -> dict[str, str]:
 
 
 def is_dead_loader(error: BaseException) -> bool:
-    """Whether torch says that a loading process is gone; it does so at SIGCHLD, wherever the main thread is then."""
+    """Whether torch reports a dead loading process; it does so at SIGCHLD, wherever the main thread is then."""
     return isinstance(error, RuntimeError) and str(error).startswith(DEAD_LOADER)
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The end of a loading process, where that was behind this error; else the error."""
+    """The end of a loading process, if that caused this error; otherwise the error."""
     try:
         frames = traceback.extract_tb(error.__traceback__)
         if frames and "/multiprocessing/" in frames[-1].filename:
@@ -85,7 +85,7 @@ def has_users_lines(text: str) -> bool:
 
 
 def is_failed_collective(error: BaseException) -> bool:
-    """Whether the error says that another rank went away, rather than what went wrong here.
+    """Whether the error says that another rank is gone, rather than what went wrong here.
 
     Also one that was raised when such an error was handled, sys.exit included.
     """
@@ -103,7 +103,7 @@ def _is_of_backend(message: str) -> bool:
 
 
 def users_traceback(error: BaseException) -> str:
-    """The frames of the user's own code; the last ones where there are none."""
+    """The frames of the user's own code; the last frames if there are none."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if stacks.is_users(frame.filename)]
     return "".join(traceback.format_list(users or frames[-3:]))
@@ -114,12 +114,12 @@ def _users(frames: list[_Frame]) -> str:
 
 
 def excerpt(text: str, room: int) -> list[str]:
-    """The last frames of a traceback, whole, that fit into so many lines."""
+    """The last complete frames of a traceback that fit into this many lines."""
     frames: list[list[str]] = []
     for line in text.rstrip().splitlines():
         if not frames or _FRAME.match(line):
             frames.append([])
-        if line.strip(" ~^"):  # which part of the line it was, a line of its own
+        if line.strip(" ~^"):  # a separate line that marks the part of the code line
             frames[-1].append(line)
     shown = frames.pop()[:room] if frames else []
     while frames and len(frames[-1]) + len(shown) <= room:
@@ -128,9 +128,9 @@ def excerpt(text: str, room: int) -> list[str]:
 
 
 def _meant(error: BaseException) -> BaseException:
-    """The error for which this one stands.
+    """The error that this one stands for.
 
-    Programs that log their own errors leave by sys.exit then; and a StopIteration can't leave a generator.
+    Programs that log their own errors then exit through sys.exit; and a StopIteration can't leave a generator.
     """
     behind = error.__cause__ or error.__context__
     if behind is not None and isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -139,7 +139,7 @@ def _meant(error: BaseException) -> BaseException:
 
 
 def _behind(error: BaseException) -> list[str]:
-    """What it was raised from, where that says more, and what a group of exceptions holds; a line each."""
+    """What it was raised from, if that says more, and the members of an exception group; one line each."""
     cause, lines = error.__cause__, []
     is_said = isinstance(error, UserError) or isinstance(cause, InLoadingProcess) or str(cause) in str(error)
     if cause is not None and not (is_said or is_dead_loader(error)):

@@ -1,4 +1,4 @@
-"""Python stacks of processes that don't move: asked for by a signal, written to their logs, read from there."""
+"""Python stacks of hung processes: requested by a signal, written to their logs, read from there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtrain.run.folder import END_OF_OUTPUT, END_OF_STACKS, STACKS
 
 from ..machine.proc import catches, is_suspended
 
-# Rarely used, and sent to nobody but a rank that has said what to do at it.
+# Rarely used, and only sent to ranks that have installed a handler.
 SIGNAL = signal.SIGRTMIN + 6
 _WRITTEN_S = 1.0  # for a process to write its stacks
 _FRAME = re.compile(r'  File "([^"]+)", line \d+ in .+')
@@ -48,24 +48,24 @@ def is_ours(file: str) -> bool:
 
 
 def is_users(file: str) -> bool:
-    """Whether this source file is none of Python's, of an installed package's, or ours."""
+    """Whether this source file is neither Python's, nor an installed package's, nor ours."""
     installed = file.startswith((os.path.dirname(os.__file__), "<frozen")) or "site-packages" in file
     return not (installed or is_ours(file))
 
 
 def write_on_request() -> None:
-    """From now on, this process and those that it forks write their stacks to stderr at the signal.
+    """Make this process, and those that it forks, write their stacks to stderr at the signal.
 
-    By a handler in C: also while Python waits for something, or never returns.
+    The handler is in C: it works while Python waits for something, or never returns.
     """
     faulthandler.register(SIGNAL, file=sys.stderr, all_threads=True)
 
 
 def request(pid: int, log: Path, *, goes_on: bool = False) -> list[Stack]:
-    """Have a process write its stacks to its log, and return them, one for each thread; none where it can't.
+    """Have a process write its stacks to its log, and return them, one per thread; none if it can't.
 
     Args:
-        goes_on: what it prints later is its output again.
+        goes_on: whether later output is the process's own again.
     """
     if is_suspended(pid) or not catches(pid, SIGNAL):
         return []
@@ -111,7 +111,7 @@ def parse(text: str) -> list[Stack]:
 
 
 def in_users_code(stacks: list[Stack]) -> bool:
-    """Whether a thread is in code of the user's that ours has called, rather than in ours or a library's."""
+    """Whether a thread is in user code called by ours, rather than in ours or a library's."""
     for stack in stacks:
         known = next((frame for frame in stack if frame.is_users or frame.is_ours), None)
         if known is not None and known.is_users:

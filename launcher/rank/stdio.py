@@ -1,4 +1,4 @@
-"""A rank's standard streams: what it prints goes to its log, at once, and costs it nothing if the disk is full."""
+"""A rank's standard streams: output goes to its log at once, and a full disk does not stop the rank."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 
 def open_standard_streams() -> None:
-    """Have stdin, stdout and stderr lead to nowhere where the caller has closed them.
+    """Connect stdin, stdout and stderr to /dev/null if the caller has closed them.
 
-    Else the next files to be opened would get their numbers, and what is printed.
+    Otherwise the next files to be opened would get their numbers, and the output.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: those below are open
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: those below are open
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             stream = open(number, mode, closefd=False)  # noqa: SIM115 (open as long as the process is)
@@ -28,7 +28,7 @@ def open_standard_streams() -> None:
 
 
 def open_output(path: Path) -> None:
-    """All that this process and its children print goes to the file, after what is there.
+    """Append everything that this process and its children print to the file.
 
     stdout and stderr have no buffer, as of `python -u`.
     """
@@ -59,7 +59,7 @@ class _Log(io.FileIO):
 
 def _replace(name: str, mode: str, binary: Any) -> None:
     before = getattr(sys, f"__{name}__")
-    if before is None:  # closed since the command began
+    if before is None:  # closed since the command started
         return
     getattr(binary, "raw", binary).name = f"<{name}>"
     stream: Any = io.TextIOWrapper(binary, before.encoding, before.errors, "\n", write_through=True)

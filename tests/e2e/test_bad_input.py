@@ -48,7 +48,7 @@ REQUESTS = {
     "gpus-0": (["launch", "--gpus", "0", "job.yaml"], ["--gpus 0", "a number above 0, or auto"]),
     "gpus-negative": (["launch", "--gpus", "-1", "job.yaml"], ["--gpus -1", "a number above 0, or auto"]),
     "gpus-word": (["launch", "--gpus", "abc", "job.yaml"], ["--gpus abc", "a number above 0, or auto"]),
-    "gpus-which": (["launch", "--gpus", "0,1", "job.yaml"], ["--gpus 0,1", "CUDA_VISIBLE_DEVICES=0,1 dtrain launch"]),
+    "gpus-which": (["launch", "--gpus", "0,1", "job.yaml"], ["--gpus 0,1", "set CUDA_VISIBLE_DEVICES=0,1"]),
     "whose-option": (
         ["launch", "train.py", "--gpus", "2", "--lr", "0.1"],
         ["--gpus follows train.py", "dtrain launch train.py -- --gpus 2 --lr 0.1"],

@@ -1,4 +1,4 @@
-"""Writing behind the training: copies to write from, a thread that writes, and what a disk that refuses means."""
+"""Writing in the background: copies to write from, a thread that writes, and what happens if the disk refuses."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dtrain.run.folder import RunDir
 
 K = TypeVar("K", bound=Hashable)
 
-GRACE_S = 10.0  # for what is being written when the training fails
+GRACE_S = 10.0  # for writes in progress when the training fails
 
 
 class Copied(dict[str, Any]):
-    """A state_dict of copies on the CPU, which nobody changes: it need not be copied to be written later."""
+    """A state_dict of copies on the CPU that nobody changes: it can be written later without another copy."""
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """A copy; of a GPU's tensor in pinned memory, to which it goes in one piece. Waits for the device."""
+    """A copy on the CPU; of a GPU's tensor in pinned memory, in one transfer. Waits for the device."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 class Copies:
-    """Copies of tensors on the CPU, in memory that is used again for the next copies of the same shape."""
+    """Copies of tensors on the CPU, in memory that is reused for the next copies of the same shape."""
 
     def __init__(self) -> None:
         self._buffers: dict[Any, Tensor] = {}
@@ -51,7 +51,7 @@ class Copies:
             if place not in shared:
                 buffer = before.get(name)
                 if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                    # Pinned memory is copied to without a stop between the tensors.
+                    # Copies to pinned memory need no wait between the tensors.
                     buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
                 shared[place] = buffer.copy_(tensor, non_blocking=True)
             self._buffers[name] = shared[place]
@@ -61,7 +61,7 @@ class Copies:
 
 
 def _as_part(copy: Tensor, of: Tensor) -> Tensor:
-    """The copy of a part as what the part is: a piece of a larger tensor. No collective."""
+    """The copy of a shard as a shard of the same larger tensor. No collective."""
     if not isinstance(of, DTensor):
         return copy
     mesh = DeviceMesh("cpu", of.device_mesh.mesh)
@@ -69,9 +69,9 @@ def _as_part(copy: Tensor, of: Tensor) -> Tensor:
 
 
 class Background:
-    """A thread that does one thing at a time. A context manager: it is not left in the middle of something.
+    """A thread that does one thing at a time. A context manager, which waits for it to finish.
 
-    A block that ends by an error waits for a moment only, since the ranks that the thread works with may be gone;
+    A block that ends with an error waits for a moment only, since the ranks that the thread works with may be gone;
     usually it then fails as well. An interpreter that ends with a thread in a collective aborts.
     """
 
@@ -80,13 +80,13 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Do the jobs, one after the other, and return at once; wait for those before, as `wait` does."""
+        """Start doing the jobs, one after the other, and return; wait for earlier ones first, as `wait` does."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(jobs,), name="dtrain-write", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until all is done. Raises what a job raised."""
+        """Wait until everything is done. Raises what a job raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -111,7 +111,7 @@ class Background:
 
 
 class Disk:
-    """Says that the run's files can't be written, once, and lets the training go on. Rank 0 only."""
+    """Reports once that the run's files can't be written, and lets the training continue. Rank 0 only."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -136,13 +136,13 @@ class Disk:
             self._failing.discard(action)
 
     def last_good(self) -> str:
-        """What there is to continue from: the checkpoint that `latest` names."""
+        """What the run can continue from: the checkpoint that `latest` names."""
         with contextlib.suppress(OSError):
             return f"the last good checkpoint is {self._run.latest.read_text().strip()}"
         return "there is no checkpoint yet"
 
 
 def say(line: str) -> None:
-    """A line for the user. It may go to a file, which a full disk holds as well."""
+    """Print a line for the user. It may go to a file on the same full disk."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Nested Python state as named tensors, and back to the bit: nothing is pickled, so reading it executes nothing.
 
-Tensors keep their place in the tree as their name ("optimizer/state/conv.weight/exp_avg"). All else becomes one JSON
-text, which travels as a tensor of bytes too. In it, null, true, numbers, strings and lists stand for themselves; an
+A tensor's name is its path in the tree ("optimizer/state/conv.weight/exp_avg"). Everything else becomes one JSON
+text, which is stored as a tensor of bytes. In it, null, true, numbers, strings and lists stand for themselves; an
 object has one key, which says what its value stands for: {"tuple": [1, 2]}.
 """
 
@@ -30,10 +30,10 @@ _FACTORIES: dict[str, Any] = {"None": None, **{kind.__name__: kind for kind in (
 
 
 def flatten(state: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The state as tensors: those in it, not copied, by their paths after `prefix`, and the text of the rest.
+    """The state as tensors: its own, not copied, by their paths after `prefix`, and the text of the rest.
 
     Raises:
-        UserError: something in it is no data (a function, an object of a class of its own); the message names it.
+        UserError: something in it is not data (a function, an object of some class); the message names it.
     """
     tensors: dict[str, Tensor] = {prefix + TEXT: torch.empty(0)}
     text = json.dumps(_encode(state, prefix.rstrip("/"), tensors), separators=(",", ":"))
@@ -42,7 +42,7 @@ def flatten(state: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def require_data(name: str, owner: Any, state: Any) -> None:
-    """Raise UserError where `flatten` would refuse the state of the run's part of that name."""
+    """Raise UserError if `flatten` would refuse the state of the part of that name."""
     try:
         flatten(state, f"{name}/")
     except UserError as error:
@@ -51,12 +51,12 @@ def require_data(name: str, owner: Any, state: Any) -> None:
 
 
 def unflatten(tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """The state of which `flatten` made the tensors. What is no such text raises whatever its parser meets."""
+    """The state that `flatten` turned into these tensors. Malformed text raises what its parser raises."""
     return _decode(json.loads(bytes(tensors[prefix + TEXT].numpy())), tensors)
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
-    """The value in JSON's types. Without `tensors` it is a key, or in a set, and must be of plain values."""
+    """The value in JSON's types. Without `tensors` it is a key, or in a set, and must consist of plain values."""
     kind = type(value)
     if value is None or kind in (bool, str):
         return value
@@ -92,7 +92,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
     if isinstance(value, Tensor) and _is_dense(value):
         return {"tensor": _add(value.detach(), path, tensors)}
     if isinstance(value, Tensor) and value.layout is torch.sparse_coo:
-        # By its parts, since those of a tensor that is not coalesced may be summed in another order later.
+        # By its parts, since an uncoalesced tensor may be summed in another order later.
         parts = {"indices": value.detach()._indices(), "values": value.detach()._values()}
         return {"sparse": [_pairs(parts, path, tensors), list(value.shape), value.is_coalesced()]}
     raise _refusal(value, path)

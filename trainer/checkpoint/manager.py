@@ -1,11 +1,11 @@
-"""The checkpoints of a run: what they are called, which are kept, and which one the run continues from.
+"""The checkpoints of a run: their names, which are kept, and which one the run continues from.
 
     checkpoints/step-000000120/               in mid-epoch
     checkpoints/step-000000120-epoch-0003/    at the end of an epoch, after its validation
     checkpoints/latest                        the name of the newest
-    checkpoints/damaged-step-000000100/       what was found damaged, and passed over
+    checkpoints/damaged-step-000000100/       found damaged, and skipped
 
-A folder is there when all of it is on disk. It holds the state of each rank, and once what is the same on all; see
+A folder appears when all of it is on disk. It holds the state of each rank, and once what is the same on all; see
 storage.py.
 """
 
@@ -45,10 +45,10 @@ _NAME = re.compile(r"step-(\d+)(?:-epoch-(\d+))?")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a checkpoint is made. Its name sorts in the order of time, and belongs to one state of the run."""
+    """When a checkpoint is made. Its name sorts by time, and identifies one state of the run."""
 
     step: int  # optimizer steps since the run began
-    epoch: int | None = None  # that has just ended; None in the middle of one
+    epoch: int | None = None  # the epoch that has just ended; None in mid-epoch
 
     @property
     def name(self) -> str:
@@ -57,12 +57,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint's content, as it is needed on one rank."""
+    """A checkpoint's content, as one rank needs it."""
 
     path: Path
     world_size: int  # of the run that saved it
     shared: dict[str, Any]
-    ranks: dict[int, dict[str, Any]]  # at the same size this rank's own state, else that of every rank
+    ranks: dict[int, dict[str, Any]]  # at the same world size this rank's own state, otherwise every rank's
 
 
 class Checkpoints:
@@ -89,13 +89,13 @@ class Checkpoints:
         self._keep = keep
         self._disk = disk
         self._room = room
-        # Of its own, since its messages are on their way while the training sends others.
+        # A separate group, since its messages are in flight while the training sends others.
         alone = world.world_size == 1
         self._group = (
             None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=collective_timeout()))
         )
         self._copies = Copies()
-        self._foreign: set[str] = set()  # names under which something stands that is not this run's
+        self._foreign: set[str] = set()  # names taken by something that is not this run's
         self.failed = False
 
     # -- saving ----------------------------------------------------------------------------------
@@ -110,22 +110,22 @@ class Checkpoints:
     ) -> Callable[[], None]:
         """Copy the state; what is returned writes it, and is to be called on another thread, on all ranks.
 
-        The one before must have been written. A disk that refuses is reported and passed over.
+        The previous one must have been written. A disk that refuses is reported and tolerated.
 
         Args:
             shared: what is the same on all ranks; each of its tensors is copied and written by one of them, a DTensor
                 in its parts by all.
-            of_rank_0: places in it of which rank 0's tensors count, such as "model/norm.running_mean".
+            of_rank_0: paths in it for which rank 0's tensors are used, such as "model/norm.running_mean".
 
         Raises:
-            UserError: something is no data, and can't be saved.
+            UserError: something is not data, and can't be saved.
         """
-        from . import storage  # imports DCP, once there is something to save
+        from . import storage  # imports DCP, when there is something to save
 
         folder = self._run.checkpoints / moment.name
         self.failed = not self._world.from_main(self._is_saved(folder) if self._world.is_main else False)
         if not self.failed:
-            return lambda: None  # a run does the same again after a stop
+            return lambda: None  # a run repeats it after a stop
         tensors = flatten(shared)
         whole = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
         writers = assign(whole, self._world.world_size)
@@ -192,13 +192,13 @@ class Checkpoints:
     # -- continuing ------------------------------------------------------------------------------
 
     def load(self, misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot | None:
-        """The newest checkpoint that is whole and fits, or None where there is none.
+        """The newest checkpoint that is complete and matches this run; None if there is none.
 
-        Each one passed over is reported; damaged ones get another name, and are kept. What runs that were killed
+        Each skipped one is reported; damaged ones are renamed and kept. What killed runs
         left half written is removed.
 
         Args:
-            misfit: says why a shared state is not one of this run, if it is not.
+            misfit: why a shared state does not match this run, if it does not.
 
         Raises:
             ResumeError: there are checkpoints, and none that can be used.
@@ -282,7 +282,7 @@ class Checkpoints:
         return (None, problems[0]) if problems else (result, None)
 
     def _settle_on(self, path: Path, problems: Mapping[str, Unusable]) -> None:
-        """Report what was passed over, and have `latest` name what was not. Rank 0 only."""
+        """Report what was skipped, and make `latest` name what was not. Rank 0 only."""
         with self._disk.tolerated("write checkpoints/latest"):
             write_text(self._run.latest, f"{path.name}\n")
         for name, problem in problems.items():

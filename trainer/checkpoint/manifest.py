@@ -1,4 +1,4 @@
-"""What a checkpoint folder says about itself: index.json, and SHA256SUMS over all of its files.
+"""A checkpoint folder's description of itself: index.json, and SHA256SUMS over all of its files.
 
 Both are text, written last and read first. SHA256SUMS has sha256sum's own format: `sha256sum -c SHA256SUMS` checks a
 checkpoint by hand.
@@ -22,7 +22,7 @@ INDEX = "index.json"
 SUMS = "SHA256SUMS"
 
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
-_PIECE = 1 << 23  # bytes that are written, read and hashed at once
+_PIECE = 1 << 23  # bytes written, read and hashed at a time
 
 
 class Unusable(Exception):
@@ -34,7 +34,7 @@ class Damaged(Unusable):
 
 
 class HashedFile:
-    """A new file that is on disk when the block ends; its size and SHA-256 are known then."""
+    """A new file that is on disk, with known size and SHA-256, when the block ends."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -43,7 +43,7 @@ class HashedFile:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append the bytes, without a copy of them. Neither the disk nor the sum holds up other threads."""
+        """Append the bytes without copying them. Neither writing nor hashing blocks other threads."""
         view = memoryview(data)
         for begin in range(0, len(view), _PIECE):
             piece = view[begin : begin + _PIECE]
@@ -126,7 +126,7 @@ def verify(folder: Path, sums: Mapping[str, str], names: Iterable[str], sizes: M
     """Read the named files, and compare them with their sums.
 
     Raises:
-        Damaged: one is missing, cut short, or holds other bytes.
+        Damaged: one is missing, truncated, or has other content.
     """
     for name in names:
         path = folder / name

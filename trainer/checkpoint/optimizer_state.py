@@ -1,6 +1,6 @@
 """An optimizer's state with the names of the parameters instead of their numbers.
 
-So it says whose state it is: a checkpoint of another model is recognised, and the order of the parameters is free.
+So each state names its parameter: a checkpoint of another model is recognised, and the order of parameters is free.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def load_named_state(optimizer: Optimizer, net: nn.Module, state: dict[str, Any]
 
 
 def held(optimizer: Any) -> dict[str, Optimizer]:
-    """The optimizers that an optimizer leaves its steps to, by its attribute: a sharpness-aware one, a lookahead.
+    """The optimizers that an optimizer delegates its steps to, by its attribute: a sharpness-aware one, a lookahead.
 
-    Their states are saved beside its own, which often leaves them out.
+    Their states are saved besides its own, which often leaves them out.
     """
     return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
 
 
 def to_parameters(optimizer: Optimizer) -> None:
-    """Bring what an optimizer has for its parameters to their device, where these have moved since.
+    """Move an optimizer's state to the device of its parameters, if these have moved since.
 
     Some have it before their first step, Adagrad for one; others have trained before.
     """
@@ -63,13 +63,13 @@ def to_parameters(optimizer: Optimizer) -> None:
 
 
 def parameter_groups(optimizer: Optimizer, net: nn.Module) -> list[list[str]]:
-    """The names of the parameters of each group: those in the state of an optimizer that this one can continue."""
+    """The names of the parameters of each group, by which a state is recognised as this optimizer's."""
     names = iter(_names(optimizer, net))
     return [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
 
 
 def _require_torchs(optimizer: Any, state: Any) -> None:
-    """Raise UserError for a state_dict that is not built as torch's are."""
+    """Raise UserError for a state_dict that is not structured like torch's."""
     if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
         raise UserError(
             f"{type(optimizer).__name__}.state_dict() lacks state and param_groups, which torch's optimizers have: "

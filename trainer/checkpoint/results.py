@@ -1,4 +1,4 @@
-"""What a run is for: metrics.jsonl, weights/last.pt and weights/best.pt, written by rank 0 behind the training."""
+"""Writes results (metrics.jsonl, weights/last.pt, weights/best.pt) on rank 0, off the training thread."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .background import Copied, Copies, Disk
 
 
 class Results:
-    """Rank 0's. What a disk refuses is reported and kept, and written with what follows."""
+    """Rank 0's results. What the disk refuses is reported and kept, and written with the next ones."""
 
     def __init__(self, run: RunDir, disk: Disk) -> None:
         self._run = run
         self._disk = disk
         self._copies = Copies()
-        self._rows: list[Row] | None = None  # those still to be written, as the weights
+        self._rows: list[Row] | None = None  # not yet written, like the weights
         self._weights: dict[Path, dict[str, Any]] = {}
 
     def snapshot(self, weights: Mapping[Path, Mapping[str, Any]], rows: Sequence[Row]) -> None:
-        """Copy the weights, for `write`; the ones before must have been written, or refused.
+        """Copy the weights, for `write`; the previous ones must have been written, or refused.
 
         Args:
             weights: whole state_dicts, by the files that are to hold them.
         """
         if self._weights.keys() - weights.keys():
-            self._copies = Copies()  # the old ones are still to be written
+            self._copies = Copies()  # the old ones are not yet written
         live = {path: each for path, each in weights.items() if not isinstance(each, Copied)}
         named = {(path, name): value for path, each in live.items() for name, value in each.items()}
         extra = {place: value for place, value in named.items() if is_extra(place[1])}
@@ -56,10 +56,10 @@ class Results:
                 del self._weights[path]
 
     def finish(self) -> None:
-        """Try again at what is still to be written, at the end of the training.
+        """Try again to write what is missing, at the end of the training.
 
         Raises:
-            UserError: it can't be: the run is not what it claims to be.
+            UserError: it can't be written: the run's results are incomplete.
         """
         self.write()
         missing = [path.name for path in self._weights] + ["metrics.jsonl"] * (self._rows is not None)

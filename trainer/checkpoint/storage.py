@@ -1,10 +1,10 @@
 """How torch.distributed.checkpoint (DCP) writes and reads a checkpoint's tensors here. Nothing of it is a pickle.
 
 Each rank writes one file, rank-K.bin: its tensors' bytes, one after the other. index.json has each tensor's dtype,
-shape, and the place of each part of it, which is what DCP keeps in a pickle otherwise. DCP plans who reads and writes
+shape, and the place of each part of it, which DCP otherwise keeps in a pickle. DCP plans who reads and writes
 which parts, so that sharded tensors can be read at another number of ranks.
 
-Importing this imports DCP, which takes a moment: to be done on the main thread, once there is something to save.
+Importing this imports DCP, which takes a moment: do it on the main thread, when there is something to save.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def save(
     attached: Mapping[str, Path],
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Write a checkpoint of all ranks' tensors that is complete when `folder` is there. All ranks take part.
+    """Write a checkpoint of all ranks' tensors, which is complete when `folder` exists. All ranks take part.
 
     Args:
         tensors: this rank's. A plain tensor is written by one rank of those that have it, a DTensor in its parts.
@@ -104,7 +104,7 @@ def empty_tensor(description: Mapping[str, Any], device: str = "cpu") -> Tensor:
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether no two elements share a place, and no place is left out."""
+    """Whether no two elements overlap, and there are no gaps."""
     reached = 1
     for stride, length in sorted(zip(strides, shape, strict=True)):
         if length != 1 and stride != reached:
@@ -256,7 +256,7 @@ def _done(value: Any) -> Future[Any]:
 
 
 def _link(source: Path, target: Path) -> None:
-    # Weights are replaced by renaming, never written into, so a second name costs nothing and stays as it is.
+    # Weights are replaced by renaming, never modified, so a second name costs nothing and keeps its content.
     try:
         os.link(source, target)
     except OSError:  # file systems without hard links

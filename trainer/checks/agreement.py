@@ -1,6 +1,6 @@
-"""Whether all ranks were given the same: data, model, loss, optimizer. Asked before the first step, never in one.
+"""Whether all ranks were given the same: data, model, loss, optimizer. Checked before the first step, never in one.
 
-What differs would train in silence on something that nobody meant: samples twice and others never, or gradients of
+Differences would silently train on something that nobody meant: some samples twice and others never, or gradients of
 several losses.
 """
 
@@ -26,7 +26,7 @@ _OF_RANK = ("workers",)  # fields of a Source that each rank may have to itself
 
 
 def require_same_data(world: World, data: Any) -> None:
-    """Raise UserError, on all ranks, where datasets with indices differ. All ranks take part.
+    """Raise UserError, on all ranks, if datasets with indices differ. All ranks take part.
 
     A stream, and a loader of the user's own, may be each rank's own.
     """
@@ -49,7 +49,7 @@ def _of_data(data: Any) -> Traits:
 
 
 def require_same_settings(world: World, settings: Mapping[str, Any]) -> None:
-    """Raise UserError, on all ranks, where something that the run is made of differs. All ranks take part.
+    """Raise UserError, on all ranks, if a part of the run differs. All ranks take part.
 
     Args:
         settings: by name plain values, functions, modules and optimizers.
@@ -70,7 +70,7 @@ def require_same_settings(world: World, settings: Mapping[str, Any]) -> None:
 
 
 def require_same_model(world: World, net: nn.Module) -> None:
-    """Raise UserError, on all ranks, where their models are built differently; warn of other weights.
+    """Raise UserError, on all ranks, if their models are built differently; warn if only weights differ.
 
     All ranks take part. Rank 0's weights will be used, as by torch's DistributedDataParallel.
     """
@@ -91,7 +91,7 @@ def require_same_model(world: World, net: nn.Module) -> None:
 
 
 def _digest_of(parameter: Tensor) -> str:
-    """Of some of its values; nothing where it has none."""
+    """A digest of some of its values; empty if it has none."""
     if isinstance(parameter, UninitializedParameter) or parameter.is_meta:
         return ""
     return tensor_digest(parameter, 1 << 8)
@@ -126,7 +126,7 @@ def _of_module(path: str, module: nn.Module) -> Traits:
 
 
 def _named(value: Any) -> Any:
-    """What is code by its name, the rest as it is."""
+    """Code by its name, everything else as it is."""
     if isinstance(value, functools.partial):
         return [_named(value.func), list(value.args), dict(value.keywords)]
     return getattr(value, "__qualname__", value)

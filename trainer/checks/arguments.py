@@ -1,6 +1,6 @@
-"""What a Trainer is given, looked at before it is used: is it of the kind that is meant?
+"""Checks a Trainer's arguments before they are used: is each of the right kind?
 
-The problems' paths are job.yaml's keys, which a script's arguments are close to.
+The problems' paths are job.yaml's keys, which a script's arguments resemble.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WRAPPERS = (
 )
 
 
-# Of job.yaml's `fit`, what a Trainer is told when it fits, and by the launcher; the rest are its arguments by name.
+# The keys of job.yaml's `fit` that Trainer.fit or the launcher takes; the others are Trainer's arguments by name.
 OF_THE_RUN = {"epochs", "early_stopping", "restarts"}
 
 
@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def require_model(net: Any, *, may_be_lazy: bool = False) -> None:
-    """Raise UserError for what is no torch.nn.Module, or none that can be trained and saved."""
+    """Raise UserError unless it is a torch.nn.Module that can be trained and saved."""
     _require_instance(net, "model", "pass an object of that class")
     if not isinstance(net, nn.Module):
         raise UserError(Problem(f"{_name(net)} is not a model: it is not a torch.nn.Module", "model"))
@@ -117,7 +117,7 @@ def _require_shapes(module: nn.Module, path: str, mend: str) -> None:
 
 
 def _require_savable(name: str, value: Any, module: nn.Module) -> None:
-    """Raise UserError for an extra state that a checkpoint or a file of weights can't hold."""
+    """Raise UserError for extra state that a checkpoint or a weights file can't hold."""
     kind = _name(module)
     if type(module).set_extra_state is nn.Module.set_extra_state:
         raise UserError(Problem(f"{kind} has get_extra_state but no set_extra_state to load what it returns", "model"))
@@ -148,7 +148,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def require_loss(loss_fn: Any) -> None:
-    """Raise UserError for what can't be called as loss(predictions, target)."""
+    """Raise UserError unless it can be called as loss(predictions, target)."""
     if loss_fn is None:
         return
     _require_instance(loss_fn, "loss", f"give it an object, such as {getattr(loss_fn, '__name__', '')}()")
@@ -160,14 +160,14 @@ def require_loss(loss_fn: Any) -> None:
 
 
 def require_metrics(metrics: Any) -> None:
-    """Raise UserError for metrics that are not by name. A MetricCollection is a ModuleDict."""
+    """Raise UserError for metrics without names. A MetricCollection is a ModuleDict."""
     if metrics is not None and not isinstance(metrics, Mapping | nn.ModuleDict):
         message = f"a {_name(metrics)} of metrics has no names to report them under: pass a dict, " + "{'acc': metric}"
         raise UserError(Problem(message, "metrics"))
 
 
 def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
-    """Raise UserError for what is no optimizer of this model's parameters, or its loss's, or has only frozen ones."""
+    """Raise UserError unless it is an optimizer of this model's or its loss's parameters, some of them trainable."""
     if optimizer is None:
         return
     example = f"{getattr(optimizer, '__name__', '')}(net.parameters(), lr=...)"
@@ -189,7 +189,7 @@ def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
 
 
 def require_scheduler(scheduler: Any, optimizer: Any) -> None:
-    """Raise UserError for what is no scheduler of this optimizer."""
+    """Raise UserError unless it is a scheduler of this optimizer."""
     if scheduler is None:
         return
     _require_instance(scheduler, "scheduler", "pass an object, created with the optimizer")

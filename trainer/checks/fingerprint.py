@@ -1,6 +1,6 @@
-"""What an object is made of, in a few bytes: to see whether several processes have the same one.
+"""A fingerprint of an object's content, in a few bytes, to see whether several processes have the same one.
 
-Looked at are the data that it holds: lists of files, indices, arrays. No sample is read, since a dataset may open what
+It covers the data in the object: lists of files, indices, arrays. No sample is read, since a dataset may open what
 its loading processes must not share, and all is bounded: of what is long, every nth item. Left out is what may well
 differ between processes that mean the same: single values (a rank, a device, a folder), caches, generators, open files,
 and the folder that all files of a list lie in.
@@ -36,7 +36,7 @@ _SINGLE = (str, bytes, bool, int, float, complex, type(None), PurePath, Enum)
 
 
 def traits_of(value: Any, path: str = "") -> Traits:
-    """What an object holds, by the attributes that lead to it."""
+    """An object's content, by the attributes that lead to it."""
     found: Traits = {}
     _add_object(found, path or type(value).__name__, value, {id(value)}, 0)
     return found
@@ -53,7 +53,7 @@ def tensor_trait(tensor: Tensor) -> Trait:
 
 
 def tensor_digest(tensor: Tensor, most: int = _MOST_BYTES) -> str:
-    """Of a tensor's shape, type and values, every nth where they are many."""
+    """A digest of a tensor's shape, type and values (every nth if there are many)."""
     about = f"{tuple(tensor.shape)} {tensor.dtype}"
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return about

@@ -1,4 +1,4 @@
-"""What optimizers beyond torch's want of a loop: gradients made again within a step, other weights to be judged by."""
+"""What unusual optimizers need from a loop: gradients recomputed within a step, other weights for evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dtrain.errors import Problem, UserError
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether its step makes the gradients itself, as LBFGS's: `step(closure)`, the argument not to be left out."""
+    """Whether its step computes the gradients itself, as LBFGS's does: `step(closure)` with a required argument."""
     if is_two_step(optimizer):
         return True
     needed = [p for p in inspect.signature(type(optimizer).step).parameters.values() if p.default is p.empty]
@@ -24,7 +24,7 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 
 def is_two_step(optimizer: Optimizer) -> bool:
-    """Whether it begins with the batch's gradient, and has the closure make another one: sharpness-aware minimisation.
+    """Whether it starts from the batch's gradient and has the closure compute another: sharpness-aware minimisation.
 
     (Foret et al., ICLR 2021.) Its implementations have their two halves under these names.
     """
@@ -32,7 +32,7 @@ def is_two_step(optimizer: Optimizer) -> bool:
 
 
 def has_modes(optimizer: Any) -> bool:
-    """Whether it trains other weights than those that are to be judged and kept, as schedule-free ones do.
+    """Whether the weights that it trains differ from those to evaluate and save, as in schedule-free optimizers.
 
     (Defazio et al., The Road Less Scheduled, NeurIPS 2024.)
     """
@@ -40,23 +40,23 @@ def has_modes(optimizer: Any) -> bool:
 
 
 def start_training(optimizer: Any) -> None:
-    """Have it hold the weights that are trained."""
+    """Switch it to the weights that are trained."""
     if has_modes(optimizer):
         optimizer.train()
 
 
 def stop_training(optimizer: Any) -> None:
-    """Have it hold the weights that are to be judged and kept."""
+    """Switch it to the weights to evaluate and save."""
     if has_modes(optimizer):
         optimizer.eval()
 
 
 @contextlib.contextmanager
 def judged(optimizer: Any) -> Iterator[None]:
-    """Around an evaluation, or while weights are copied: in the block the model has those to be judged by.
+    """Around an evaluation, or while weights are copied: within the block the model has the weights to evaluate.
 
-    Afterwards it has the very same as before: to compute them back and forth would round them, and how often a run is
-    evaluated and saved would tell.
+    Afterwards it has exactly those from before: converting back and forth would round them, so that how often a run is
+    evaluated and saved would change the result.
     """
     if not has_modes(optimizer):
         yield
@@ -73,7 +73,7 @@ def judged(optimizer: Any) -> Iterator[None]:
 
 
 def require_rates(optimizer: Optimizer, step: int = 0) -> None:
-    """Raise UserError where a learning rate is none that anything can be trained with.
+    """Raise UserError if a learning rate is unusable.
 
     Args:
         step: that was done last, after which a scheduler may have set it.
@@ -86,7 +86,7 @@ def require_rates(optimizer: Optimizer, step: int = 0) -> None:
 
 
 def require_a_rate(optimizer: Optimizer) -> None:
-    """Raise UserError where all learning rates are 0. For an optimizer that has no scheduler."""
+    """Raise UserError if all learning rates are 0. For an optimizer without a scheduler."""
     rates = _rates(optimizer)
     if rates and not any(rate for rate, _ in rates):
         raise UserError(Problem("the learning rate is 0, and no scheduler raises it", "optimizer.lr"))
@@ -99,7 +99,7 @@ def _rates(optimizer: Optimizer) -> list[tuple[float, float]]:
 
 
 def refused_without_closure(optimizer: Optimizer, error: Exception) -> UserError | None:
-    """In words, that an optimizer's `step` has refused to be called without a closure; None for another error."""
+    """The error to raise if an optimizer's `step` refused to be called without a closure; None for other errors."""
     if "closure" not in f"{type(error).__name__} {error}".lower():
         return None
     name = type(optimizer).__name__

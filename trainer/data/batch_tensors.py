@@ -1,4 +1,4 @@
-"""The tensors of a batch, in whatever holds them: found, exchanged, counted, cut, and brought to a device.
+"""The tensors of a batch, in any container: found, replaced, counted, split, and moved to a device.
 
 A batch may be a tensor, or any nesting of mappings, sequences, dataclasses, attrs classes and what is registered as a
 pytree, subclasses included. An object with a method `to` of its own moves itself.
@@ -35,7 +35,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same nesting with other tensors. What holds none is handed on as it is."""
+    """The same nesting with other tensors. What contains none is returned as it is."""
     if isinstance(value, Tensor):
         return function(value)
     return _with_members(functools.partial(map_tensors, function), value)
@@ -50,7 +50,7 @@ def merge_members(function: Callable[[tuple[Any, ...]], Any], values: Sequence[A
 
 
 def num_samples(batch: Any) -> int | None:
-    """The first dimension of a batch's first tensor that has one; None where there is none."""
+    """The first dimension of a batch's first tensor that has one; None if there is none."""
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
     if isinstance(batch, Tensor):
@@ -60,7 +60,7 @@ def num_samples(batch: Any) -> int | None:
 
 
 def is_by_rows(batch: Any, samples: int) -> bool:
-    """Whether there are tensors, and each begins with so many samples."""
+    """Whether there are tensors, each with this many samples in its first dimension."""
     found = list(tensors(batch))
     return bool(found) and all(tensor.ndim and len(tensor) == samples for tensor in found)
 
@@ -78,9 +78,9 @@ Take = Callable[[Sequence[int]], Any]
 
 
 def ways_to_take(batch: Any, samples: int) -> list[Take]:
-    """How its samples can be taken from a batch: the rows of its tensors, or the entries of its lists.
+    """The ways in which samples can be taken from a batch: as rows of its tensors, or entries of its lists.
 
-    None where it has neither for each sample; two where there is no telling, as of a list of 3 tensors with 3 rows.
+    Empty if it has neither per sample; two if it is ambiguous, as for a list of 3 tensors with 3 rows.
     """
     ways: list[Take] = [functools.partial(take, batch, samples)] if is_by_rows(batch, samples) else []
     if not ways and _is_list_of_samples(batch) and len(batch) == samples:
@@ -112,7 +112,7 @@ def _holds_entries(value: Any, samples: int) -> bool:
 
 
 def _take_entries(value: Any, samples: int, rows: Sequence[int]) -> Any:
-    """These samples of what has a row or an entry for each in all its parts; None of what has not."""
+    """These samples of a batch that has a row or an entry for each in all its parts; None otherwise."""
     if isinstance(value, Tensor):
         return value[list(rows)] if value.ndim and len(value) == samples else None
     if isinstance(value, PackedSequence) or (apart := _apart(value)) is None:
@@ -184,7 +184,7 @@ def _length(part: Any) -> Any:
 
 
 def num_rows(batch: Any) -> int | None:
-    """How many samples every part of a batch begins with; None where they don't agree, or one has no samples."""
+    """How many samples every part of a batch begins with; None if they disagree, or one has no samples."""
     counts = set(_counts(batch))
     return counts.pop() if len(counts) == 1 else None
 
@@ -217,18 +217,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device.
 
     Raises:
-        UserError: an object that holds tensors and does not say how it is moved, or whose class does not allow it.
+        UserError: an object that holds tensors but can't be moved.
     """
     if device.type == "cpu":
         return batch
     if device.type != "cuda" or not _is_open(batch):
         return _moved(batch, device)
     own, beside = torch.cuda.current_stream(device), _stream_of_copies(device)
-    with torch.cuda.stream(beside):  # it need not wait for the kernels of the step before
+    with torch.cuda.stream(beside):  # no need to wait for the previous step's kernels
         moved = _moved(batch, device)
     own.wait_stream(beside)
     for tensor in tensors(moved):
-        tensor.record_stream(own)  # whose kernels read what is the other one's memory
+        tensor.record_stream(own)  # whose kernels read memory allocated on the other stream
     return moved
 
 
@@ -306,7 +306,7 @@ def _with_members(function: Callable[[Any], Any], value: Any) -> Any:
         return value
     try:
         return build(others)
-    except Exception as error:  # a class of the user's, whose constructor or methods may raise anything
+    except Exception as error:  # the user's class, whose constructor or methods may raise anything
         raise UserError(
             f"a {type(value).__name__} can't be rebuilt with other tensors: {type(error).__name__}: "
             f"{first_line(error)}; use a dict, a tuple or a dataclass"

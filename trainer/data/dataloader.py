@@ -1,4 +1,4 @@
-"""What a torch DataLoader says of itself, as a Source's arguments: each of its own is kept, or refused by name."""
+"""A torch DataLoader's settings as a Source's arguments: each one is kept, or refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def source_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
     One that iterates in a way of its own is read itself: its batches come ready made.
 
     Raises:
-        UserError: what can't be read so.
+        UserError: it can't be read this way.
     """
     if _iterates_itself(loader):
         return {"dataset": loader, "batch_size": None, "shuffle": False}

@@ -34,8 +34,8 @@ class Source:
     collate: Callable[[Any], Any] | None = None
     sampler: Iterable[Any] | None = None  # draws the order, instead of `shuffle`
     batch_sampler: Iterable[Sequence[Any]] | None = None  # draws the batches, instead of `batch_size` and `shuffle`
-    drop_last: bool = False  # leave out an epoch's last batch where it is short
-    generator: torch.Generator | None = None  # what it was seeded with counts beside the run's seed
+    drop_last: bool = False  # drop an epoch's last batch if it is short
+    generator: torch.Generator | None = None  # its seed counts in addition to the run's
     processes: Processes = DEFAULT
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Source:
 
     @property
     def is_regular(self) -> bool:
-        """Whether a batch of so many samples holds so many: a collate function of the user's own may do otherwise."""
+        """Whether a batch has as many rows as samples: the user's own collate function may do otherwise."""
         return self.collate in (None, default_collate, default_convert)
 
     @property
@@ -87,7 +87,7 @@ class Source:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples in an epoch; of a batch sampler: batches. None where that is not known."""
+        """Samples in an epoch; with a batch sampler, batches. None if unknown."""
         return length(next(each for each in (self.batch_sampler, self.sampler, self.dataset) if each is not None))
 
     def seed(self, seed: int, world: World) -> int:
@@ -103,7 +103,7 @@ class Source:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the model at once. `samples` is 0 for a filler, which must leave no trace."""
+    """What goes through the model at once. `samples` is 0 for a filler, which must not affect anything."""
 
     data: Any
     samples: int
@@ -129,7 +129,7 @@ class Batches(Protocol):
 
     @property
     def num_steps(self) -> int | None:
-        """Batches in an epoch; None where that is not known before its end."""
+        """Batches in an epoch; None if that is not known before its end."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of the epoch (from 1) from `first_step` (from 0) on, on this rank's device.
@@ -138,7 +138,7 @@ class Batches(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs beside epoch and step to continue after the last batch that was asked for."""
+        """What this rank needs besides epoch and step to continue after the last batch that was requested."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there with the next `epoch`."""

@@ -1,4 +1,4 @@
-"""What fails in a user's dataset or collate function: which sample it was, and how the rank hears of it."""
+"""Failures in a user's dataset or collate function: which sample it was, and how the error reaches the rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def noted(error: BaseException, what: str) -> None:
 class Failure:
     """An exception on its way from a loading process to its rank."""
 
-    error: bytes  # pickled: an exception that can't be must not fail on its way
+    error: bytes  # pickled here: an exception that can't be must not fail in transit
     frames: str
 
     @classmethod
@@ -65,7 +65,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class _Rebuilt:
-    """An exception whose class takes other arguments than it hands on, so that pickle can't make it again."""
+    """An exception that pickle can't rebuild, since its class takes other arguments than it passes on."""
 
     type: type[BaseException]
     args: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Batches that come ready made, of a dataset whose items they are: cut by rows into the ranks' shares."""
+"""Ready-made batches, the items of a dataset: split by rows into the ranks' shares."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Cutter:
         """This rank's share.
 
         Raises:
-            UserError: an empty batch, or one that is to be cut and can't be.
+            UserError: an empty batch, or one that must be split and can't be.
         """
         rows = num_rows(batch)
         if rows == 0:

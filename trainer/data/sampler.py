@@ -1,4 +1,4 @@
-"""What a user's sampler draws for an epoch: on rank 0 alone, the same on all ranks."""
+"""What a user's sampler draws for an epoch: drawn on rank 0, the same on all ranks."""
 
 from __future__ import annotations
 

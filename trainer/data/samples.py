@@ -1,4 +1,4 @@
-"""Samples by index: read with draws of their own, and put together to a micro-batch."""
+"""Samples by index: read with their own random draws, and collated into a micro-batch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def collated(
 def _collated_by(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """What the user's function makes of the samples.
 
-    One that leaves out samples may leave out all of a rank's share, where it would find others in the whole batch.
+    If it drops samples, it may drop a rank's whole share, though others of the batch would remain.
     """
     try:
         return collate(samples)

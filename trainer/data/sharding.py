@@ -1,4 +1,4 @@
-"""Which samples of an epoch are whose: the order, the batches, the ranks' shares, the micro-batches.
+"""Which samples of an epoch belong where: the order, the batches, the ranks' shares, the micro-batches.
 
 All of it is arithmetic on positions in the epoch's order, so that every rank knows every rank's share without a
 message, and any step is found at once after a stop.

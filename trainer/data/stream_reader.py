@@ -1,4 +1,4 @@
-"""A stream read in a loading process: which samples are this rank's, what they draw, and where the stream stands.
+"""A stream read in a loading process: which samples are this rank's, what they draw, and the stream's position.
 
 A stream is anything with `__iter__`. Of a *plain* one every process reads all samples, and keeps those of its rank.
 One that *splits itself* asks `torch.utils.data.get_worker_info()` for `num_workers`, as torch's documentation teaches,
@@ -36,7 +36,7 @@ from .workers import Reading, show
 
 
 class Place(NamedTuple):
-    """Where a stream stands in an epoch."""
+    """A stream's position in an epoch."""
 
     position: int = 0  # samples taken (of a user's own loader: batches)
     ended: bool = False
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far a rank's streams are in an epoch, after the last batch that was asked for."""
+    """How far a rank's streams are in an epoch, after the last batch that was requested."""
 
     epoch: int = 0
     splits: bool = False  # whether the stream splits itself
@@ -72,7 +72,7 @@ class ShardInfo(WorkerInfo):
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """In the block, `get_worker_info()` gives this."""
+        """Make `get_worker_info()` return this within the block."""
         before = show(self)
         try:
             yield
@@ -140,7 +140,7 @@ class Reader(Iterator[Any]):
         return list(islice(self, samples))
 
     def skip(self, samples: int) -> None:
-        """Read samples for what they draw and for their state alone."""
+        """Read samples only for their random draws and the stream's state."""
         for _ in islice(self, samples):
             pass
 
@@ -187,7 +187,7 @@ class Reader(Iterator[Any]):
 
 
 class Share(NamedTuple):
-    """A rank's share of a step's batch, as a loading process hands it over."""
+    """A rank's share of a step's batch, as a loading process delivers it."""
 
     samples: int
     # Data and samples of each; as many on all ranks, if there are any. 0 samples: filled up, to leave no trace.

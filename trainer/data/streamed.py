@@ -1,4 +1,4 @@
-"""Batches of what has no length: streams of samples, and a user's own loaders of batches."""
+"""Batches of data without a length: streams of samples, and a user's own loaders of batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a rank has told the others of its next share."""
+    """What a rank has told the others about its next share."""
 
     share: Share
     kept: list[int | None]  # of each micro-batch, see `num_kept`

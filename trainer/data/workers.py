@@ -1,4 +1,4 @@
-"""A rank's loading processes: what a DataLoader says of them, how they begin, and what they are asked for.
+"""A rank's loading processes: a DataLoader's settings for them, how they start, and their requests.
 
 Their rank ends them, not a signal that a cluster sends to all processes of a run.
 """
@@ -25,7 +25,7 @@ from .loading_failures import Failure
 
 @dataclass(frozen=True)
 class Processes:
-    """What a DataLoader says of its processes, by its own names. `in_order` is kept whatever it says."""
+    """A DataLoader's settings for its processes, by its own names. Order is kept whatever `in_order` is."""
 
     timeout: float = 0
     worker_init_fn: Callable[[int], None] | None = None
@@ -38,9 +38,9 @@ DEFAULT = Processes()
 
 
 class Reading(Dataset[Any]):
-    """What a loading process does for its rank, or the rank itself: it answers requests, in their order.
+    """What a loading process, or the rank itself, does: it answers requests, in order.
 
-    A failure is handed over like an answer: torch would send a text in place of the user's exception.
+    A failure is delivered like an answer: torch would send text in place of the user's exception.
     """
 
     def __init__(self, dataset: Any, worker_init_fn: Callable[[int], None] | None) -> None:
@@ -113,7 +113,7 @@ class Loader:
         self._loader.generator.manual_seed(derive_seed("process", self._seed, epoch, self._rank))
         loaded = iter(self._loader)
         for process in getattr(loaded, "_workers", ()):
-            process._popen.terminate = process._popen.kill  # how torch ends those that don't end when they are told
+            process._popen.terminate = process._popen.kill  # how torch ends those that don't end when asked
         while True:
             with nullcontext() if self._workers else loading_apart():
                 try:

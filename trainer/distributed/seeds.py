@@ -63,7 +63,7 @@ def seed_loading(seed: int) -> None:
 
 @contextlib.contextmanager
 def loading_apart() -> Iterator[None]:
-    """In the block, this process loads samples: what that draws and seeds leaves no trace in the training's numbers.
+    """Within the block, this process loads samples: its draws and seeds do not affect the training's random numbers.
 
     As `rng_kept`, at a fifth of the time: numpy's generator is exchanged, since copying its state takes long. (But
     for the second of a pair of normals, which numpy keeps for the next call and forgets at an exchange.)
@@ -97,7 +97,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continue the generators where `rng_state` saw them."""
+    """Set the generators to what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

@@ -1,4 +1,4 @@
-"""A stop that all ranks make at the same step: a request to one is agreed on by all, at little cost."""
+"""A stop of all ranks at the same step: a request to one is agreed on by all, at little cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What older versions of torch lack, from 2.11 on; and which errors are a device's."""
+"""What older versions of torch, from 2.11 on, lack; and which errors come from a device."""
 
 from __future__ import annotations
 

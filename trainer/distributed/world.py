@@ -1,4 +1,4 @@
-"""Who takes part: this process's rank, the size of the world, its device, and the groups of the collectives."""
+"""This process's rank, the world size, its device, and the process groups."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class World:
         return end
 
     def await_device(self) -> None:
-        """Wait until the device has done all that it was given, copies to the CPU's memory too. No collective."""
+        """Wait until the device has finished everything, including copies to CPU memory. No collective."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -95,7 +95,7 @@ def ensure_group(world: World) -> None:
 
 
 def require_cpu_backend(what: str) -> None:
-    """Raise UserError where a process group that the script has made can't exchange what lies in the CPU's memory."""
+    """Raise UserError if the script's own process group can't exchange tensors in CPU memory."""
     if "cpu:" not in (made := dist.get_backend_config()):
         raise UserError(
             f"{what} exchanges tensors in the CPU's memory too, which this script's process group ({made}) can't: "
@@ -131,7 +131,7 @@ def join_world(device: str = "auto") -> World:
 
 
 def _say_joining() -> None:
-    """Have the agent of `dtrain launch` know: one that leaves now without having joined will never be met."""
+    """Tell the agent of `dtrain launch` that this rank is joining: one that exits before it joins is missed by all."""
     if (run := os.environ.get(RUN_DIR_VARIABLE)) is not None:
         with contextlib.suppress(OSError):
             Heartbeat(RunDir(run).heartbeat(_number("RANK", 0))).enter(Phase.JOINING)

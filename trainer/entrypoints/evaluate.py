@@ -1,4 +1,4 @@
-"""One rank that puts a trained model to use: to evaluate it, or to predict with it.
+"""One rank that evaluates a trained model, or predicts with it.
 
 Run as dtrain.trainer.entrypoints.train is, with an `Evaluate`.
 """
@@ -145,7 +145,7 @@ def _reserve(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(handle, header)
             handle.flush()
-            # Room is made now: a mapped file that finds none later ends the process.
+            # Reserve the space now: a mapped file that runs out of it ends the process.
             os.posix_fallocate(handle.fileno(), 0, handle.tell() + num_bytes)
     except OSError as error:
         what = f"predictions of shape {list(shape)} take {num_bytes / 1e6:,.1f} MB"

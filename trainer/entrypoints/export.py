@@ -1,4 +1,4 @@
-"""A trained model in a file for others: its weights alone, or as ONNX, compared with PyTorch on real samples.
+"""Exports a trained model: its weights alone, or as ONNX, compared with PyTorch on real samples.
 
 Run as dtrain.trainer.entrypoints.train is, on one rank, with an `Export`.
 """
@@ -72,7 +72,7 @@ def export_onnx(trainer: Trainer, job: Job, out: Path) -> str:
     """The model as ONNX, with any number of samples in a batch; how far onnxruntime is from PyTorch.
 
     Raises:
-        UserError: a model that ONNX can't express, or that computes something else there.
+        UserError: ONNX can't express the model, or its results differ.
     """
     net = trainer.net.eval()
     source = build_source(job, job.data.val or job.data.train, training=False)
@@ -112,7 +112,7 @@ def _is_of_samples(samples: int) -> Any:
 
 @torch.no_grad()
 def _differences(out: Path, net: nn.Module, arguments: dict[str, Any], samples: int) -> Iterator[float]:
-    """The largest difference in what the two compute, in parts of the largest number, for all samples and for one.
+    """The largest difference between their results, relative to the largest value, for all samples and for one.
 
     Raises:
         UserError: it is larger than float32's rounding explains.

@@ -1,4 +1,4 @@
-"""Parameters that get their shapes from a batch (nn.LazyLinear): in a job it comes before all that is made of them."""
+"""Parameters that get their shapes from a batch (nn.LazyLinear): a job does this before it uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of a rehearsal: a job's first batches, trained on for two epochs as the job would be.
+"""One rank of a rehearsal: trains two epochs of a job's first batches as the job would.
 
 `dtrain check --exact` compares rehearsals at several numbers of ranks, and one that is stopped and continued. Run as
 dtrain.trainer.entrypoints.train is, with a `Rehearse`. It leaves metrics.jsonl and weights/ as training does.

@@ -1,4 +1,4 @@
-"""One rank that sums up a job's model, with the job's first samples.
+"""One rank that summarizes a job's model, with the job's first samples.
 
 Run as dtrain.trainer.entrypoints.train is, with a `Summarize`.
 """

@@ -82,7 +82,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
     """
     own_device(job.launch.device)  # before what is built puts something on a GPU
     net = build_model(job, trained)
-    # What is built next may draw as well, and the ranks must not differ where some have drawn no weights.
+    # What is built next may draw too, and ranks that drew no weights must not differ from the others.
     seed_everything(derive_seed("built", job.seed))
     loss = None if job.loss is None else cast(Any, instantiate(job.loss))
     optimizer = None if trained is not None else build_optimizer(job, net, loss)
@@ -151,7 +151,7 @@ def build_scheduler(target: Target, optimizer: Any) -> Any:
 
 @contextlib.contextmanager
 def _refusals(path: str, target: Target) -> Iterator[None]:
-    """Around the making of a part of torch's: where it refuses its arguments, that is said with their key."""
+    """Around building a part of torch's: if it refuses its arguments, the error names their key."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:

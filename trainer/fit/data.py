@@ -1,4 +1,4 @@
-"""What a fit reads, and what each of its phases adds up."""
+"""What a fit reads, and what each of its phases accumulates."""
 
 from __future__ import annotations
 

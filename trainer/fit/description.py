@@ -1,4 +1,4 @@
-"""What a fit is made of: to see whether all ranks were given the same, and for MLflow to compare runs by."""
+"""A fit's description: to check that all ranks were given the same, and for comparing runs in MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..optimization.scheduler import Scheduling
 
 
 def alike(settings: Settings, loss: Any, optimizer: Any, scheduling: Scheduling, metrics: Mapping[str, Any]) -> Any:
-    """What all ranks are to have alike, by name, beside model and data.
+    """What must be the same on all ranks, by name, besides model and data.
 
     Args:
         loss: what makes it.

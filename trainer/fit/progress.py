@@ -1,4 +1,4 @@
-"""How far a fit is: its position, what it has reported, and what each rank shows of it by its heartbeat."""
+"""A fit's progress: its position, what it has reported, and what each rank's heartbeat shows of it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Progress:
         return self.position.epoch > self.epochs or self.best.exhausted
 
     def end_step(self, samples: int, seconds: float) -> None:
-        """A step is done, with so many samples of all ranks."""
+        """Record a finished step with this many samples over all ranks."""
         self.samples_done += samples
         self.steps_done += 1
         self.position.step += 1
@@ -63,17 +63,17 @@ class Progress:
         self.step_s = seconds
 
     def end_epoch(self, row: Row) -> bool:
-        """An epoch is done, and has brought this row; whether it is the best so far."""
+        """Record a finished epoch and its row; whether it is the best so far."""
         self.rows.append(row)
         self.position = Position(self.position.epoch + 1, 0, self.position.step)
         return self.best.update(row)
 
     def enter(self, phase: Phase) -> None:
-        """Say what this rank is about to do, while it does the same step."""
+        """Show the phase that this rank enters within the same step."""
         self.heartbeat.enter(phase)
 
     def beat(self, phase: Phase = Phase.LOADING, validated: int = 0) -> None:
-        """Say where this rank is.
+        """Show this rank's position.
 
         Args:
             validated: batches, while it validates.
@@ -94,7 +94,7 @@ class Progress:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Its part of a checkpoint."""
         return {
             "place": asdict(self.position),
             "rows": self.rows,

@@ -1,7 +1,7 @@
-"""Whether what comes of a sample depends on the others in its batch: a few of them, as one batch and as two.
+"""Whether a sample's result depends on the others in its batch: tries a few samples, as one batch and as two.
 
-Ranks and micro-batches have parts of a batch. What a collate function pads or mixes, and what a model takes from all
-samples together, is another thing in each part.
+Ranks and micro-batches have parts of a batch. What a collate function pads or mixes, and what a model computes across
+samples, differs from part to part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAMPLES = 4
 def look_for_mixing(
     model: Parallel, step: Step, data: Data, seed: int, warn: Callable[[str], None], *, is_coarse: bool
 ) -> None:
-    """Warn where the loss of some training samples, evaluated, is not that of their batch's two halves.
+    """Warn if the loss of some training samples, evaluated, is not that of their batch's two halves.
 
     Only where a collate function of the user's own makes the batches: of others the first step shows it. What fails
     here, training will tell. It leaves no trace. All ranks take part: each evaluates the same samples.
@@ -61,7 +61,7 @@ def look_for_mixing(
 def warn_of_mixing(
     losses: Sequence[tuple[float, float]], samples: int, warn: Callable[[str], None], *, is_coarse: bool
 ) -> None:
-    """Warn where a batch's loss is not that of its two parts.
+    """Warn if a batch's loss is not that of its two parts.
 
     Args:
         losses: of the whole, of the whole once more, and of the parts: each as a sum, and its weight.

@@ -1,4 +1,4 @@
-"""What a fit leaves on the disk, and how it continues from there: checkpoints, the history, the weights."""
+"""What a fit writes to disk, and how it continues from there: checkpoints, history, weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .trained import Trained
 
 
 class Saver:
-    """Copies what is to be kept, and writes it behind the training. A context manager, around all of it.
+    """Copies what must be kept, and writes it in the background. A context manager around the whole fit.
 
     Attributes:
         run: where it goes.
@@ -53,16 +53,16 @@ class Saver:
     # -- saving ----------------------------------------------------------------------------------
 
     def save(self, *, results: bool, is_best: bool = False, checkpoint: bool = True) -> None:
-        """Copy what is to be kept, and write it behind the training. All ranks take part.
+        """Copy what must be kept, and write it in the background. All ranks take part.
 
         Args:
-            results: whether the history and the last weights are to be written, and with `is_best` the best ones.
-            checkpoint: whether the run is to be able to continue from here.
+            results: whether to write the history and the last weights, and with `is_best` the best ones.
+            checkpoint: whether to save a checkpoint.
         """
         self._progress.beat(Phase.SAVING)
-        self._background.wait()  # for the copies before to be written
+        self._background.wait()  # until the previous copies are written
         began = time.monotonic()
-        # Results first, also those that the disk refused before: a checkpoint has a link to the best weights.
+        # Results first, including those that the disk refused before: a checkpoint links to the best weights.
         jobs: list[Callable[[], None]] = [self._results.write] if self._world.is_main else []
         if results:
             self._copy_results(is_best=is_best)
@@ -100,7 +100,7 @@ class Saver:
         }
 
     def save_and_wait(self) -> None:
-        """Save all that there is, for a stop in this very step. All ranks take part.
+        """Save everything, for a stop at this very step. All ranks take part.
 
         Raises:
             UserError: the checkpoint could not be written.
@@ -123,7 +123,7 @@ class Saver:
     # -- continuing ------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint that is whole; begin where there is none. All ranks take part.
+        """Continue from the newest valid checkpoint; start anew if there is none. All ranks take part.
 
         Raises:
             ResumeError: there are checkpoints, and none that can be used.

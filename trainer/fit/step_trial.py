@@ -1,4 +1,4 @@
-"""Trials of the first steps: whether what the user's code does with a batch can be put together from its parts."""
+"""Trials in the first steps: whether the user's code gives the same result on a batch and on its parts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .progress import Progress
 from .sample_mixing import warn_of_mixing
 from .trained import Trained
 
-# A process's steps at which a user's step is tried: one may be a lucky one.
+# A process's steps at which a user's step is tried: one trial may pass by luck.
 TRIED_AT = frozenset(10**k for k in range(10))
 
 
 class StepTrial:
-    """Computes parts of a batch once more, in some of a process's steps, and leaves no trace.
+    """Recomputes parts of a batch in some of a process's steps, without side effects.
 
     All ranks take part where forward passes are collective.
     """
@@ -73,7 +73,7 @@ class StepTrial:
             return
         cut = samples // 2
         losses: list[tuple[float, float]] = []
-        # What fails here, training will tell.
+        # Training will report what fails here.
         with contextlib.suppress(Exception), rng_kept(world.device), self._trained.model.trying():
             for rows in (range(samples), range(samples), range(cut), range(cut, samples)):
                 taken = ways[0](rows) if len(ways) == 1 else data  # of a rank that only takes part

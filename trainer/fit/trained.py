@@ -1,4 +1,4 @@
-"""What a fit trains, and by what: all of it has a state that a checkpoint holds."""
+"""What a fit trains, and what trains it: everything with a state in checkpoints."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Trained:
         return None
 
     def kinds(self) -> dict[str, str | None]:
-        """The classes whose states mean nothing to others."""
+        """The classes of parts whose state no other class can load."""
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduling.scheduler}
         return {name: None if part is None else type(part).__name__ for name, part in parts.items()}
 
@@ -112,7 +112,7 @@ class Trained:
         return self.model.room(section, name, like)
 
     def require_savable(self) -> None:
-        """Raise UserError where a checkpoint can't hold what optimizer and scheduler have. No collective."""
+        """Raise UserError if a checkpoint can't hold the state of optimizer or scheduler. No collective."""
         require_data("scheduler", self.scheduling.scheduler, self.scheduling.state_dict())
         require_data("optimizer", self.optimizer, self.model.own_optimizer_state(self.optimizer))
 

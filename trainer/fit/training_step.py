@@ -1,4 +1,4 @@
-"""One optimizer step, by the gradient of the whole batch's mean, whatever its split."""
+"""One optimizer step, by the gradient of the whole batch's mean, however the batch is split."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainingStep:
             require_rates(optimizer, self._progress.position.step)
 
     def _by_gradient(self, micro_batches: Iterable[MicroBatch], number: int) -> bool:
-        """The step of an optimizer that is given the gradient; whether it was made."""
+        """The step of an ordinary optimizer; whether it was made."""
         trained = self._trained
         seen = copy.deepcopy(self._tally.state_dict()) if trained.update.may_skip else None
         trained.model.zero_grad(trained.optimizer)
@@ -65,7 +65,7 @@ class TrainingStep:
         return is_done
 
     def _with_closure(self, micro_batches: Iterable[MicroBatch]) -> bool:
-        """The step of an optimizer that evaluates the batch as often as it likes; whether it was made.
+        """The step of an optimizer that evaluates the batch several times; whether it was made.
 
         Each evaluation brings all ranks the same loss and gradient, so that they ask for equally many.
         """
@@ -84,7 +84,7 @@ class TrainingStep:
             return mean
 
         if is_two_step(optimizer):
-            closure()  # it begins with the batch's gradient
+            closure()  # it starts from the batch's gradient
         optimizer.step(closure)  # type: ignore[arg-type]  # torch's stub says float, its LBFGS takes a tensor
         return True
 
@@ -132,7 +132,7 @@ class TrainingStep:
 
 
 class BatchWeight:
-    """The weight of a batch, of which its gradient is to be the mean: samples, or units that a step has counted.
+    """A batch's weight, which its gradient is divided by: its samples, or the units that a step has counted.
 
     The number of samples is known from the start, so that each part's loss is divided by it. How many units all ranks
     have is known only after the last part: until then the gradient is one per sample, and is corrected afterwards.
@@ -153,9 +153,9 @@ class BatchWeight:
         return self._summed is not None
 
     def scale(self, outcome: Outcome, part: MicroBatch) -> float | Tensor:
-        """What a part's summed loss is multiplied by before its backward pass.
+        """The factor for a part's summed loss before its backward pass.
 
-        All ranks take part, at the batch's last part, in a sum that travels during that pass.
+        All ranks take part, at the batch's last part, in a sum that overlaps with that pass.
         """
         # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
         self._samples = part.batch_samples

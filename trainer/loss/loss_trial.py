@@ -1,6 +1,6 @@
-"""Whether a loss of the user's own is what it is taken for, the mean over samples: seen on a batch and its two parts.
+"""Whether the user's own loss is a mean over samples, as assumed: checked on a batch and its two parts.
 
-One that is not can't be put together from the parts that ranks and micro-batches have.
+Any other loss can't be put together from the parts that ranks and micro-batches have.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ..checkpoint.background import say
 from ..data.batch_tensors import Take, is_by_rows, join, map_tensors, take, tensors, ways_to_take
 from ..distributed.seeds import rng_kept
 
-FINE, COARSE = 1e-3, 2e-2  # how far a sum may be off; the latter with 16 bits, and on GPUs, whose TF32 has 10
+FINE, COARSE = 1e-3, 2e-2  # tolerance of a sum; the latter with 16 bits, and on GPUs, whose TF32 has 10
 _OF_LOSS = "derive it from dtrain.WeightedMean, or write it as a `step` that returns its `weight`"
 _UNSEEN = "dtrain can't tell whether it is the mean over samples"
 _OF_STEP = "return its `weight`, of how many units it is the mean"
 
 
 class Pairs:
-    """Batches of a single sample, which by themselves show nothing, each put together with the one before."""
+    """Pairs up batches of a single sample, which prove nothing by themselves, with the previous one."""
 
     def __init__(self) -> None:
         self._before: Any = None
 
     def of(self, batch: Any, samples: int) -> tuple[Any, int]:
-        """What is to be tried, and how many samples that are; still one where there was none before."""
+        """What to try, and its number of samples; still one if there was none before."""
         if samples != 1:
             return batch, samples
         before, self._before = self._before, map_tensors(Tensor.detach, batch)
@@ -46,12 +46,12 @@ class Pairs:
 
 
 def try_loss(loss_fn: Any, name: str, is_sum: bool, given: tuple[Any, Any], samples: int) -> bool:
-    """Try a function of predictions and target; whether it can be tried again, since one batch may be a lucky one.
+    """Try a function of predictions and target; whether it can be tried again, since one batch may pass by luck.
 
     Its gradients are compared as well: they differ where values agree by accident.
 
     Raises:
-        UserError: it is no mean (with `is_sum`: no sum) over samples, or there is no way to see it.
+        UserError: it is not a mean (with `is_sum`: not a sum) over samples, or that can't be checked.
     """
     what = f"the loss {name}"
     if not is_by_rows(given, samples):
@@ -61,7 +61,7 @@ def try_loss(loss_fn: Any, name: str, is_sum: bool, given: tuple[Any, Any], samp
             "can't see whether it is the mean over samples, and so can't compute it in parts, on several ranks or in "
             f"micro-batches; {_OF_LOSS}"
         )
-    with contextlib.suppress(RuntimeError, TypeError):  # what it holds may not allow it
+    with contextlib.suppress(RuntimeError, TypeError):  # its content may not allow it
         loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn  # it may count its calls
     leaves: list[Tensor] = []
 
@@ -102,7 +102,7 @@ def try_step(
             not tried then; else in all of these ways, of which one must do.
 
     Raises:
-        UserError: its loss is no mean over samples, or it can't do with a part of its batch.
+        UserError: its loss is not a mean over samples, or it fails on a part of its batch.
     """
     ways = ways_to_take(data, samples)
     if is_forward_collective and len(ways) > 1:
@@ -176,7 +176,7 @@ def _adds_up(
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """How far they are apart, relatively to the largest number; nothing where that is not finite."""
+    """Their difference relative to the largest number; 0 if that is not finite."""
     if not one.numel() or not one.isfinite().all():
         return 0.0
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
@@ -184,18 +184,18 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 @contextlib.contextmanager
 def standing_still(net: nn.Module, step: Any) -> Iterator[None]:
-    """In the block torch's own layers draw nothing and learn no statistics; then all attributes are as before.
+    """Within the block torch's own layers draw nothing and update no statistics; then all attributes are restored.
 
     Those of the modules, and of the user's step, which may count its calls. The user's modules stay in training, so
     that a step does what it does there.
     """
     own = vars(nn.Module()).keys() - {"training"}
-    holders = [*net.modules(), getattr(step, "__self__", step)]  # of a method its object
+    holders = [*net.modules(), getattr(step, "__self__", step)]  # for a method, its object
     before = [(each, {key: value for key, value in _attributes(each).items() if key not in own}) for each in holders]
     for module in [each for each in net.modules() if each is not net]:
         if any(kind.__module__.startswith("torch.nn.") for kind in type(module).__mro__[:-1] if kind is not nn.Module):
             module.training = False
-    # What is compiled would be compiled again, for other sizes.
+    # Compiled functions would be recompiled for other sizes.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         with torch.no_grad(), eager:
@@ -206,4 +206,4 @@ def standing_still(net: nn.Module, step: Any) -> Iterator[None]:
 
 
 def _attributes(holder: Any) -> dict[str, Any]:
-    return getattr(holder, "__dict__", {})  # of classes with __slots__ there is none
+    return getattr(holder, "__dict__", {})  # classes with __slots__ have none

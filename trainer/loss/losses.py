@@ -1,4 +1,4 @@
-"""Losses beside torch's own: focal and symmetric cross entropy, from logits, exact in any number of parts."""
+"""Losses besides torch's own: focal and symmetric cross entropy, from logits, exact in any number of parts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WeightedMean(nn.Module, abc.ABC):
 
 
 class FocalLoss(WeightedMean):
-    """Binary focal loss from logits: cross entropy that attends to what is not learnt yet.
+    """Binary focal loss from logits: cross entropy that focuses on what is not learnt yet.
 
     With p = sigmoid(logit): -alpha (1 - p)^gamma log(p) for target 1, -(1 - alpha) p^gamma log(1 - p) for 0; for a
     target between, both in its proportion. (Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.)
@@ -52,7 +52,7 @@ class FocalLoss(WeightedMean):
     Shapes: predictions and target of any, the same; target in [0, 1], of any dtype.
 
     Args:
-        gamma: how much less what is easy counts; 0 is cross entropy.
+        gamma: how strongly easy samples are discounted; 0 is cross entropy.
         alpha: the weight of target 1, of 0 the rest; None weighs both 1.
     """
 
@@ -118,7 +118,7 @@ class MulticlassFocalLoss(_OverClasses):
     """Focal loss over classes, from logits: -(1 - p)^gamma log(p), p the target's softmax (Lin et al., ICCV 2017).
 
     Args:
-        gamma: how much less what is easy counts; 0 is CrossEntropyLoss.
+        gamma: how strongly easy samples are discounted; 0 is CrossEntropyLoss.
         weight: of each class, shape (C); the mean is divided by the targets' weights, as torch's is.
         ignore_index: a target that doesn't count.
     """

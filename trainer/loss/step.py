@@ -29,14 +29,14 @@ UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step found.
+    """A step's result.
 
     Attributes:
         total: the loss times its weight, a scalar with a graph.
-        weight: the number of units of which the loss is the mean; None for samples, whose number every rank knows.
+        weight: the number of units that the loss is the mean over; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
-        is_believed: whether the loss is taken for the mean over samples since nobody says otherwise.
-        is_users: whether a step of the user's own has made it, which may do more than to compute.
+        is_believed: whether the loss is taken as the mean over samples only because nothing says otherwise.
+        is_users: whether the user's own step made it, which may have side effects.
         metrics: by name, arguments of metrics that compare something else.
     """
 
@@ -57,7 +57,7 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
     """The model maps features to predictions; `loss_fn(predictions, target)`; on `(features, target)` samples.
 
     Raises:
-        UserError: a loss that gives no single number, so that no sum can be made of it.
+        UserError: the loss is not a single number, so it can't be turned into a sum.
     """
     loss_fn = as_module(loss_fn)
     total_loss = _total_loss(loss_fn)
@@ -82,7 +82,7 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
 
 
 def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> None:
-    """Raise UserError where a loss of torch's has met what it was not made for."""
+    """Raise UserError if one of torch's losses failed on its input."""
     is_users = type(loss_fn).__module__ != nn.CrossEntropyLoss.__module__
     if is_users or is_of_device(error):
         return
@@ -154,19 +154,19 @@ def _as_weight(weight: Any, device: torch.device) -> Tensor:
 
 
 def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mean times its weight. The mean of no units is nan in most ways to write it, where their sum is 0."""
+    """The mean times its weight. The mean of no units is nan however it is written, but their sum is 0."""
     return loss.where(weight != 0, 0.0) * weight.to(loss.dtype), weight
 
 
 def _zero_gradients(predictions: Any, weight: Tensor) -> None:
-    """Let no nan come back from the mean of no units: 0/0 has that for a gradient, whatever it is multiplied by."""
+    """Keep the mean of no units from returning nan: 0/0 has a nan gradient, whatever it is multiplied by."""
     for tensor in tensors(predictions):
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: gradient.where((weight != 0).to(gradient.device), 0.0))
 
 
 def as_units(units: Any, device: torch.device) -> Tensor:
-    """How many units a loss is the mean of, as a float64 tensor on the device; made without waiting for that."""
+    """How many units a loss is the mean over, as a float64 tensor on the device; made without waiting for it."""
     if isinstance(units, int | float):
         return torch.full((), float(units), dtype=torch.float64, device=device)
     return torch.as_tensor(units, dtype=torch.float64).detach().to(device, non_blocking=True)
@@ -176,7 +176,7 @@ def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tens
     """The mean over samples times their number, which the other ranks know where the batch is regular.
 
     Raises:
-        UserError: a batch is cut of which nobody knows how many samples its parts have.
+        UserError: a batch is split whose parts have an unknown number of samples.
     """
     if part.is_regular:
         return loss * part.samples, None
@@ -185,7 +185,7 @@ def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tens
 
 
 def require_rows(part: MicroBatch, mend: str) -> None:
-    """Raise UserError where a batch is cut, and nobody but the user knows how many units this part of it has."""
+    """Raise UserError if a batch is split and only the user can know how many units this part has."""
     if part.is_regular or part.is_whole or not part.samples or ways_to_take(part.data, part.samples):
         return
     shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors(part.data))
@@ -235,7 +235,9 @@ def _of_torchs(loss_fn: Any, reduction: str) -> TotalLoss:
 
     def total(predictions: Any, target: Any, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
         nonlocal begun
-        if not begun and isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions):  # a GPU would not survive it
+        if (
+            not begun and isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions)
+        ):  # on a GPU it would end the process
             raise ValueError("predictions are not all in [0, 1]")
         begun = True
         if reason := mixes_samples(loss_fn, predictions, target):

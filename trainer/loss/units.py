@@ -1,4 +1,4 @@
-"""torch's losses: of how many units each is the mean, and which shapes it takes for one sample's."""
+"""torch's losses: how many units each is the mean over, and which shapes it takes for one sample's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _BY_CLASSES: dict[type[nn.Module], tuple[Loss, Units]] = {
 }
 _MODULES = {function: kind for kind, function in _BY_ELEMENTS.items()}
 _MODULES |= {function: kind for kind, (function, _) in _BY_CLASSES.items()}
-# By their forward passes: a subclass with one of its own is a loss of the user's.
+# By their forward methods: a subclass with its own is the user's loss.
 _UNITS: dict[Any, Units] = {kind.forward: _elements for kind in _BY_ELEMENTS}
 _UNITS |= {kind.forward: units for kind, (_, units) in _BY_CLASSES.items()}
 _COMPARED = {kind.forward for kind in _BY_ELEMENTS}
@@ -75,7 +75,7 @@ def as_module(loss_fn: Loss) -> Loss:
 
 
 def is_torchs(loss_fn: Loss) -> bool:
-    """Whether it is a loss of torch's whose mean is known to be one over units."""
+    """Whether it is one of torch's losses, whose mean is known to be over units."""
     return getattr(type(loss_fn), "forward", None) in _UNITS
 
 
@@ -85,7 +85,7 @@ def is_weighted(loss_fn: Loss, target: Any) -> bool:
 
 
 def count_units(loss_fn: Any, predictions: Tensor, target: Tensor) -> int:
-    """Of how many units a loss of torch's is the mean, where it weighs them alike."""
+    """How many units one of torch's losses is the mean over, if it weights them equally."""
     if loss_fn.reduction == "batchmean":
         return len(predictions)
     return _UNITS[type(loss_fn).forward](predictions, target)
@@ -102,9 +102,9 @@ def class_weight(loss_fn: Any, target: Tensor) -> Tensor:
 
 
 def mixes_samples(loss_fn: Any, predictions: Any, target: Any) -> str:
-    """Why torch would take other numbers of a batch for one sample's than is meant, and what to do; nothing if not.
+    """Why torch would misread which numbers of a batch belong to one sample, and the remedy; empty if it would not.
 
-    Such a loss is another one for each size of the batch, so that it can't be put together from parts.
+    Such a loss differs with the size of the batch, so it can't be put together from parts.
     """
     forward = getattr(type(loss_fn), "forward", None)
     if not (isinstance(predictions, Tensor) and isinstance(target, Tensor)):

@@ -1,4 +1,4 @@
-"""Which epoch is the best so far, and whether to go on."""
+"""Which epoch is the best so far, and whether to continue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Best:
     """The best epoch by a monitored value. Ties keep the earlier; nan is never better.
 
     Attributes:
-        patience: epochs in a row without improvement after which training ends; None goes on to the last epoch.
+        patience: epochs in a row without improvement after which training ends; None: never.
     """
 
     monitor: str
@@ -44,7 +44,7 @@ class Best:
 
     @property
     def is_of_average(self) -> bool:
-        """Whether the moving average of the weights is what is judged."""
+        """Whether the moving average of the weights is monitored."""
         return self.monitor.startswith("ema_")
 
     @property

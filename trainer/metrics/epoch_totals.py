@@ -1,4 +1,4 @@
-"""What a phase (train or val) of an epoch adds up on this rank: its loss, and its metrics."""
+"""What a phase (train or val) of an epoch accumulates on this rank: its loss and its metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # metrics need torchmetrics, whose import a job without metri
 
 
 class Tally:
-    """Local sums, made without waiting for the device; `reduce_states` brings those of all ranks together.
+    """Local sums, made without waiting for the device; `reduce_states` combines those of all ranks.
 
     Args:
         metrics: those that this phase reports.
@@ -49,7 +49,7 @@ class Tally:
         return known
 
     def add(self, outcome: Outcome, samples: int, batch: int) -> None:
-        """Take in a micro-batch of this rank, of the batch of that number."""
+        """Add a micro-batch of this rank, which belongs to the batch of that number."""
         self.samples += samples
         self._loss += outcome.total.detach()
         self._weight += samples if outcome.weight is None else outcome.weight
@@ -70,11 +70,11 @@ class Tally:
             )
 
     def mean_loss(self) -> float:
-        """This rank's mean loss so far. Waits for the device: not for every step."""
+        """This rank's mean loss so far. Waits for the device: don't call it every step."""
         return float(self._loss / self._weight)
 
     def states(self) -> list[State]:
-        """What takes part in the epoch's synchronisation."""
+        """The states for the epoch's synchronisation."""
         metrics = [] if self.metrics is None else self.metrics.states()
         return [State(self._loss, "sum"), State(self._weight, "sum"), *metrics]
 
@@ -91,7 +91,7 @@ class Tally:
         if self.metrics is not None:
             self.metrics.reset()
             if self.samples:
-                self.metrics.trust()  # with samples that are those of the epoch before
+                self.metrics.trust()  # whose samples belong to the previous epoch
         self.samples = 0
         self._loss.zero_()
         self._weight.zero_()

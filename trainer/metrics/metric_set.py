@@ -1,4 +1,4 @@
-"""A phase's metrics: updated locally on each rank, brought together and computed on rank 0 at its end.
+"""A phase's metrics: updated locally on each rank, combined and computed on rank 0 at its end.
 
 torchmetrics keeps the states; `reduce_states` synchronises them, those of all metrics and phases at once. A list state
 comes in the order of a single process, whose batches are cut over the ranks: each element is noted with its batch.
@@ -55,7 +55,7 @@ def as_metrics(given: Given) -> dict[str, AnyMetric]:
     """The metrics by name: of a collection its own, under its names; functions made metrics.
 
     Raises:
-        UserError: what is no metric, or can't be one over several ranks.
+        UserError: it is not a metric, or can't be one over several ranks.
     """
     return {name: _as_metric(name, each) for name, each in given.items()}
 
@@ -64,7 +64,7 @@ def _as_metric(name: str, given: Any) -> AnyMetric:
     if reason := None if isinstance(given, type) else why_unfit(given):
         raise UserError(f"metric {name}: {reason}")
     if isinstance(given, MetricCollection):
-        # Its members that are alike after the first update would share their states from then on: by chance too.
+        # Members that agree after the first update, perhaps by chance, would share their states from then on.
         members = dict(given.items(keep_base=True, copy_state=False))
         return MetricCollection(cast(Any, members), prefix=given.prefix, postfix=given.postfix, compute_groups=False)
     if isinstance(given, Metric):
@@ -115,7 +115,7 @@ class MetricSet:
         # Batches that a guessing metric took for logits. int64, as most sums of classification metrics are.
         self._num_guesses = torch.zeros((), dtype=torch.int64, device=device)
         for part in self._parts.values():
-            part.distributed_available_fn = _never  # else compute would synchronise by itself
+            part.distributed_available_fn = _never  # otherwise compute would synchronise by itself
 
     @property
     def names(self) -> list[str]:
@@ -136,7 +136,7 @@ class MetricSet:
         batch: int = 0,
         samples: int | None = None,
     ) -> None:
-        """Take in one batch of this rank, which must not be empty. No collective.
+        """Add one batch of this rank, which must not be empty. No collective.
 
         Some metrics wait for the device: to see whether their arguments are right, until they `trust`, or to count
         (confusion matrices, means over classes).
@@ -233,7 +233,7 @@ class MetricSet:
             batches.clear()
 
     def trust(self) -> None:
-        """Take it from now on that arguments are right, where each look at them would wait for a GPU."""
+        """Stop checking arguments, where each check would wait for a GPU."""
         for part in self._parts.values():
             if self._num_guesses.device.type != "cpu" and getattr(part, "validate_args", False):
                 part.validate_args = False

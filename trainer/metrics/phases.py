@@ -1,4 +1,4 @@
-"""Which of a run's metrics each phase (train, val, ema) reports, and what of them may be monitored."""
+"""Which of a run's metrics each phase (train, val, ema) reports, and which values may be monitored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PhaseMetrics:
-    """The metrics by name, and what is made of them.
+    """The metrics by name, and how they are used.
 
     Args:
         activations: by metric, what turns predictions into probabilities.
@@ -50,7 +50,7 @@ class PhaseMetrics:
         _require_names("train_metrics", in_training or (), self.by_name)
 
     def tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
-        """What adds up the phase's epoch: with metrics of its own, which others don't touch."""
+        """A tally for the phase's epochs, with its own copies of the metrics."""
         if not self.by_name:
             return Tally(phase, self._device)
         from .metric_set import MetricSet, keeps_samples
@@ -64,19 +64,19 @@ class PhaseMetrics:
         return Tally(phase, self._device, own, self.by_name)
 
     def better(self, reported: str) -> str | None:
-        """Whether less or more of a reported value is better, where torchmetrics says so: min or max."""
+        """Whether lower or higher is better for a reported value, if torchmetrics says so: min or max."""
         higher = getattr(self.by_name.get(reported.partition("_")[2]), "higher_is_better", None)
         return None if higher is None else "max" if higher else "min"
 
     def require_mode(self, best: Best) -> None:
-        """Raise UserError where the best epoch would be the worst one."""
+        """Raise UserError if the mode would select the worst epoch as the best."""
         if (better := self.better(best.monitor)) not in (None, best.mode):
             message = f"is {best.mode}, but {'higher' if better == 'max' else 'lower'} is better for {best.monitor}"
             raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
 
 
 def require_monitor(monitor: str, tallies: Collection[Tally]) -> None:
-    """Raise UserError where no single number will be reported under that name."""
+    """Raise UserError if no single number will be reported under that name."""
     known = {name: values for tally in tallies for name, values in tally.known(monitor).items()}
     if problem := monitor_problem(monitor, known):
         raise UserError(f"monitor: {problem}")

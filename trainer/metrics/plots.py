@@ -1,4 +1,4 @@
-"""A run as pictures: its curves, and the confusion matrices of its best epoch. Drawn by rank 0 when it is over."""
+"""A run's plots: its curves, and the confusion matrices of its best epoch. Drawn by rank 0 at the end."""
 
 from __future__ import annotations
 

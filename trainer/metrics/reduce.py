@@ -1,4 +1,4 @@
-"""The states of sums and metrics brought together on rank 0, however many there are, in a few collectives.
+"""Combines the states of sums and metrics on rank 0, however many there are, in a few collectives.
 
 torchmetrics synchronises each state by itself; here all of them share one exchange of shapes, one reduce for
 the integer sums, one for the floating sums, and one gather for everything else.

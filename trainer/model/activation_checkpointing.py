@@ -1,4 +1,4 @@
-"""Activation checkpointing: memory for time. What a block computes is forgotten, and computed again when it is needed.
+"""Activation checkpointing: memory for time. A block's activations are dropped, and recomputed when they are needed.
 
 (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.)
 """
@@ -17,7 +17,7 @@ from .buffers import Buffers, copies_of, put_back
 
 
 def recompute_activations(net: nn.Module, classes: Sequence[str]) -> None:
-    """Have the model's modules of these classes compute their activations again in the backward pass.
+    """Make the model's modules of these classes recompute their activations in the backward pass.
 
     Their results are the same to the bit, dropout's masks and batch norm's statistics included; their parameters'
     names too. Of modules within each other, the outermost do.
@@ -49,5 +49,5 @@ def _again(module: nn.Module, before: Buffers) -> Iterator[None]:
     put_back(module, before)
     try:
         yield
-    finally:  # torch leaves by an exception once it has all that it needs
+    finally:  # torch exits through an exception once it has all that it needs
         put_back(module, after)

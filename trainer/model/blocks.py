@@ -1,4 +1,4 @@
-"""Which modules of a model are its blocks: by the names of their classes, or found by themselves."""
+"""Which modules of a model are its blocks: by the names of their classes, or found automatically."""
 
 from __future__ import annotations
 

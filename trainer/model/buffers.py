@@ -1,4 +1,4 @@
-"""A model's buffers, which may grow, appear and vanish while it trains: copied, put back, and the same on all ranks.
+"""A model's buffers, which may grow, appear and vanish during training: copied, restored, and shared by all ranks.
 
 So are the values of its `get_extra_state`, which torch's state_dict has under names of their own.
 """
@@ -65,7 +65,7 @@ def copies_of(net: nn.Module) -> Buffers:
 
 @torch.no_grad()
 def put_back(net: nn.Module, values: Mapping[str, Any]) -> None:
-    """Have these buffers and no others. One that is there with this shape and type stays the tensor that it is."""
+    """Restore these buffers and no others. An existing one with this shape and type stays the same tensor."""
     now = buffers_of(net)
     for name in now.keys() - values.keys():
         module, own = _place(net, name)

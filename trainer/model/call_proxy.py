@@ -1,4 +1,4 @@
-"""A model that does more when it is called, and is the same in all else: its class, attributes, methods, items."""
+"""A model that does more when called, and is otherwise the same: its class, attributes, methods, items."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _bare: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def called_as(net: nn.Module, module: nn.Module) -> nn.Module:
-    """A module that is `net`, but for that to call it is to call `module`, which has `net` within."""
+    """A module that is `net`, except that calling it calls `module`, which contains `net`."""
     kind: Any = type(net)
 
     class Called(kind):  # type: ignore[misc]  # which only is known now

@@ -1,4 +1,4 @@
-"""A loss with parameters or statistics of its own: class centres, proxies, a temperature, weights of tasks.
+"""A loss with its own parameters or statistics: class centres, proxies, a temperature, task weights.
 
 It stays whole on each rank. Its parameters are trained where the optimizer has them, as in a plain loop, by the
 batch's gradient as the model's are.
@@ -44,14 +44,14 @@ class LearnedLoss:
             self.share_buffers()
 
     def adopt(self, optimizer: Optimizer, report: Callable[[str], None], *, is_whole: bool) -> None:
-        """Train what the optimizer has of it. No collective.
+        """Train those of its parameters that the optimizer has. No collective.
 
         Args:
-            report: told of parameters that nobody trains.
+            report: called with parameters that nothing trains.
             is_whole: whether the strategy leaves each rank all of the model and the optimizer.
 
         Raises:
-            UserError: parameters that this strategy can't train, or that belong to nobody and could not be saved.
+            UserError: parameters that this strategy can't train, or that belong to no module and could not be saved.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if strangers := len(held - self._models - {id(parameter) for parameter in self._own.values()}):

@@ -1,4 +1,4 @@
-"""SyncBatchNorm on a rank that has no sample of a batch: it takes part, and counts for nothing."""
+"""SyncBatchNorm on a rank without samples of a batch: it takes part without affecting the statistics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def counting_no_sample(net: nn.Module) -> Iterator[None]:
-    """In the block, such layers give all ranks' statistics nothing of what goes through them. No collective but theirs.
+    """Within the block, such layers contribute nothing to all ranks' statistics. No collective but theirs.
 
-    Of an empty input torch's layer brings nothing to the statistics, forwards or backwards, and waits for the others
-    all the same. What is computed goes on with statistics of its own.
+    For an empty input torch's layer adds nothing to the statistics, forward or backward, and waits for the others
+    all the same. The computation continues with its own statistics.
     """
     with contextlib.ExitStack() as hooks:
         for layer in net.modules():
@@ -45,4 +45,4 @@ class _Withheld:
         if not layer.training:
             return None
         own = F.batch_norm(self._given.pop(), None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
-        return own + empty.sum().to(own.dtype)  # so that the backward pass, where ranks wait for each other, comes by
+        return own + empty.sum().to(own.dtype)  # so that the backward pass, where ranks wait for each other, gets here

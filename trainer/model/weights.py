@@ -1,4 +1,4 @@
-"""Weights as everybody reads them: the bare module's state_dict, under the names that its class gives."""
+"""Weights in the usual form: the bare module's state_dict, with the names that its class gives."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def save_weights(weights: Mapping[str, Any], path: Path) -> None:
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a file of weights into the module, wherever it was saved: prefixes of wrappers are stripped.
+    """Load a weights file into the module, wherever it was saved: wrappers' prefixes are stripped.
 
     Nothing in the file is executed.
 
     Raises:
-        UserError: no such file, not a file of weights, or weights of another model; the module is untouched.
+        UserError: no such file, not a weights file, or weights of another model; the module is unchanged.
     """
     try:
         weights: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -26,14 +26,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Update the average with the current weights."""
         averages = list(self._averages.values())
         torch._foreach_mul_(averages, self._decay)
         torch._foreach_add_(averages, list(self._parameters.values()), alpha=1 - self._decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """In the block, the model has the average as its weights."""
+        """Within the block, the model has the average as its weights."""
         self._swap()
         try:
             yield

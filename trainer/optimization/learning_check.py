@@ -1,4 +1,4 @@
-"""Whether a run still learns something: seen from its losses, and from the weights where a loss is no number."""
+"""Whether a run still learns: judged by its losses, and by the weights if a loss is not finite."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 
 
 class Learning:
-    """Ends a run whose weights are no numbers any more, or that has nothing to learn from.
+    """Ends a run whose weights are no longer finite, or that learns nothing.
 
-    A loss that is not finite doesn't yet mean that: fp16's scaler leaves such steps out, and a sample may be at fault.
+    A non-finite loss does not prove that: fp16's scaler skips such steps, and a single sample may be at fault.
 
     Args:
-        report: told of losses that are not finite while the run goes on.
-        scales: whether steps are left out until a scale for the loss is found (fp16).
+        report: called for non-finite losses while the run continues.
+        scales: whether steps are skipped until a scale for the loss is found (fp16).
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Learning:
         self._seen = self._in_doubt = False
 
     def see(self, loss: float) -> None:
-        """Take in a loss that this rank happens to know."""
+        """Note a loss that this rank happens to know."""
         if not (math.isfinite(loss) or self._seen):
             self._seen = self._in_doubt = True
 
     def take_doubt(self) -> bool:
-        """Whether the weights should be looked at, by all ranks together: once an epoch."""
+        """Whether all ranks should check the weights together: once per epoch."""
         in_doubt, self._in_doubt = self._in_doubt, False
         return in_doubt
 
@@ -56,7 +56,7 @@ class Learning:
         """Begin an epoch, after so many steps. All ranks take part.
 
         Raises:
-            UserError: a scheduler has made a learning rate that nothing can be trained with.
+            UserError: a scheduler has set an unusable learning rate.
         """
         require_rates(self._optimizer, step)
         self._first_step = step + 1
@@ -72,7 +72,7 @@ class Learning:
             raise UserError(f"the weights are not finite after {self._steps(step)}, and with them the loss; {_MEND}")
 
     def judge(self, row: Row, *, is_last: bool) -> None:
-        """Look at what an epoch has done. All ranks take part, with the same row.
+        """Judge an epoch. All ranks take part, with the same row.
 
         Args:
             is_last: whether no epoch follows.
@@ -103,7 +103,7 @@ class Learning:
         self._report(f"{said}; the weights are finite, and training goes on")
 
     def _judge_weights(self, row: Row, untouched: int, *, is_last: bool) -> None:
-        """Look whether any step since the run began has changed a weight. All ranks take part."""
+        """Check whether any step since the run began has changed a weight. All ranks take part."""
         world = self._model.world
         if world.sum(torch.tensor(float(self._checksum() != untouched), device=world.device)):
             self._untouched = None
@@ -118,7 +118,7 @@ class Learning:
             )
 
     def _may_begin_later(self, row: Row) -> bool:
-        """Whether this epoch's steps may have changed nothing, and later ones do: a warm-up, a scale to be found."""
+        """Whether later steps may change weights though this epoch's did not: a warm-up, a scale still to be found."""
         return self._scales or row["lr"] == 0
 
     def _weights(self) -> float:
@@ -128,7 +128,7 @@ class Learning:
             return float(self._model.norm([each for each in weights if each.is_floating_point() or each.is_complex()]))
 
     def _checksum(self) -> int:
-        """Another number where any bit of what this rank has of what is trained is another. Waits for the device."""
+        """A checksum over all bits of this rank's part of what is trained. Waits for the device."""
         sums = [_sum_of_bits(weight) for weight in self._model.trained(self._optimizer)]
         return int(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0
 

@@ -1,4 +1,4 @@
-"""From a batch's gradient to the next weights: looked at, clipped, applied."""
+"""From a batch's gradient to the next weights: checked, clipped, applied."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Update:
             larger; `clip_value`: each gradient's every number is limited to it, up and down; `l1`, `l2`: see
             `Penalty`, a part of the gradient that is clipped; `on_nonfinite`: what to do with a batch whose gradients
             hold inf or nan, end the run or leave it out.
-        report: told of each batch that was left out.
+        report: called for each batch that was skipped.
 
     Raises:
         UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it; or gradients whose

@@ -1,4 +1,4 @@
-"""Parameters in groups by pattern, each with settings of its own: weight decay for weights alone, say."""
+"""Parameter groups by pattern, each with its own settings: weight decay for weights only, say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With how many bits the model computes: torch's autocast and gradient scaler behind one word."""
+"""The precision of the model's computations: torch's autocast and gradient scaler behind one setting."""
 
 from __future__ import annotations
 

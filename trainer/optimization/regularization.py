@@ -1,4 +1,4 @@
-"""L1 and L2 regularisation: what draws weights to zero, added to the batch's gradient."""
+"""L1 and L2 regularisation: pulls weights towards zero, as part of the batch's gradient."""
 
 from __future__ import annotations
 

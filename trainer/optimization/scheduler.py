@@ -1,4 +1,4 @@
-"""The learning-rate scheduler: what it is fed, what of it is saved, and whether it lasts as long as the run."""
+"""The learning-rate scheduler: which value it gets, what is saved of it, and whether it lasts as long as the run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Scheduling:
             raise UserError(Problem(message, "scheduler", hint="set total_steps to the steps of all epochs")) from error
 
     def after_epoch(self, row: Row) -> None:
-        """Step with an epoch that has brought this row, where that is the interval."""
+        """Step after an epoch with this row, if that is the interval."""
         if self.scheduler is None or self.interval != "epoch":
             return
         if not is_fed(self.scheduler):
@@ -107,10 +107,10 @@ class Scheduling:
 
 
 def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
-    """Raise UserError where a scheduler takes a better value for a worse one.
+    """Raise UserError if a scheduler mistakes a better value for a worse one.
 
     Args:
-        known: min or max: whether less or more of `monitor` is better; None where nobody has said.
+        known: min or max: whether a lower or a higher `monitor` is better; None if unknown.
     """
     mode = getattr(scheduler, "mode", None)
     if is_fed(scheduler) and known is not None and mode in ("min", "max") and mode != known:
@@ -127,7 +127,7 @@ def check_length(
 
     Args:
         num_steps: optimizer steps of an epoch, where that is known.
-        warn: told of schedules that do something unlikely to be meant.
+        warn: called for schedules that are probably not intended.
 
     Raises:
         UserError: the scheduler would raise in the middle of the run.

@@ -1,4 +1,4 @@
-"""A model over the ranks, as the loop uses it; the base of the strategies (ddp.py, fsdp.py)."""
+"""A model across ranks, as the loop uses it; the base class of the strategies."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from ..model.modes import evaluation_mode
 from ..model.sync_batchnorm import counting_no_sample
 from ..model.weights import bare_state_dict
 
-_cut: WeakSet[nn.Module] = WeakSet()  # modules whose parameters a strategy has exchanged, and which no other can take
+_cut: WeakSet[nn.Module] = WeakSet()  # modules whose parameters a strategy has replaced; no other can use them
 
 
 class Parallel:
-    """A model on each rank, with rank 0's weights and buffers; here is what a strategy may leave as it is.
+    """A model on each rank, with rank 0's weights and buffers; holds the defaults for all strategies.
 
     Attributes:
         loss: what the loss has of its own.
@@ -69,11 +69,11 @@ class Parallel:
         return step(self.bare, micro_batch)
 
     def cut(self) -> None:
-        """Have no other strategy take this model: its parameters become something else."""
+        """Mark the model as sharded, so that no other strategy takes it: its parameters are replaced."""
         _cut.update(self.bare.modules())
 
     def begin_fit(self) -> None:
-        """A fit begins; since the model was taken over, parameters may have been frozen or freed. All ranks take part.
+        """Begin a fit; parameters may have been frozen or unfrozen since the model was adopted. All ranks take part.
 
         Raises:
             UserError: they have, and the strategy can't follow.
@@ -119,12 +119,12 @@ class Parallel:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Make the optimizer's step; False where the strategy left it out, its gradients not being finite."""
+        """Make the optimizer's step; False if the strategy skipped it because of non-finite gradients."""
         optimizer.step()
         return True
 
     def drop_gradients(self) -> None:
-        """Make no step with these gradients."""
+        """Discard these gradients without a step."""
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -240,7 +240,7 @@ def run_within(module: nn.Module, step: Step, micro_batch: MicroBatch) -> Outcom
 
 
 def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "") -> None:
-    """Raise UserError where the loss does not depend on a parameter that is to be trained.
+    """Raise UserError if the loss does not depend on a trainable parameter.
 
     Args:
         when: it was.
@@ -258,7 +258,7 @@ def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "
 
 
 def require_uncut(net: nn.Module) -> None:
-    """Raise UserError for a model whose parameters a strategy has exchanged already."""
+    """Raise UserError for a model whose parameters a strategy has already replaced."""
     if any(module in _cut for module in net.modules()):
         raise UserError(
             "another Trainer has sharded the model; call that Trainer's fit again, or make a new model "
@@ -302,7 +302,7 @@ def reached_leaves(loss: torch.Tensor) -> set[int] | None:
 
 
 def require_divisible(net: nn.Module) -> None:
-    """Raise UserError where a parameter can't be cut along its first dimension, or as a row of numbers."""
+    """Raise UserError if a parameter can't be sharded along its first dimension, or as a flat row."""
     for name, parameter in net.named_parameters():
         if parameter.dim() == 0:
             raise UserError(f"{name} is a scalar, which can't be sharded: give it the shape (1,), or use ddp")

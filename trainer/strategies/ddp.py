@@ -1,4 +1,4 @@
-"""One model on every rank, its gradients averaged: torch's DistributedDataParallel, made exact."""
+"""The whole model on every rank, with averaged gradients: torch's DistributedDataParallel, made exact."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DataParallel(Parallel):
 
     def _wrap(self) -> None:
         """Have DDP average the gradients of what is trained now, and of nothing else."""
-        self.module = self.bare  # the one before lets go of the parameters
+        self.module = self.bare  # the previous one releases the parameters
         self._trainable = trainable(self.bare)
         device = self.world.device
         if self.world.world_size > 1 and self._trainable:
@@ -110,7 +110,7 @@ class DataParallel(Parallel):
                 "something was detached on the way to it, or the optimizer has other parameters; nothing is learned"
             )
         if self.module is not self.bare and not self._finds_unused:
-            # DDP waits for every parameter's gradient. Found now, since the backward pass would leave the ranks apart.
+            # DDP waits for every parameter's gradient. Checked now: the backward pass would hang.
             require_all_used(self.bare, loss, mend=_ALLOW)
 
     def require_averaged(self, loss: torch.Tensor, step: int) -> None:
@@ -150,7 +150,7 @@ class Averaging(DistributedDataParallel):
 
 
 def settle_buckets(wrapped: Averaging) -> None:
-    """Have DDP group its gradients for good, now and always alike. All ranks take part, in a sum of zeros.
+    """Make DDP group its gradients now, finally and always in the same way. All ranks take part, in a sum of zeros.
 
     DDP regroups its buckets after the first backward pass of a process, in the order in which the gradients came.
     A sum over three ranks or more depends on the grouping, so that the first step after a resume would add the

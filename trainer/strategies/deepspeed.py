@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the optimizer's states in parts (stage 1), the gradients too (2), the parameters too (3).
+"""DeepSpeed's ZeRO: shards the optimizer state (stage 1), the gradients too (2), the parameters too (3).
 
 Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, SC 2020. Here are the places
 where DeepSpeed's engine meets the loop, and how its flat parts become whole tensors by name, and back.
@@ -146,7 +146,7 @@ class Engine(Parallel):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def zero_grad(self, optimizer: Optimizer) -> None:
-        """Nothing: DeepSpeed drops gradients when it has made its step."""
+        """Do nothing: DeepSpeed drops gradients after its step."""
 
     def step(self, optimizer: Optimizer) -> bool:
         self._engine.step()
@@ -163,7 +163,7 @@ class Engine(Parallel):
 
 
 class Zero(Engine):
-    """A model of which DeepSpeed leaves each rank a part to train: ZeRO's stages 1 to 3."""
+    """A model that DeepSpeed shards for training: ZeRO's stages 1 to 3."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

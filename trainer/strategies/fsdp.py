@@ -1,6 +1,6 @@
-"""torch's FSDP2: each rank keeps a part of each parameter, of its gradient and of what the optimizer has of it.
+"""torch's FSDP2: each rank keeps a shard of each parameter, its gradient and its optimizer state.
 
-The model's blocks are gathered one at a time, when it is their turn to compute.
+The model's blocks are gathered one at a time, when they compute.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .base import Parallel, Stepping, require_divisible, run_within, shortened
 
 
 class FullySharded(Parallel):
-    """A part of the model on each rank. All ranks take part in making it.
+    """A shard of the model on each rank. All ranks take part in making it.
 
     On ranks other than 0 the model may be on the meta device: the values are rank 0's. No rank's device ever holds
     more of it than its part and one block.
@@ -46,7 +46,7 @@ class FullySharded(Parallel):
         dtype: in which blocks are gathered and computed; None for the parameters' own. Gradients are summed in float32.
 
     Raises:
-        UserError: a model that FSDP2 can't cut, or no module of a class to wrap.
+        UserError: a model that FSDP2 can't shard, or a class to wrap without modules.
     """
 
     forwards_together = True

@@ -1,4 +1,4 @@
-"""Following a run folder: what is new is handed to a mirror, until the run has ended and the mirror has all of it.
+"""Follows a run folder: sends what is new to a mirror, until the run has ended and the mirror is complete.
 
 The folder is the truth and the mirror the copy: after any error the mirror is made anew, asks what is there, and sends
 the rest. Whoever starts a tracker has written status.json before: a run without one, or with a final state, has ended.

@@ -184,7 +184,7 @@ def test_predictions_that_the_disk_does_not_take(trained):
     np.save(trained.folder / "many.npy", np.zeros((200_000, 4), np.float32))
     done = trained.shell("ulimit -f 1000; dtrain predict run many.npy -o big.npy data.batch_size=50000 --gpus 2")
     assert done.code == 1
-    assert "predictions of shape [200000, 2] take 1.6 MB, for which " in done.last_lines
+    assert "predictions of shape [200000, 2] take 1.6 MB, which do not fit in " in done.last_lines
     assert "choose another place with --out" in done.last_lines
     assert not [path for path in trained.folder.iterdir() if "big.npy" in path.name]
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_predicted():
     with pytest.raises(UserError, match="Stream has no order: predict needs a DataLoader over a dataset with indices"):
         trainer.predict(DataLoader(Stream(), batch_size=2))
     flat = Trainer(nn.Flatten(0), device="cpu")  # all samples' numbers in one row
-    with pytest.raises(UserError, match=r"a row for each sample of 2, they are float32 \[6\]"):
+    with pytest.raises(UserError, match=r"a row for each sample of 2, not float32 \[6\]"):
         flat.predict(DataLoader(torch.zeros(2, 3), batch_size=2))
 
 
