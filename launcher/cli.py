@@ -222,6 +222,6 @@ def main() -> None:
     if "torch" in sys.modules:
         from .rank.finalize import leave
 
-        gc.freeze()  # skip the teardown of everything imported
-        leave(code, dict(sys.modules))
+        gc.freeze()  # nothing of what was imported is looked through
+        leave(code)
     sys.exit(code)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dtrain.errors import UserError, first_line
 from dtrain.schema.packages import require
 
 from .distributed.seeds import rng_kept
+from .distributed.torch_private import tree_leaves
 
 if TYPE_CHECKING:
     import torchinfo

@@ -112,9 +112,10 @@ def _supervisor(
     from .node_store import Endpoint
     from .nodes import Nodes
     from .slow_start import Beginning
-    from .supervisor import Supervisor
+    from .supervisor import Restarts, Supervisor
+    from .torch_elastic import start_ranks_by
 
-    def on_restart(error: root_cause.Error) -> None:
+    def report_restart(error: root_cause.Error) -> None:
         saved = ", from the last checkpoint" if task.is_job else ""  # how a script resumes is up to the script
         _say(f"{root_cause.headline(error, run)}\nrestarting the ranks{saved}")
         if keeper is not None:
@@ -129,20 +130,16 @@ def _supervisor(
     elif task.is_job:  # only gloo's ranks can connect, rather than anyone who reaches this host's address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if task.forked:
-        fork_server.fork_ranks()
+        start_ranks_by(fork_server.fork_rank)
     return Supervisor(
-        task.command(),
+        task,
         run,
         nodes or Nodes(Endpoint(), {}),
         heartbeats,
         scratch,
-        hang_timeout_s=task.hang_timeout_s,
-        restarts=restarts,
-        # A job's ranks leave SIGTERM to the agent and need no cleanup; a script may have a handler.
-        end_by=signal.SIGKILL if task.is_job else signal.SIGTERM,
+        restarts=Restarts(restarts, report_restart),
         give_up=requests.is_overdue,
         beginning=Beginning(heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
-        on_restart=on_restart,
     )
 
 

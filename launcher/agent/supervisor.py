@@ -14,14 +14,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from dtrain.files import read_json
@@ -31,16 +31,17 @@ from dtrain.signals import held_back
 
 from ..machine.proc import kill_sessions, oom_kills
 from ..rank import flight_recorder
+from ..rank.entry import Task
 from . import root_cause
 from .nodes import Nodes, Rendezvous
 from .slow_start import Beginning
+from .torch_elastic import LocalAgent
 from .watchdog import Watchdog
 
 logger = logging.getLogger("dtrain.launcher")  # in the agent's log
 
 _TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a failed job
 _KILL_S = 5.0  # for the kernel to end them
-_LEAVE_S = 2  # for processes that still run when the agent exits
 _HEAR_S = 2.0  # for the other nodes to report how their ranks ended
 _MONITOR_S = 0.1
 _MISSED_S = 2.0  # a run folder that is missing for so long is gone
@@ -86,16 +87,23 @@ class Presence:
             self._missed_since = None
 
 
-class Supervisor(LocalElasticAgent):
+@dataclass(frozen=True)
+class Restarts:
+    """How often ranks are restarted after a failure, and what is called with its cause each time."""
+
+    most: int
+    report: Callable[[dict[str, Any]], None]
+
+
+class Supervisor(LocalAgent):
     """Starts this node's ranks, watches them, and restarts them if asked to.
 
     Args:
-        command: what python is called with for each rank.
+        task: what each rank runs.
         heartbeats: of this node's ranks, by rank.
-        end_by: the signal that ends the ranks of a failed attempt; a moment later all get SIGKILL.
+        scratch: a folder for what torch's agent writes of its own.
         give_up: whether the ranks were asked to stop, and should have ended long ago.
         beginning: called at the start of each attempt.
-        on_restart: called with the cause of each failure after which the ranks are restarted.
 
     Attributes:
         cause: of the last attempt's failure, as status.json's `error`; None if it did not fail.
@@ -103,26 +111,23 @@ class Supervisor(LocalElasticAgent):
 
     def __init__(
         self,
-        command: Sequence[str],
+        task: Task,
         run: RunDir,
         nodes: Nodes,
         heartbeats: Mapping[int, Heartbeat],
         scratch: str,
         *,
-        hang_timeout_s: float,
-        restarts: int,
-        end_by: signal.Signals,
+        restarts: Restarts,
         give_up: Callable[[], bool],
         beginning: Beginning,
-        on_restart: Callable[[dict[str, Any]], None],
     ) -> None:
         spec = WorkerSpec(
             role="default",
             local_world_size=len(heartbeats),
             entrypoint=sys.executable,
-            args=tuple(command),
+            args=tuple(task.command()),
             rdzv_handler=Rendezvous(nodes, os.path.basename(scratch)),
-            max_restarts=restarts,
+            max_restarts=restarts.most,
             monitor_interval=_MONITOR_S,
             local_addr=nodes.host,
         )
@@ -131,11 +136,13 @@ class Supervisor(LocalElasticAgent):
         self._run = run
         self._nodes = nodes
         self._heartbeats = heartbeats
-        self._watchdog = Watchdog(heartbeats, hang_timeout_s)
+        self._watchdog = Watchdog(heartbeats, task.hang_timeout_s)
         self._beginning = beginning
-        self._end_by = end_by
+        # What ends the ranks of an attempt that is lost; after a moment it is SIGKILL for all. A job's ranks leave
+        # SIGTERM to the agent, and have nothing to put in order; a script may have a handler.
+        self._end_by = signal.SIGKILL if task.is_job else signal.SIGTERM
         self._give_up = give_up
-        self._on_restart = on_restart
+        self._restarts = restarts
         self._attempt = 0
         self._sent: dict[int, int] = {}  # by rank, the last signal that we sent
         self._folder = Presence(run.lock_file)
@@ -146,21 +153,10 @@ class Supervisor(LocalElasticAgent):
         self._log_sizes: dict[int, int] = {}  # by rank, when the attempt began
         self._oom_kills = 0
 
-    @property
-    def pids(self) -> dict[int, int]:
-        """This node's ranks' processes; empty before they are started."""
-        started = {} if self._pcontext is None else self._pcontext.pids()
-        return {
-            worker.global_rank: started[worker.local_rank] for worker in self._workers if worker.local_rank in started
-        }
-
-    @property
-    def _workers(self) -> list[Worker]:
-        return self._worker_group.workers
-
     # -- called by torch's agent -----------------------------------------------------------------
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    @contextmanager
+    def starting(self) -> Iterator[None]:
         self._attempt += 1
         self._oom_kills = oom_kills()
         self.cause = None
@@ -174,29 +170,21 @@ class Supervisor(LocalElasticAgent):
             self._log_sizes[rank] = log.stat().st_size if log.exists() else 0
         self._beginning.begin()
         with held_back():  # until the ranks have installed their handlers
-            workers: dict[int, Any] = super()._start_workers(worker_group)
-        return workers
+            yield
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def monitor(self) -> RunResult:
         if self.cause is None:
             self._look()
         if self.cause is not None:
             return RunResult(state=WorkerState.FAILED)
-        codes = self._exit_codes()  # torch's own check would end the others as soon as one has failed
+        codes = self._exit_codes()
         return RunResult(WorkerState.HEALTHY if None in codes.values() else WorkerState.SUCCEEDED, return_values=codes)
 
-    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+    def restarting(self) -> None:
         assert self.cause is not None
-        self._on_restart(self.cause)
-        super()._restart_workers(worker_group)
+        self._restarts.report(self.cause)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **kwargs: Any) -> None:
-        # Each torch has other arguments here; 2.11 and older wait for half a minute, without being asked how long.
-        if self._pcontext is not None:
-            self._pcontext.close(death_sig, _LEAVE_S)
-        super()._shutdown(death_sig, *args, **kwargs)
-
-    def _exit_barrier(self) -> None:
+    def await_others(self) -> None:
         """This node is done; the others decide whether the run is."""
         self._nodes.report(self._attempt, {})
         while len(reports := self._reports()) < self._nodes.num_nodes - 1:
@@ -248,7 +236,7 @@ class Supervisor(LocalElasticAgent):
         else:
             self._beginning.look(self.pids, self._logs)
         if self.cause is not None and self.cause["type"] in root_cause.FINAL:
-            self._remaining_restarts = 0
+            self.restart_no_more()
 
     def _conclude(self, own: dict[str, Any]) -> None:
         """Exchange with the other nodes how the ranks ended, and choose the root cause."""
@@ -320,9 +308,7 @@ class Supervisor(LocalElasticAgent):
 
     def _exit_codes(self) -> dict[int, int | None]:
         """By rank; None for those still running."""
-        context: Any = self._pcontext
-        polled = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
-        codes = {worker.global_rank: polled[worker.local_rank] for worker in self._workers}
+        codes = self.poll()
         for rank, code in codes.items():
             if code is not None:
                 self._ended_at.setdefault(rank, time.time())

@@ -13,7 +13,6 @@ import faulthandler
 import io
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -32,8 +31,8 @@ from dtrain.run.folder import END_OF_OUTPUT, EXIT_STOPPED, RUN_DIR_VARIABLE, Run
 from dtrain.run.heartbeat import HANG_TIMEOUT_S, HANG_TIMEOUT_VARIABLE, Heartbeat
 
 from ..machine.cores import openmp_threads
-from . import flight_recorder, reports, stacks
-from .finalize import leave
+from . import cpython, flight_recorder, reports, stacks
+from .finalize import drop, leave, leave_script
 from .stdio import open_output
 
 VICTIM_WAIT_S = 2.0  # how much later a failed collective is reported than its cause
@@ -94,11 +93,11 @@ def main(text: str, *arguments: str, imported: Mapping[str, ModuleType] | None =
         sys.path[:1] = [] if task.folder is None else [task.folder]
     code = run(task, arguments, run_dir)
     if task.is_job and code:  # the others may be in a collective: leaving the group properly would wait for them
-        if util := sys.modules.get("multiprocessing.util"):
-            util._exit_function()  # ends the loading processes
-        os._exit(code)
+        drop(code)
+    if task.is_job:
+        leave(code)
     if imported is not None:
-        leave(code, imported)
+        leave_script(code, imported)
     sys.exit(code)
 
 
@@ -144,8 +143,7 @@ def execute(task: Task, arguments: Sequence[str]) -> None:
     sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.is_module else []), task.program, *arguments]
     if task.is_module:
         sys.argv[:] = ["-m", *arguments]
-        # run_module, the public function, would run it in a module that disappears afterwards.
-        runpy._run_module_as_main(task.program)  # type: ignore[attr-defined]  # what `python -m` calls
+        cpython.run_module_as_main(task.program)
         return
     sys.argv[:] = [task.program, *arguments]
     file = os.path.join(os.getcwd(), task.program)

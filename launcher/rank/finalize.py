@@ -1,19 +1,19 @@
-"""The exit of a process that has imported torch: everything that Python does, except tearing down torch.
+"""The end of a process that has torch.
 
-An interpreter scans all objects when it exits, a million of them, which takes 2 s of CPU time. What the program
-itself has created is torn down as Python does it; what was there before is left to the kernel.
+An interpreter looks through all objects at its end, a million of them, which takes 2 s of computing. A process whose
+program is ours has nothing in it that needs that: it flushes, and is gone. A user's script may have destructors with a
+meaning: what it has made itself is taken down as Python does it, what was there before is left to the kernel. That can
+be turned off by DTRAIN_FAST_EXIT=1, for a script that breaks by it: then it ends as ours do.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
 import gc
 import io
+import os
 import signal
 import sys
-import threading
 import weakref
 from collections.abc import Mapping
 from types import ModuleType
@@ -21,30 +21,55 @@ from typing import NoReturn
 
 from dtrain.signals import outlive
 
+from . import cpython
 
-def leave(code: int, kept: Mapping[str, ModuleType]) -> NoReturn:
-    """End this process: join threads, call atexit's functions, clear modules, flush C's buffers.
+FAST_EXIT_VARIABLE = "DTRAIN_FAST_EXIT"
+
+
+def leave(code: int) -> NoReturn:
+    """End a process of ours: threads are awaited, atexit's functions called, files written."""
+    cpython.await_threads()
+    cpython.call_exit_functions()
+    drop(code)
+
+
+def drop(code: int) -> NoReturn:
+    """End a process of ours without waiting for anything: files are written."""
+    cpython.end_children()
+    flush()
+    cpython.flush_c()
+    os._exit(code)
+
+
+def leave_script(code: int, kept: Mapping[str, ModuleType]) -> NoReturn:
+    """End a process that has run a user's script, as python would: destructors are called, C's exit functions too.
 
     Args:
         kept: modules that are not torn down, by name.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls
-    atexit._run_exitfuncs()
+    if os.environ.get(FAST_EXIT_VARIABLE) == "1":
+        leave(code)
+    cpython.await_threads()
+    cpython.call_exit_functions()
     take_down(kept)
+    flush()
+    cpython.exit_c(code)
+
+
+def flush() -> None:
+    """Write what open files have in their buffers."""
+    for each in gc.get_objects():  # but for those that were frozen
+        if issubclass(type(each), io.TextIOBase | io.BufferedIOBase):
+            with contextlib.suppress(Exception):
+                each.flush()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             stream.flush()
-    ctypes.PyDLL(None).exit(code)  # with the lock held, so that no other thread continues
-    raise AssertionError
 
 
 def take_down(kept: Mapping[str, ModuleType]) -> None:
     """Clear the modules that are not kept, as `finalize_modules` in CPython's pylifecycle.c does."""
-    # A collection closes files in any order, perhaps a raw file before its buffer.
-    for each in gc.get_objects():  # except those that were frozen
-        if issubclass(type(each), io.TextIOBase | io.BufferedIOBase):
-            with contextlib.suppress(Exception):
-                each.flush()
+    flush()  # a collection closes files in any order, those below a buffer among the first
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
         if callable(handler) and handler is not outlive:

@@ -18,14 +18,14 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dtrain import signals
 
+from . import cpython
 from .entry import die_with_parent, main
 from .stdio import reopen_input
 
@@ -133,21 +133,9 @@ def close_inherited() -> None:
                 os.close(int(name))
 
 
-def fork_ranks() -> None:
-    """Make torch's elastic agent fork its subprocesses from the server."""
-    from torch.distributed.elastic.multiprocessing import api
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-
-    class ForkHandler(SubprocessHandler):
-        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
-            return ForkedProcess(Rank(args[4:], env, os.getcwd()))
-
-        def close(self, death_sig: signal.Signals | None = None) -> None:
-            with contextlib.suppress(ProcessLookupError):  # the server reaps it, so the number may be reused
-                super().close(death_sig)
-
-    # torch's agent looks its handlers up here, and has no parameter for them.
-    api.get_subprocess_handler = ForkHandler  # type: ignore[attr-defined, assignment]
+def fork_rank(command: tuple[str, ...], environment: dict[str, str]) -> ForkedProcess:
+    """Have the server fork a rank that does what this command would, in that environment."""
+    return ForkedProcess(Rank(command[4:], environment, os.getcwd()))
 
 
 class ForkedProcess:
@@ -216,9 +204,8 @@ class Rank:
         os.environ.update(self.environment)
         sys.path[:] = PATH
         for name in [each for each in sys.modules if each.partition(".")[0] == "click"]:
-            del sys.modules[name]  # the command line's: nothing else here uses it, and a script may bring its own
-        # Debuggers and py-spy read it.
-        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # as multiprocessing in each child
+            del sys.modules[name]  # the command line's: nothing else here has it, and a script may have its own
+        cpython.name_main_thread()
         reopen_input()
         reseed()
         main(*self.arguments, imported=imported)

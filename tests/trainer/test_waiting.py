@@ -37,6 +37,7 @@ from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.ranks import Ranks
 from dtrain.trainer.strategies.base import Parallel
 from dtrain.trainer.strategies.deepspeed import Zero
+from dtrain.trainer.strategies.deepspeed_private import ZeroOptimizer
 
 META = torch.device("meta")
 CLASSES, BATCH = 3, 4
@@ -203,7 +204,7 @@ def test_gradients_that_are_on_their_way_to_the_cpu_are_waited_for():
             return torch.ones(1)
 
     zero: Any = object.__new__(Zero)
-    zero._stage, zero._engine = 2, SimpleNamespace(optimizer=SimpleNamespace(cpu_offload=True))
+    zero._zero = ZeroOptimizer(SimpleNamespace(optimizer=SimpleNamespace(cpu_offload=True)), 2)
     zero._fragments = {0: SimpleNamespace(flat=Flat())}
     zero.world = SimpleNamespace(await_device=lambda: has_come.append(True))
     assert len(zero.gradients(None)) == 1

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dtrain.errors import UserError
 
+from ..distributed.torch_private import sparse_parts
+
 TEXT = "state.json"  # the name of the tensor that holds the text
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -92,8 +94,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
     if isinstance(value, Tensor) and _is_dense(value):
         return {"tensor": _add(value.detach(), path, tensors)}
     if isinstance(value, Tensor) and value.layout is torch.sparse_coo:
-        # By its parts, since an uncoalesced tensor may be summed in another order later.
-        parts = {"indices": value.detach()._indices(), "values": value.detach()._values()}
+        # By its parts, since those of a tensor that is not coalesced may be summed in another order later.
+        parts = sparse_parts(value.detach())
         return {"sparse": [_pairs(parts, path, tensors), list(value.shape), value.is_coalesced()]}
     raise _refusal(value, path)
 

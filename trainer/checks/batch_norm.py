@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint.background import say
+from ..distributed.torch_private import BATCH_NORMS
 from ..distributed.world import World
 
 ENOUGH = 16  # samples: the mean and variance of fewer are too noisy to train well with
@@ -13,7 +13,7 @@ ENOUGH = 16  # samples: the mean and variance of fewer are too noisy to train we
 
 def is_per_rank(layer: nn.Module) -> bool:
     """Whether the layer is a batch norm whose statistics each rank computes by itself."""
-    return isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+    return isinstance(layer, BATCH_NORMS) and not isinstance(layer, nn.SyncBatchNorm)
 
 
 def warn_of_small_shares(net: nn.Module, batch_samples: int, world: World) -> None:

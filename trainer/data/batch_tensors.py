@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dtrain.errors import UserError, first_line
+
+from ..distributed.torch_private import tree_flatten, tree_unflatten
 
 Build = Callable[[Sequence[Any]], Any]
 

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, default_convert
-from torch.utils.data._utils.worker import WorkerInfo
 
 from dtrain.errors import UserError
 
 from ..distributed.seeds import derive_seed, sample_seeds, seed_loading
+from ..distributed.torch_private import tree_leaves
 from ..distributed.world import World
 from .batch_tensors import num_samples
 from .indexed import Source, num_kept
@@ -32,7 +31,8 @@ from .loading_failures import noted, reading
 from .ready_batches import Cut, Cutter
 from .samples import collated
 from .sharding import BLOCK, Shard, cut
-from .workers import Reading, show
+from .torch_data_private import WorkerInfo, show
+from .workers import Reading
 
 
 class Place(NamedTuple):

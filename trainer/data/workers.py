@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torch.utils.data._utils import worker as torch_worker
-from torch.utils.data._utils.worker import WorkerInfo
 
 from dtrain.signals import outlive
 
 from ..distributed.seeds import derive_seed, loading_apart
 from ..distributed.world import World
 from .loading_failures import Failure
+from .torch_data_private import WorkerInfo, end_by_kill, show
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Loader:
         self._requests.of_epoch = requests
         self._loader.generator.manual_seed(derive_seed("process", self._seed, epoch, self._rank))
         loaded = iter(self._loader)
-        for process in getattr(loaded, "_workers", ()):
-            process._popen.terminate = process._popen.kill  # how torch ends those that don't end when asked
+        end_by_kill(loaded)
         while True:
             with nullcontext() if self._workers else loading_apart():
                 try:
@@ -133,13 +131,6 @@ class Requests(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.of_epoch)
-
-
-def show(info: WorkerInfo | None) -> WorkerInfo | None:
-    """Have `get_worker_info()` answer this from now on; what it answered before."""
-    before = torch_worker._worker_info
-    torch_worker._worker_info = info
-    return before
 
 
 def _begin(worker: int) -> None:

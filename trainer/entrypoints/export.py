@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dtrain.errors import UserError, first_line
 from dtrain.files import write_text
 from dtrain.run.rank_request import Export
 from dtrain.schema.job import Job
 
+from ..distributed.torch_private import tree_leaves, tree_map
 from ..model.weights import bare_state_dict, save_weights
 from ..trainer import Trainer
 from .first_samples import Call, call_of, first_samples

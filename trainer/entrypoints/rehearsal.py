@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import IterableDataset, Sampler, Subset
 
 from dtrain.files import write_text
@@ -31,6 +30,7 @@ from .train import begin, build_source, build_trainer
 
 BATCHES = 5  # whole ones in an epoch, and a half one
 EPOCHS = 2
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def main() -> int:
@@ -121,7 +121,7 @@ def layers_apart(net: nn.Module) -> list[str]:
         type(layer).__name__
         for layer in net.modules()
         if is_per_rank(layer)
-        or (isinstance(layer, _DropoutNd) and layer.p > 0)
+        or (isinstance(layer, _DROPOUTS) and layer.p > 0)
         or (isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0)
     }
     return sorted(found)

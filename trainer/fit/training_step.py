@@ -15,6 +15,7 @@ from dtrain.run.heartbeat import Phase
 
 from ..checks.optimizer_kinds import is_two_step, needs_closure, require_rates
 from ..data.indexed import MicroBatch
+from ..distributed.torch_private import multiply_
 from ..distributed.world import World
 from ..loss.step import Outcome, as_units
 from ..metrics.epoch_totals import Tally
@@ -174,4 +175,4 @@ class BatchWeight:
         assert self._summed is not None
         units = self._summed()
         scale = self._samples / units.where(units != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device, gradients[0].dtype))
+        multiply_(gradients, scale.to(gradients[0].device, gradients[0].dtype))

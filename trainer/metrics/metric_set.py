@@ -27,6 +27,7 @@ from ..distributed.torch_versions import is_of_device
 from ..loss.step import describe
 from .function_metric import FunctionMetric
 from .reduce import Part, Reduction, State, Value, in_order
+from .torchmetrics_private import forget_result, reductions, set_update_count
 
 AnyMetric: TypeAlias = Metric | MetricCollection
 Given: TypeAlias = "Mapping[str, AnyMetric | Callable[..., Any]] | MetricCollection"
@@ -208,8 +209,8 @@ class MetricSet:
         for (_, part, state), value in zip(self._slots(), values, strict=True):
             _set_state(part, state, value)
         for part in self._parts.values():
-            part._update_count = max(part.update_count, 1)  # no warning where this rank had no sample
-            part._computed = None  # what it may remember is of this rank's samples, or of fewer
+            set_update_count(part, max(part.update_count, 1))  # no warning where this rank had no sample
+            forget_result(part)  # it may be of this rank's samples, or of fewer
         results: dict[str, Result] = {}
         with rng_kept(self._num_guesses.device):
             for name, metric in self._metrics.items():
@@ -261,7 +262,7 @@ class MetricSet:
         self._num_guesses.copy_(state["num_guesses"])
         for label, part in self._parts.items():
             saved = state["parts"][label]
-            part._update_count = saved["num_updates"]
+            set_update_count(part, saved["num_updates"])
             for name, value in _copied({**saved["states"], **saved["memory"]}).items():
                 _set_state(part, name, value)
             self._batches[label] = _batches(saved)
@@ -287,7 +288,7 @@ class MetricSet:
                     name: list(lists[name].pieces)
                     if name in lists
                     else _merged([each["states"][name] for each in updated or saved[:1]], reduction, label)
-                    for name, reduction in part._reductions.items()
+                    for name, reduction in reductions(part).items()
                 },
                 "batches": {name: list(part.batches) for name, part in lists.items()},
                 "memory": saved[0]["memory"],  # of results, which rank 0 alone computes
@@ -364,7 +365,7 @@ def _state(part: Metric, name: str, updated: bool, batches: Sequence[int]) -> St
     `compute` then finds the list that a single process would have.
     """
     value = part.metric_state[name]
-    reduction: Any = part._reductions[name]
+    reduction: Any = reductions(part)[name]
     if isinstance(value, list):
         return State(value, "stack", updated, batches=batches)
     if reduction in _ELEMENTWISE:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..data.batch_tensors import map_tensors
+from ..distributed.torch_private import own_buffers, remove_buffer
 from ..distributed.world import World
 
 EXTRA = "_extra_state"  # as torch calls it in a state_dict
@@ -26,7 +27,7 @@ def buffers_of(net: nn.Module) -> Buffers:
     buffers = {
         f"{path}.{name}" if path else name: buffer
         for path, module in net.named_modules(remove_duplicate=False)
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
     }
     return {**buffers, **extra_states(net)}
 
@@ -69,7 +70,7 @@ def put_back(net: nn.Module, values: Mapping[str, Any]) -> None:
     now = buffers_of(net)
     for name in now.keys() - values.keys():
         module, own = _place(net, name)
-        module._buffers.pop(own, None)  # it may have two names
+        remove_buffer(module, own)  # it may have two names
     for name, value in values.items():
         if is_extra(name):
             _place(net, name)[0].set_extra_state(value)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from ..distributed.torch_private import tree_leaves
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:

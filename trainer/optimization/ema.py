@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..distributed.torch_private import add_, multiply_
+
 
 class Ema:
     """average = decay * average + (1 - decay) * weights after each step; it begins with the weights of the start.
@@ -28,8 +30,8 @@ class Ema:
     def update(self) -> None:
         """Update the average with the current weights."""
         averages = list(self._averages.values())
-        torch._foreach_mul_(averages, self._decay)
-        torch._foreach_add_(averages, list(self._parameters.values()), alpha=1 - self._decay)
+        multiply_(averages, self._decay)
+        add_(averages, list(self._parameters.values()), 1 - self._decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

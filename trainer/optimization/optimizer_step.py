@@ -12,6 +12,7 @@ from dtrain.errors import UserError
 from dtrain.schema.sections import Fit
 
 from ..checks.optimizer_kinds import needs_closure, refused_without_closure
+from ..distributed.torch_private import clamp_, multiply_
 from ..strategies.base import Parallel, has_sparse_gradients
 from .precision import Precision
 from .regularization import Penalty
@@ -86,12 +87,11 @@ class Update:
                 return False
             if self._clip_norm is not None and gradients:
                 scale = torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0)
-                torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # which may be offloaded
+                multiply_(gradients, scale.to(gradients[0].device))  # which may be offloaded
         if self._clip_value is not None and gradients:
             if any(gradient.is_sparse or gradient.is_complex() for gradient in gradients):
                 raise UserError(_NO_LIMIT)  # one that functional.embedding has made
-            torch._foreach_clamp_min_(gradients, -self._clip_value)
-            torch._foreach_clamp_max_(gradients, self._clip_value)
+            clamp_(gradients, self._clip_value)
         if self._scaler is not None:
             self._scaler.step(self._optimizer)
             self._scaler.update()

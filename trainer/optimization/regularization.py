@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dtrain.errors import UserError
 
+from ..distributed.torch_private import RUNNING_NORMS, add_
 from ..strategies.base import has_sparse_gradients
 
 _SPARSE = "fit.l1 and fit.l2 apply to whole weights, but a sparse gradient covers a part: use sparse=False"
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (*RUNNING_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Penalty:
@@ -46,9 +45,9 @@ class Penalty:
         if any(gradient.is_sparse for gradient in gradients):
             raise UserError(_SPARSE)
         if self._l1:
-            torch._foreach_add_(gradients, [weight.sign() for weight in weights], alpha=self._l1)
+            add_(gradients, [weight.sign() for weight in weights], self._l1)
         if self._l2:
-            torch._foreach_add_(gradients, weights, alpha=self._l2)
+            add_(gradients, weights, self._l2)
 
 
 def penalised(net: nn.Module) -> Iterator[nn.Parameter]:

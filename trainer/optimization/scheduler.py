@@ -24,6 +24,8 @@ from torch.optim.lr_scheduler import (
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.run.folder import Row
 
+from ..distributed.torch_private import milestones_of, schedulers_in
+
 Interval = Literal["epoch", "step"]
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial, type)
 
@@ -159,11 +161,11 @@ def check_length(
 
 def _parts(scheduler: Any, calls: int) -> Iterator[tuple[Any, int]]:
     """The schedulers that one is made of, itself where it is none of others, and how many steps each makes."""
-    inner = getattr(scheduler, "_schedulers", [])  # which torch gives no other name
+    inner = schedulers_in(scheduler)
     if isinstance(scheduler, SequentialLR):
-        starts = [0, *scheduler._milestones]
-        last = bisect_right(scheduler._milestones, calls)
-        for part, start, end in zip(inner, starts, [*(each - 1 for each in starts[1:]), calls], strict=True):
+        milestones = milestones_of(scheduler)
+        starts, last = [0, *milestones], bisect_right(milestones, calls)
+        for part, start, end in zip(inner, starts, [*(each - 1 for each in milestones), calls], strict=True):
             if start <= starts[last]:
                 yield from _parts(part, min(calls, end) - start)
     elif isinstance(scheduler, ChainedScheduler):

@@ -17,6 +17,7 @@ from dtrain.schema.sections import Fit
 
 from ..checkpoint.optimizer_state import to_parameters
 from ..data.indexed import MicroBatch
+from ..distributed.torch_private import require_reduced
 from ..distributed.torch_versions import BUFFERS_APART
 from ..distributed.world import World
 from ..loss.step import Outcome, Step
@@ -117,7 +118,7 @@ class DataParallel(Parallel):
         if not isinstance(self.module, Averaging):
             return
         try:
-            self.module.reducer._check_reducer_finalized()  # as DDP does before its next forward pass
+            require_reduced(self.module)
         except RuntimeError:
             require_all_used(self.bare, loss, f" of step {step}", _ALLOW)
             raise

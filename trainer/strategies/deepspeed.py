@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pydantic
@@ -36,22 +35,10 @@ from ..loss.step import Outcome, Step
 from ..model.buffers import extra_states
 from ..model.weights import bare_tensors
 from .base import Parallel, Stepping, require_all_used, require_divisible, run_within
+from .deepspeed_private import Fragment, ZeroOptimizer, is_cut, leave_out_shm, whole_shape
 
 # Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
 _NOT_BY_NUMBER = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
-
-
-@dataclass(frozen=True)
-class _Fragment:
-    """What of a parameter this rank's optimizer has: `length` of its numbers from `begin` on, at `flat[start]` on.
-
-    `flat` is what the optimizer trains: float32 numbers of a group's parameters, one after the other.
-    """
-
-    flat: Tensor
-    start: int
-    begin: int
-    length: int
 
 
 def parallel(
@@ -169,7 +156,7 @@ class Zero(Engine):
         super().__init__(*args, **kwargs)
         self._group_of: dict[str, int] = {}
         self._parameters = dict(self.bare.named_parameters(remove_duplicate=False))
-        self._fragments: dict[nn.Parameter, _Fragment] = {}
+        self._fragments: dict[nn.Parameter, Fragment] = {}
         self._mesh = init_device_mesh("cpu", (self.world.world_size,))  # of what a checkpoint has in parts
         self.forwards_together = self._stage == 3
 
@@ -177,11 +164,13 @@ class Zero(Engine):
         super().adopt(optimizer)
         if optimizer is None:
             return
+        self._zero = ZeroOptimizer(self._engine, self._stage)
         if self._zero.optimizer is not optimizer:
             name = type(optimizer).__name__
             raise UserError(f"DeepSpeed replaces {name} with its own, without its groups: use ddp, or fsdp")
         self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
-        self._fragments = dict(self._find_fragments())
+        parameters = [parameter for _, parameter in self._trained()]
+        self._fragments = dict(self._zero.fragments(parameters, self.world.rank))
 
     def _bring(self, deepspeed: Any) -> None:
         if self._stage == 3:  # a parameter at a time: the device never holds the whole model
@@ -189,21 +178,16 @@ class Zero(Engine):
             for buffer in self.bare.buffers():
                 buffer.data = buffer.data.to(self.world.device)
 
-    @property
-    def _zero(self) -> Any:
-        """DeepSpeed's wrapper around the optimizer."""
-        return self._engine.optimizer
-
     # -- a step ----------------------------------------------------------------------------------
 
     def trained(self, optimizer: Optimizer) -> list[Tensor]:
         return list({id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values())
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        if self._zero.offload_optimizer if self._stage == 3 else self._zero.cpu_offload:
+        if self._zero.is_offloaded:
             self.world.await_device()  # for the gradients to have come to the CPU's memory: not all of them have
             return [flat.grad for flat in self.trained(optimizer) if flat.grad is not None]
-        return [part for parts in self._zero.averaged_gradients.values() for part in parts]
+        return self._zero.gradients()
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         own = super().norm(gradients)
@@ -242,16 +226,15 @@ class Zero(Engine):
                 whole = _full(state[name])
                 with self._whole(value, modified=True) as gathered, torch.no_grad():
                     gathered.copy_(whole)
-        self._zero.refresh_fp32_params()
+        self._zero.take_weights()
 
     def shapes(self) -> dict[str, torch.Size]:
-        values = self.bare.state_dict(keep_vars=True).items()
-        return {name: getattr(value, "ds_shape", value.shape) for name, value in values}
+        return {name: whole_shape(value) for name, value in self.bare.state_dict(keep_vars=True).items()}
 
     @contextlib.contextmanager
     def _whole(self, value: Tensor, *, modified: bool = False) -> Iterator[Tensor]:
         """The tensor with its values, gathered where ranks have parts. All ranks take part."""
-        if not hasattr(value, "ds_id"):
+        if not is_cut(value):
             yield value
             return
         import deepspeed
@@ -285,7 +268,7 @@ class Zero(Engine):
             fragment = self._fragments[parameter]
             for key, value in state["state"].get(name, {}).items():
                 own = optimizer.state.setdefault(fragment.flat, {})
-                if isinstance(value, Tensor) and value.shape == self._shape(parameter):
+                if isinstance(value, Tensor) and value.shape == whole_shape(parameter):
                     whole = _full(value).reshape(-1)
                     flat = own.setdefault(key, torch.zeros_like(fragment.flat, dtype=whole.dtype, requires_grad=False))
                     mine = whole[fragment.begin : fragment.begin + fragment.length]
@@ -298,7 +281,7 @@ class Zero(Engine):
     def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
         known = self._parameters.get(name)
         is_cut = self._stage == 3 or section == "optimizer"
-        if not is_cut or known is None or self._shape(known) != like.shape:
+        if not is_cut or known is None or whole_shape(known) != like.shape:
             return None
         return dtensor.empty(*like.shape, dtype=like.dtype, device_mesh=self._mesh, placements=[Shard(0)])
 
@@ -308,31 +291,9 @@ class Zero(Engine):
         known = self._parameters
         return [(name, known[name]) for name in self._group_of if known[name].requires_grad]
 
-    def _shape(self, parameter: Tensor) -> torch.Size:
-        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-    def _find_fragments(self) -> Iterator[tuple[nn.Parameter, _Fragment]]:
-        zero: Any = self._zero
-        if self._stage == 3:  # each rank has as many numbers of each parameter; the last ones' end is padding
-            for _, parameter in self._trained():
-                number, start, length = zero.grad_position[zero.get_param_id(parameter)]
-                numel = self._shape(parameter).numel()
-                begin = min(self.world.rank * length, numel)
-                flat = zero.fp32_partitioned_groups_flat[number]
-                yield parameter, _Fragment(flat, start, begin, min(length, numel - begin))
-            return
-        # A group's parameters stand in a row, which is cut into as many parts as there are ranks.
-        groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
-        for flat, (parameters, offsets) in zip(zero.single_partition_of_fp32_groups, groups, strict=True):
-            first, end = self.world.rank * flat.numel(), (self.world.rank + 1) * flat.numel()
-            for parameter, offset in zip(parameters, offsets, strict=True):
-                here = min(max(offset, first), end)
-                length = max(min(offset + parameter.numel(), end) - here, 0)
-                yield parameter, _Fragment(flat, here - first, here - offset if length else 0, length)
-
-    def _gathered(self, flat: Tensor, fragment: _Fragment, parameter: nn.Parameter) -> Tensor:
+    def _gathered(self, flat: Tensor, fragment: Fragment, parameter: nn.Parameter) -> Tensor:
         """The whole of what ranks have of it in flat tensors like this one. All ranks take part."""
-        shape = self._shape(parameter)
+        shape = whole_shape(parameter)
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.world.device)
         mine = flat[fragment.start : fragment.start + fragment.length]
         whole[fragment.begin : fragment.begin + fragment.length] = mine
@@ -369,5 +330,5 @@ def _deepspeed(device: torch.device) -> Any:
         raise UserError(f"fit.strategy: deepspeed can't be imported: {first_line(error)}") from None
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for half a minute
+        leave_out_shm(deepspeed)
     return deepspeed

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -27,6 +26,7 @@ from ..checkpoint.background import Copied, to_cpu
 from ..checkpoint.optimizer_state import held
 from ..data.batch_tensors import map_tensors
 from ..data.indexed import MicroBatch
+from ..distributed.torch_private import BATCH_NORMS
 from ..distributed.world import World, ensure_group, require_cpu_backend
 from ..loss.step import Outcome, Step
 from ..model.blocks import of_classes, repeated
@@ -72,7 +72,7 @@ class FullySharded(Parallel):
         if settings.offload:
             require_cpu_backend("fsdp.offload")
         self._mesh = init_device_mesh(world.device.type, (world.world_size,))
-        if any(isinstance(module, _BatchNorm) for module in self.bare.modules()):
+        if any(isinstance(module, BATCH_NORMS) for module in self.bare.modules()):
             dtype = None  # torch's batch norm has its statistics and its parameters in one type
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
         offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
