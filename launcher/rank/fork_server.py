@@ -140,7 +140,8 @@ def fork_ranks() -> None:
 
     class ForkHandler(SubprocessHandler):
         def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
-            return ForkedProcess(Rank(args[4:], env, os.getcwd()))
+            assert _server is not None
+            return ForkedProcess(Rank(args[4:], env, os.getcwd()), _server)
 
         def close(self, death_sig: signal.Signals | None = None) -> None:
             with contextlib.suppress(ProcessLookupError):  # the server does not leave us a zombie to signal
@@ -153,12 +154,11 @@ def fork_ranks() -> None:
 class ForkedProcess:
     """A rank just forked, with what torch's agent uses of subprocess.Popen."""
 
-    def __init__(self, rank: Rank) -> None:
-        assert _server is not None
+    def __init__(self, rank: Rank, server: socket.socket) -> None:
         self.returncode: int | None = None
         self._connection, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(_server, [b"\0"], [theirs.fileno()])
+            socket.send_fds(server, [b"\0"], [theirs.fileno()])
         self._connection.sendall(pickle.dumps(rank))
         self.pid = self._receive()
 
