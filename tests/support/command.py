@@ -235,7 +235,7 @@ class Project:
 
     def start(self, *arguments: str, **environment: str) -> Command:
         together = {**self.environment, **environment}
-        if not self.is_fresh and warm.suits(together):
+        if not self.is_fresh and warm.suits(arguments, together):
             return Command(list(arguments), self.folder, together, is_warm=True)
         return Command([DTRAIN, *arguments], self.folder, together)
 

@@ -4,7 +4,7 @@ A process of the tests has one such server, and asks it as the product asks its 
 command has what one from a shell has: its argv, environment, working directory, standard streams and session, default
 signal handlers, a single thread, and `dtrain`, the file, as its main module. It differs in what sys.modules holds, and
 shares its hash seed with the others of this server. What reads the environment on import has read the server's:
-`suits` says which commands need an interpreter of their own for that.
+`suits` says which commands need an interpreter of their own for that, or do without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +31,7 @@ _NO_MARK = "0" * 32  # as long as a mark
 _READ_ON_IMPORT = re.compile(
     "PYTHON|LD_|LANG|LC_|OMP|MKL|KMP|GOMP|OPENBLAS|NUMEXPR|NPY|NUMPY|MPL|TORCH|PYTORCH|TRITON|CUDA|NVIDIA|DS_|NCCL"
 )
+_COMMANDS = ("launch", "check", "summary", "evaluate", "predict", "export")  # import torch
 # Of what commands import, all but what starts threads, and what few need: mlflow, deepspeed, torchvision.
 _MODULES = (
     *("torch", "torch._dynamo", "torch.distributed.elastic.multiprocessing.api", "torchmetrics"),
@@ -40,9 +41,9 @@ _MODULES = (
 )
 
 
-def suits(environment: Mapping[str, str]) -> bool:
-    """Whether a command with this environment may be forked: what it would import has read the same."""
-    return _read_on_import(environment) == server()[1]
+def suits(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether a command had better be forked: it imports torch, and what it imports would read the same variables."""
+    return arguments[0] in _COMMANDS and _read_on_import(environment) == server()[1]
 
 
 def start(arguments: list[str], folder: Path, environment: dict[str, str], out: int, err: int) -> ForkedProcess:
