@@ -7,16 +7,30 @@ BIN := $(VENV)/bin
 N ?= 100
 JOBS ?= 1
 
+# For test and quick: how many tests at a time. Two for each core, since much of a launch is waiting.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(2 * len(os.sched_getaffinity(0)))')
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# For quick: the house's rules, the contract, the parts that need no launch, and a launch of each kind.
+QUICK := tests/house/test_layering.py tests/house/test_claims.py tests/house/test_docs.py tests/contract/test_loading.py \
+	tests/contract/test_target.py tests/contract/test_filelock.py tests/launcher/test_cli.py \
+	tests/trainer/loss/test_units.py tests/trainer/data/test_order.py \
+	tests/launcher/commands/test_runs.py \
+	tests/e2e/test_launch.py
+
 # For gpu: where the page of results goes.
 OUT ?= build/gpu
 
-.PHONY: demo test check lock faults bench gpu cluster-up cluster-down clean
+.PHONY: demo test quick check lock faults bench gpu cluster-up cluster-down clean
 
 demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 	$(BIN)/dtrain launch --gpus 2 examples/digits/job.yaml
 
 test: check  ## Run all tests
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+quick: $(VENV)/installed  ## Run the tests that tell most for their time, in under 3 minutes
+	$(PYTEST) $(QUICK)
 
 check: $(VENV)/installed  ## Lint, type-check, and spell-check
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from cluster import Cluster, Unavailable, running
 from command import Project, make_store
 
@@ -41,16 +42,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def new_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
+def new_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Project]:
     """Makes a project without MLflow, for fixtures that several tests share."""
-    return lambda name: Project(tmp_path_factory.mktemp(name), "")
+    warm.server()  # from the main thread, where commands may be started from others
+
+    def new(name: str, *, is_fresh: bool = False) -> Project:
+        return Project(tmp_path_factory.mktemp(name), "", is_fresh=is_fresh)
+
+    return new
 
 
 @pytest.fixture
 def project(tmp_path: Path, request: pytest.FixtureRequest) -> Project:
     """With MLflow, which takes seconds a run, only where the test is marked for it."""
-    uses_mlflow = request.node.get_closest_marker("mlflow") is not None
-    return Project(tmp_path, request.getfixturevalue("store") if uses_mlflow else "")
+    uses_mlflow, is_fresh = (request.node.get_closest_marker(name) is not None for name in ("mlflow", "fresh"))
+    return Project(tmp_path, request.getfixturevalue("store") if uses_mlflow else "", is_fresh=is_fresh)
 
 
 @pytest.fixture(scope="session")

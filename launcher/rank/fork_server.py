@@ -135,18 +135,18 @@ def close_inherited() -> None:
 
 def fork_rank(command: tuple[str, ...], environment: dict[str, str]) -> ForkedProcess:
     """Have the server fork a rank that does what this command would, in that environment."""
-    return ForkedProcess(Rank(command[4:], environment, os.getcwd()))
+    assert _server is not None
+    return ForkedProcess(Rank(command[4:], environment, os.getcwd()), _server)
 
 
 class ForkedProcess:
     """A forked rank, with the part of subprocess.Popen that torch's agent uses."""
 
-    def __init__(self, rank: Rank) -> None:
-        assert _server is not None
+    def __init__(self, rank: Rank, server: socket.socket) -> None:
         self.returncode: int | None = None
         self._connection, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(_server, [b"\0"], [theirs.fileno()])
+            socket.send_fds(server, [b"\0"], [theirs.fileno()])
         self._connection.sendall(pickle.dumps(rank))
         self.pid = self._receive()
 

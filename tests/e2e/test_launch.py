@@ -24,7 +24,7 @@ OVERRIDES = ("optimizer.lr=0.25", "model.width=6", ACCURACY)
 @pytest.fixture(scope="module")
 def project(new_project):
     """In a git repository, with a change that is not committed, and with what is no part of the code."""
-    project = new_project("launched")
+    project = new_project("launched", is_fresh=True)
     (project.folder / "sub").mkdir()
     project.write("sub/words.txt", "some data")
     project.write("big.bin", "x" * (1 << 20) + "x")

@@ -29,6 +29,7 @@ print("to stderr of rank", os.environ["RANK"], file=sys.stderr)
 """
 
 
+@pytest.mark.fresh
 def test_what_a_script_leaves(project):
     """Nothing but the script's own folder is imported from: the working directory may hold anything."""
     (project.folder / "code").mkdir()
@@ -166,6 +167,7 @@ def test_a_script_that_can_not_run(name, project):
     assert not (project.folder / "run").exists()
 
 
+@pytest.mark.fresh
 def test_a_module_that_only_an_import_can_find(project):
     """Where a package's __init__.py says where its modules are, and where packages have none."""
     for folder in ("package", "elsewhere", "plain/in/plain"):
@@ -188,6 +190,7 @@ print(logging.getLogger("torch._dynamo").level == logging.DEBUG)
 """
 
 
+@pytest.mark.fresh
 def test_a_variable_that_torch_reads_on_import_is_not_set_too_late(project):
     project.write("train.py", SETS)
     done = project.run("launch", "--run-dir", "run", "train.py")

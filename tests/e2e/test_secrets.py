@@ -181,6 +181,7 @@ def test_modules_from_elsewhere_are_copied_whole_or_not_at_all(
     assert "linked.py" not in copy.left_out
 
 
+@pytest.mark.fresh
 def test_a_run_on_one_machine_is_nobody_elses(project):
     """Its ranks and their store listen on loopback, its folder is closed to others, its files are without passwords."""
     project.write("id_rsa", "hunter2")

@@ -14,6 +14,8 @@ import yaml
 from dtrain.errors import UserError
 from dtrain.launcher.machine.devices import choose_processes
 
+pytestmark = pytest.mark.fresh
+
 
 def test_help_names_the_commands(project):
     done = project.run("--help")

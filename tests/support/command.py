@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import warm
 import yaml
+from warm import DTRAIN, MARK
 
 from dtrain.files import read_json
 from dtrain.run.folder import RunDir
 
-DTRAIN = str(Path(sys.executable).with_name("dtrain"))
 PATIENCE_S = 300  # for a machine under load: nothing here is a measurement
-MARK = "DTRAIN_TEST_COMMAND"  # in the environment of all processes of one command
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DTRAIN_RUN_DIR"}
 
 JOB: dict[str, Any] = {
@@ -107,19 +107,31 @@ class Done:
 
 
 class Command:
-    """A command that runs, in a session of its own. Not to be left running: `wait` or `kill`."""
+    """A command that runs, in a session of its own. Not to be left running: `wait` or `kill`.
 
-    def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    Args:
+        is_warm: it is `dtrain` with these arguments, forked from a process that has imported torch.
+    """
+
+    def __init__(
+        self, arguments: list[str], folder: Path, environment: dict[str, str], *, is_warm: bool = False
+    ) -> None:
         self._mark = uuid.uuid4().hex
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
-        self._process = subprocess.Popen(
-            arguments,
-            cwd=folder,
-            env={**environment, MARK: self._mark},
-            stdin=subprocess.DEVNULL,
-            stdout=self._files[0],
-            stderr=self._files[1],
-            start_new_session=True,
+        environment = {**environment, MARK: self._mark}
+        out, err = (file.fileno() for file in self._files)
+        self._process = (
+            warm.start(arguments, folder, environment, out, err)
+            if is_warm
+            else subprocess.Popen(
+                arguments,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
         )
         self.pid = self._process.pid
 
@@ -193,10 +205,15 @@ def processes(mark: str, variable: str = MARK) -> dict[int, str]:
 
 
 class Project:
-    """A folder with a job that trains in no time, and what to run there."""
+    """A folder with a job that trains in no time, and what to run there.
 
-    def __init__(self, folder: Path, store: str) -> None:
+    Args:
+        is_fresh: each command is the executable in an interpreter of its own, as a user's; see warm.py.
+    """
+
+    def __init__(self, folder: Path, store: str, *, is_fresh: bool = False) -> None:
         self.folder = folder
+        self.is_fresh = is_fresh
         self.environment = {
             key: value
             for key, value in os.environ.items()
@@ -217,7 +234,10 @@ class Project:
         self.write("job.yaml", yaml.safe_dump({**JOB, **changed}, sort_keys=False))
 
     def start(self, *arguments: str, **environment: str) -> Command:
-        return Command([DTRAIN, *arguments], self.folder, {**self.environment, **environment})
+        together = {**self.environment, **environment}
+        if not self.is_fresh and warm.suits(arguments, together):
+            return Command(list(arguments), self.folder, together, is_warm=True)
+        return Command([DTRAIN, *arguments], self.folder, together)
 
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[Command]:
