@@ -202,13 +202,17 @@ def test_a_variable_that_torch_reads_on_import_is_not_set_too_late(project):
 # -- a job that names a script ---------------------------------------------------------------------
 
 REPORTING = """
-import json, os, sys
+import json, os, sys, time
 
 names = ["DTRAIN_RUN_DIR", "CUDA_VISIBLE_DEVICES"]
 report = [sys.argv, sys.path[0], os.getcwd(), *(os.environ.get(name) for name in names)]
-with open(f"report-{os.environ['RANK']}.json", "w") as file:
+name = f"report-{os.environ['RANK']}.json"
+with open(name + ".new", "w") as file:
     json.dump(report, file)
+os.replace(name + ".new", name)
 if not os.path.exists("go"):
+    while not (os.path.exists("report-0.json") and os.path.exists("report-1.json")):
+        time.sleep(0.01)  # the first failure ends the other rank
     raise RuntimeError("not yet")
 """
 SCRIPT_JOB = """
