@@ -47,7 +47,7 @@ def try_metrics(
     batch = next(batches.epoch(1))
     micro_batch = next(batch.micro_batches)
     tally = copy.deepcopy(tally)  # some metrics remember more than `reset` forgets
-    with torch.no_grad(), model.without_trace(), model.evaluating():
+    with torch.no_grad(), model.preserving_state(), model.evaluating():
         tally.add(model.run(step, micro_batch), micro_batch.samples, 0)
     try:
         return tally.finish([state.value for state in tally.states()])

@@ -70,7 +70,7 @@ def predict_shares(
                 if part:
                     rows = _rows(model.run(step, micro_batch), len(part))
                 else:
-                    with model.without_trace():
+                    with model.preserving_state():
                         rows = _rows(model.run(step, micro_batch), None)[:0]
                 yield part.start, rows.cpu()
 

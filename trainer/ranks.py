@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ class Ranks:
         self._models.append(model)
         return model.bare if model.module is model.bare else called_as(model.bare, model.module)
 
-    def weigh(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
+    def scale_loss(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
         """This rank's part of the whole batch's mean loss: call `backward` on it.
 
         Ranks have shares of different sizes, whose mean losses must not count alike. What the gradient is of may be
@@ -98,21 +99,26 @@ class Ranks:
                 gradients are averaged.
         """
         if self.world_size > 1 and not self._models:
-            raise UserError("Ranks.weigh scales a loss for a model whose gradients are averaged: net = ranks.wrap(net)")
+            raise UserError("Ranks.scale_loss is for a model whose gradients are averaged: net = ranks.wrap(net)")
         for model in self._models:
             model.expect_backward(loss)
         if units is None:
             if (part := self._part) is None:
-                raise UserError("Ranks.weigh: iterate over the batches of ranks.shard(loader), or give `units`")
+                raise UserError("Ranks.scale_loss: iterate over the batches of ranks.shard(loader), or give `units`")
             if part.is_regular:
                 return loss * (part.samples * self.world_size / part.batch_samples)
             if self.world_size > 1:
-                require_rows(part, "pass Ranks.weigh the `units` that the loss is the mean over")
+                require_rows(part, "pass Ranks.scale_loss the `units` that the loss is the mean over")
             units = part.samples
         own = as_units(units, loss.device) * float(self.has_samples)
         total = self.world.sum(own)
         share = own * self.world_size / total.where(total != 0, 1.0)
         return loss.where(own != 0, 0.0) * share.to(loss.dtype)  # the mean of no units is nan
+
+    def weigh(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
+        """`scale_loss` by the name that it had; to go with the next release."""
+        warnings.warn("Ranks.weigh is called scale_loss now", DeprecationWarning, stacklevel=2)
+        return self.scale_loss(loss, units)
 
     def synchronise(self, metrics: Given) -> dict[str, Synchronised]:
         """Metrics whose `compute` is of all ranks' samples, each counted once.
@@ -161,7 +167,7 @@ class Ranks:
                     self._part = part
                     with contextlib.ExitStack() as undone:
                         for model in self._models if not part.samples else ():
-                            undone.enter_context(model.without_trace())
+                            undone.enter_context(model.preserving_state())
                         yield part.data
         finally:
             self._part = outer

@@ -44,7 +44,7 @@ def main() -> None:
     for step in range(1, arguments.steps + 1):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(net(x), y)
-        ranks.weigh(loss, units=len(x)).backward()
+        ranks.scale_loss(loss, units=len(x)).backward()
         optimizer.step()
         if step % 50 == 0:
             print(f"step {step}  loss {loss.item():.4f}")  # of this process's points

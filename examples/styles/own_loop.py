@@ -23,7 +23,7 @@ for epoch in range(1, 6):
     for images, labels in train_data:
         loss = loss_fn(net(images), labels)
         optimizer.zero_grad()
-        ranks.weigh(loss).backward()
+        ranks.scale_loss(loss).backward()
         optimizer.step()
         metrics["train_loss"].update(loss.detach(), len(labels))
     net.eval()

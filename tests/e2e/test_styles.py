@@ -151,7 +151,7 @@ def test_any_network_on_one_process(tmp_path):
         wrapped.train()
         for batch in train_data:
             optimizer.zero_grad()
-            ranks.weigh(step(wrapped, batch)["loss"]).backward()
+            ranks.scale_loss(step(wrapped, batch)["loss"]).backward()
             optimizer.step()
         wrapped.eval()
         for batch in val_data:

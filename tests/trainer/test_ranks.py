@@ -48,7 +48,7 @@ def own_loop(rank: int, world_size: int, folder: str, by_units: bool) -> Any:
             loss = loss_fn(predictions, target)
             units = weight[target].sum() if weight is not None else len(target)
             optimizer.zero_grad()
-            ranks.weigh(loss, units if by_units else None).backward()
+            ranks.scale_loss(loss, units if by_units else None).backward()
             optimizer.step()
             metrics["loss"].update(loss.detach(), units)
             metrics["acc"].update(predictions, target)
@@ -125,7 +125,7 @@ def with_statistics(rank: int, world_size: int) -> Any:
     state = torch.get_rng_state()
     for features, _ in data:
         counts.append(ranks.has_samples)
-        ranks.weigh(net(features).sum()).backward()
+        ranks.scale_loss(net(features).sum()).backward()
         totals.append(net.total.item())
         if ranks.has_samples:
             state = torch.get_rng_state()
@@ -167,7 +167,7 @@ def looked_at(rank: int, world_size: int) -> Any:
     wrapped = ranks.wrap(net)
     wrapped.scale = 2.0
     for features, _ in ranks.shard(DataLoader(Samples(torch.arange(16.0).view(4, 4), torch.zeros(4)), batch_size=4)):
-        ranks.weigh(wrapped(features).sum()).backward()
+        ranks.scale_loss(wrapped(features).sum()).backward()
     twin = copy.deepcopy(wrapped)
     nn.init.zeros_(twin.parts[0].weight)
     nn.init.zeros_(twin.parts[0].bias)
@@ -198,7 +198,9 @@ def test_a_loop_that_continues_has_the_order_of_its_epoch():
 def test_what_is_refused(tmp_path):
     ranks, net = Ranks(device="cpu"), new_net()
     with pytest.raises(UserError, match=r"iterate over the batches of ranks\.shard"):
-        ranks.weigh(torch.tensor(1.0))
+        ranks.scale_loss(torch.tensor(1.0))
+    with pytest.warns(DeprecationWarning, match="called scale_loss now"):
+        assert ranks.weigh(torch.tensor(1.0), units=2) == 1.0
     with pytest.raises(UserError, match=r"was not returned by Ranks\.wrap"):
         ranks.save(net, tmp_path / "net.pt")
     wrapped = ranks.wrap(net)
@@ -214,7 +216,7 @@ def unwrapped(rank: int, world_size: int) -> str:
     ranks = Ranks(device="cpu")
     for features, _ in ranks.shard(DataLoader(samples(), batch_size=BATCH)):
         with pytest.raises(UserError) as refused:
-            ranks.weigh(features.sum())
+            ranks.scale_loss(features.sum())
         return str(refused.value)
     return ""
 

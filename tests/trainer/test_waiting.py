@@ -36,7 +36,7 @@ from dtrain.trainer.optimization.optimizer_step import Update
 from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.ranks import Ranks
 from dtrain.trainer.strategies.base import Parallel
-from dtrain.trainer.strategies.deepspeed import Zero
+from dtrain.trainer.strategies.deepspeed import DeepSpeedZero
 from dtrain.trainer.strategies.deepspeed_private import ZeroOptimizer
 
 META = torch.device("meta")
@@ -128,7 +128,7 @@ def test_own_units_are_weighed_without_waiting():
     ranks = Ranks(device="cpu")
     loss = torch.ones((), device=META, requires_grad=True)
     with without_waiting():
-        ranks.weigh(loss, 3).backward()
+        ranks.scale_loss(loss, 3).backward()
 
 
 def test_metrics_look_at_their_arguments_in_the_first_epoch_alone():
@@ -203,7 +203,7 @@ def test_gradients_that_are_on_their_way_to_the_cpu_are_waited_for():
             assert has_come
             return torch.ones(1)
 
-    zero: Any = object.__new__(Zero)
+    zero: Any = object.__new__(DeepSpeedZero)
     zero._zero = ZeroOptimizer(SimpleNamespace(optimizer=SimpleNamespace(cpu_offload=True)), 2)
     zero._fragments = {0: SimpleNamespace(flat=Flat())}
     zero.world = SimpleNamespace(await_device=lambda: has_come.append(True))

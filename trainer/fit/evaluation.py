@@ -75,7 +75,7 @@ def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally, numb
         if micro_batch.samples:
             tally.add(model.run(step, micro_batch), micro_batch.samples, number)
         else:
-            with model.without_trace():
+            with model.preserving_state():
                 model.run(step, micro_batch)
 
 

@@ -50,7 +50,7 @@ def look_for_mixing(
         return
     losses: list[tuple[float, float]] = []
     own = inspect.unwrap(step)
-    with contextlib.suppress(Exception), model.without_trace(), model.evaluating(), standing_still(model.bare, own):
+    with contextlib.suppress(Exception), model.preserving_state(), model.evaluating(), standing_still(model.bare, own):
         for batch in batches:
             outcome = model.run(step, batch)
             losses.append((float(outcome.total), float(batch.samples if outcome.weight is None else outcome.weight)))

@@ -101,7 +101,7 @@ class TrainingStep:
         totals: list[Tensor] = []
         weight = BatchWeight(self._trained.world)
         for i, micro_batch in enumerate(micro_batches):
-            undone = contextlib.nullcontext() if micro_batch.samples else model.without_trace()
+            undone = contextlib.nullcontext() if micro_batch.samples else model.preserving_state()
             with model.accumulating(last=micro_batch.is_last), undone:
                 outcome = self._forward(micro_batch)
                 self._progress.enter(Phase.BACKWARD)

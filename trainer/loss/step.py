@@ -78,7 +78,7 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
             raise
         return Outcome(total, weight, predictions, target)
 
-    return _without_trace(step)
+    return _fillers_count_nothing(step)
 
 
 def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> None:
@@ -127,7 +127,7 @@ def user_step(function: UserStep) -> Step:
         predictions, target = result.get("predictions"), result.get("target")
         return Outcome(total, units, predictions, target, is_believed=weight is None, is_users=True, metrics=metrics)
 
-    return _without_trace(step)
+    return _fillers_count_nothing(step)
 
 
 def _checked(result: Any) -> Mapping[str, Any]:
@@ -196,7 +196,7 @@ def require_rows(part: MicroBatch, mend: str) -> None:
     )
 
 
-def _without_trace(step: Step) -> Step:
+def _fillers_count_nothing(step: Step) -> Step:
     """A filler's loss and weight become 0: its gradients are zeros, and its sums add nothing."""
 
     @functools.wraps(step)

@@ -193,7 +193,7 @@ class Parallel:
         return None
 
     @contextlib.contextmanager
-    def without_trace(self) -> Iterator[None]:
+    def preserving_state(self) -> Iterator[None]:
         """Buffers and random states after the block are what they were before it, and other ranks' statistics too.
 
         For a filler's forward and backward, both: autograd refuses buffers that changed in between.
@@ -207,7 +207,7 @@ class Parallel:
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:
         """Around forward passes in training that no backward pass follows, and that leave no trace."""
-        with self.without_trace():
+        with self.preserving_state():
             yield
 
     def share_buffers(self) -> None:

@@ -44,16 +44,16 @@ _NOT_BY_NUMBER = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 def parallel(
     net: nn.Module, world: World, settings: Mapping[str, Any] | None, fit: Fit, dtype: torch.dtype | None
 ) -> Parallel:
-    """A model that DeepSpeed trains, with the stage that its settings ask for and errors as of `Engine`.
+    """A model that DeepSpeed trains, with the stage that its settings ask for and errors as of `DeepSpeedStage0`.
 
     All ranks take part. DeepSpeed knows `dtype` by `fit`.
     """
     config = settings or {}
-    kind = Zero if deepspeed_config.stage(config) else Engine
+    kind = DeepSpeedZero if deepspeed_config.stage(config) else DeepSpeedStage0
     return kind(net, world, config, fit)
 
 
-class Engine(Parallel):
+class DeepSpeedStage0(Parallel):
     """A model that DeepSpeed trains, whole on each rank: stage 0. All ranks take part in `adopt`.
 
     Args:
@@ -149,7 +149,7 @@ class Engine(Parallel):
         return self._groups
 
 
-class Zero(Engine):
+class DeepSpeedZero(DeepSpeedStage0):
     """A model that DeepSpeed shards for training: ZeRO's stages 1 to 3."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

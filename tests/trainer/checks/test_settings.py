@@ -132,7 +132,7 @@ def named(rank: int, world_size: int) -> list[str]:
 
 
 def test_strategies_by_name():
-    assert run_ranks(2, named) == [["DataParallel", "FullySharded", "Engine"]] * 2
+    assert run_ranks(2, named) == [["DataParallel", "FullySharded", "DeepSpeedStage0"]] * 2
 
 
 def test_numbers_of_numpy_are_numbers():

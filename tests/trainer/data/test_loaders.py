@@ -426,7 +426,7 @@ def dropping_loop(rank: int, world_size: int) -> tuple[torch.Tensor, list[int]]:
     counts = []
     for features, target in ranks.shard(DataLoader(Corrupt(), BATCH, collate_fn=whole)):
         optimizer.zero_grad()
-        ranks.weigh(nn.functional.mse_loss(net(features), target)).backward()
+        ranks.scale_loss(nn.functional.mse_loss(net(features), target)).backward()
         optimizer.step()
         counts.append(len(features) if ranks.has_samples else 0)
     return getattr(net, "module", net).weight.detach().clone(), counts

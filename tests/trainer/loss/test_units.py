@@ -314,14 +314,14 @@ def weighed(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[str]]:
     by_method = []
     for _ in range(2):  # once called, once not
         net.zero_grad()
-        ranks.weigh(net.layer(ranks._part.data[0]).square().mean()).backward()
+        ranks.scale_loss(net.layer(ranks._part.data[0]).square().mean()).backward()
         by_method.append(net.layer.weight.grad.clone())
     ranks._part = MicroBatch(ranks._part.data, ranks._part.samples, 8, is_whole=False, is_regular=False)
     net.zero_grad()
-    ranks.weigh(net(ranks._part.data[0]).square().mean()).backward()
+    ranks.scale_loss(net(ranks._part.data[0]).square().mean()).backward()
     ranks._part = MicroBatch(torch.ones(9), 1, 8, is_whole=False, is_regular=False)
     with pytest.raises(UserError) as refused:
-        ranks.weigh(net(torch.ones(9, 3)).mean())
+        ranks.scale_loss(net(torch.ones(9, 3)).mean())
     assert by_method[0].equal(by_method[1])
     return by_method[0], net.layer.weight.grad, str(refused.value)
 
@@ -335,4 +335,4 @@ def test_a_loop_of_ones_own_weighs_what_its_batches_hold():
     for half, whole, refused in found:
         torch.testing.assert_close(half, net.layer.weight.grad / 2, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(whole, net.layer.weight.grad, rtol=1e-5, atol=1e-7)
-        assert "pass Ranks.weigh the `units`" in refused
+        assert "pass Ranks.scale_loss the `units`" in refused
