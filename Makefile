@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 N ?= 100
 JOBS ?= 1
 
-# For test and quick: how many tests at a time. Two for each core, since much of a launch is waiting.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(2 * len(os.sched_getaffinity(0)))')
+# For test and quick: how many tests at a time. Two for each core, since much of a launch is waiting; 4 GB for each.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"); \
+	print(max(1, min(2 * len(os.sched_getaffinity(0)), memory >> 32)))')
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # For quick: the house's rules, the contract, the parts that need no launch, and a launch of each kind.
@@ -29,7 +30,7 @@ demo: $(VENV)/installed  ## Train on handwritten digits with 2 processes
 test: check  ## Run all tests
 	$(PYTEST)
 
-quick: $(VENV)/installed  ## Run the tests that tell most for their time, in under 3 minutes
+quick: $(VENV)/installed  ## Run the tests that tell most for their time
 	$(PYTEST) $(QUICK)
 
 check: $(VENV)/installed  ## Lint, type-check, and spell-check

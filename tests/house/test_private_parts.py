@@ -37,6 +37,7 @@ from torchmetrics.functional.classification.stat_scores import _binary_stat_scor
 from torchmetrics.utilities import compute
 
 from dtrain import Trainer
+from dtrain.launcher.rank import flight_recorder
 from dtrain.trainer.data.torch_data_private import WorkerInfo, end_by_kill, show
 from dtrain.trainer.distributed import torch_private
 from dtrain.trainer.metrics.torchmetrics_private import forget_result, reductions, set_update_count
@@ -279,3 +280,9 @@ def test_how_a_rank_ends(how, fast, printed, tmp_path):
     assert (done.returncode, done.stderr) == (3, "")
     assert sorted(done.stdout.split("\n")[:-1]) == sorted(printed)
     assert (tmp_path / "file").read_text() == "buffered"
+
+
+def test_torch_dumps_what_its_flight_recorders_hold():
+    """launcher/rank/flight_recorder.py goes by the names of torch's own functions for it."""
+    assert "gloo" in flight_recorder.dump(), f"torch {torch.__version__}: _dump_fr_trace_json is gone; see there"
+    assert "nccl" in flight_recorder.dump() or not torch.distributed.is_nccl_available()
