@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dtrain.clusters.cluster import Array, Gpus
 from dtrain.errors import UserError
+from dtrain.run.folder import RunDir
 from dtrain.schema.sbatch import CPUS, to_arguments, to_text
 from dtrain.schema.sections import Slurm
 
@@ -70,7 +71,7 @@ def render(
         "--ntasks-per-node=1",
         "--requeue",  # a node that fails, and preemption
         f"--chdir={folder}",
-        f"--output={_literal(run)}{'/%a' if array else ''}/logs/slurm.log",
+        f"--output={_literal(run)}{'/%a' if array else ''}/{RunDir('').slurm_log}",
         "--open-mode=append",
     ]
     if array is not None:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import ClassVar, TypeVar
 
-Request = TypeVar("Request", bound="RankRequest")
+_Own = TypeVar("_Own", bound="RankRequest")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RankRequest:
         return (json.dumps(asdict(self)),)
 
     @classmethod
-    def read(cls: type[Request]) -> Request:
+    def read(cls: type[_Own]) -> _Own:
         """The request that this process was started with."""
         return cls(**json.loads(sys.argv[1]))
 

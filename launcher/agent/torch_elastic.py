@@ -99,4 +99,4 @@ def start_ranks_by(start: Callable[[tuple[str, ...], dict[str, str]], Any]) -> N
             with contextlib.suppress(ProcessLookupError):  # of another process's child no zombie is left to signal
                 super().close(death_sig)
 
-    api.get_subprocess_handler = Handler  # type: ignore[attr-defined, assignment]
+    api.get_subprocess_handler = Handler  # type: ignore[attr-defined, assignment]  # a function, imported there

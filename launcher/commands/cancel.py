@@ -71,9 +71,9 @@ def cancel(path: str, now: bool) -> int:
     )
 
 
-def _end_job(run: RunDir, job: Submitted, queued: QueuedJob | None, now: bool) -> int:
+def _end_job(run: RunDir, job: Submitted, queued: QueuedJob, now: bool) -> int:
     """Have its cluster stop it, and wait until it has ended."""
-    if now or (queued is not None and not queued.is_running):
+    if now or not queued.is_running:
         job.cluster.end(job.job_id)
     else:
         job.cluster.ask_to_stop(job.job_id)

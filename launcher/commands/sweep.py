@@ -67,7 +67,7 @@ def sweep(request: SweepRequest) -> int:
         return 0
     if request.resume:  # the launch sees to what may differ from before
         return _run(request, found, [(run, [request.job, *common, *found.points[int(run.path.name)]]) for run in left])
-    with whole_or_as_before(found.folder, is_new=not found.folder.exists()):
+    with whole_or_as_before(found.folder, is_new=not RunDir(found.folder).exists()):
         _fill(found, loaded, left, is_new=True)
     return _run(request, found, [(run, [str(run.job)]) for run in left])
 
@@ -164,7 +164,7 @@ def _submit(
         show(submission)
         return 0
     files = [file for run in runs for file in (run.job, run.status_file)]
-    with whole_or_as_before(found.folder, *files, is_new=not found.folder.exists()):
+    with whole_or_as_before(found.folder, *files, is_new=not RunDir(found.folder).exists()):
         _fill(found, loaded, runs, is_new=not request.resume)
         for run in runs:
             mark_submitted(run)

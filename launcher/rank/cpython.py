@@ -18,17 +18,17 @@ from typing import NoReturn
 def run_module_as_main(name: str) -> None:
     """What `python -m` calls. `runpy.run_module`, which is public, takes the module away when it is done: before
     threads, atexit handlers and destructors, which still use it."""
-    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+    runpy._run_module_as_main(name)  # type: ignore[attr-defined]  # private: not in the stubs
 
 
 def name_main_thread() -> None:
     """Give the main thread of a forked process its number, as multiprocessing does: debuggers and py-spy read it."""
-    threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
+    threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # private: not in the stubs
 
 
 def await_threads() -> None:
     """Wait for all threads but daemonic ones, and call what libraries have registered for that moment."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # private: not in the stubs
 
 
 def call_exit_functions() -> None:

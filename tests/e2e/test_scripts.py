@@ -49,6 +49,26 @@ def test_what_a_script_leaves(project):
     assert (project.run_dir().code / "train.py").read_text() == PRINTING
 
 
+DESTROYED = """
+import os
+
+class Kept:
+    def __del__(self):
+        open(f"destroyed-{os.environ['RANK']}", "w").close()
+
+kept = Kept()
+"""
+
+
+@pytest.mark.parametrize("fast", ["0", "1"])
+def test_a_scripts_destructors_are_called_unless_it_asks_for_a_fast_exit(fast, project):
+    project.write("train.py", DESTROYED)
+    done = project.run("launch", "--gpus", "2", "--run-dir", "run", "train.py", DTRAIN_FAST_EXIT=fast)
+    assert done.code == 0, done.err
+    destroyed = [(project.folder / f"destroyed-{rank}").exists() for rank in range(2)]
+    assert destroyed == [fast == "0"] * 2
+
+
 TRAINER = """
 import sys
 import torch
