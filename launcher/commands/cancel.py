@@ -82,7 +82,7 @@ def _end_job(run: RunDir, job: Submitted, queued: QueuedJob, now: bool) -> int:
             f"to end it at once: dtrain cancel --now {run}",
             file=sys.stderr,
         )
-    while (queued := job.look_up()) is not None and not queued.is_over:
+    while (latest := job.look_up()) is not None and not latest.is_over:
         time.sleep(LOOK_AT_QUEUE_EVERY_S)
     if not run.status():
         print(f"{run} was cancelled before it began")
