@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 # What the fork server imports for all ranks: always, or if the job or the script mentions it. None of
 # it touches CUDA. The user's own modules never belong here: they may touch it.
 PRELOAD = ("torch", "torch._dynamo")  # optimizers import the latter
+TRAINER = ("dtrain.trainer.trainer", "dtrain.trainer.strategies.ddp", "dtrain.trainer.checkpoint.storage")
 PRELOAD_FOR = {
-    "_target_": ("dtrain.trainer.trainer", "dtrain.schema.loading", "dtrain.schema.instantiate"),
-    "dtrain": ("dtrain.trainer.trainer",),
+    "_target_": (*TRAINER, "dtrain.schema.loading", "dtrain.schema.instantiate"),
+    "dtrain": TRAINER,
     "torchmetrics": ("dtrain.trainer.metrics.metric_set",),
     "torchvision": ("torchvision",),
 }
