@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dtrain.errors import UserError, among
-from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.metrics.monitor import monitor_problem
 
 from .data.indexed import Data, IndexedBatches
 from .distributed.world import World

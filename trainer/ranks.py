@@ -28,7 +28,7 @@ from .model.weights import bare_state_dict, save_weights
 from .strategies.ddp import DataParallel
 
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
-    from dtrain.schema.metric_values import Result
+    from dtrain.schema.metrics.values import Result
 
     from .metrics.metric_set import Given, MetricSet
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import UserError, first_line
 from dtrain.schema.packages import missing, require
-from dtrain.schema.sections import Fsdp
+from dtrain.schema.sections import Fit, Fsdp
 from dtrain.schema.strategies import STRATEGIES
 
 from .batches import batches_of
@@ -36,6 +36,7 @@ from .data.batch_tensors import bound_on
 from .data.indexed import Batches, Data
 from .distributed.seeds import derive_seed, rng_kept
 from .distributed.world import join_world
+from .fit.cadence import Cadence
 from .fit.data import FitData
 from .fit.description import alike, full_name, job_of
 from .fit.evaluation import evaluate_batch, gather_values
@@ -96,6 +97,11 @@ class Trainer:
         l1, l2: factors of sum |w| and sum w^2 / 2 over the weights, without biases and norms; see `Penalty`.
         on_nonfinite: "stop" or "skip": what to do with gradients that hold inf or nan.
         ema: decay of a moving average of the weights, see `Ema`; evaluated as ema_loss, ema_*, kept in weights/ema.pt.
+        validate_every, report_every: "epoch", a number of optimizer steps, or text such as "5 epochs": how often the
+            model is validated, and how often what training has added up since the last time is reported.
+        max_time: such as "12 h": how long to train before stopping with a checkpoint and exit code 75.
+        checkpoint_every: as `validate_every`, or a time such as "30 min".
+        keep, keep_every: how many of the newest checkpoints are kept, and the first after each such interval as well.
         run_dir: the run's folder; by default that of `dtrain launch`, else a new one under runs/.
         resume: continue the run in `run_dir` from its last checkpoint.
 
@@ -131,8 +137,12 @@ class Trainer:
         l2: float | None = None,
         on_nonfinite: Literal["stop", "skip"] | None = None,
         ema: float | None = None,
-        checkpoint_every: int | Literal["epoch"] = "epoch",
+        validate_every: int | str = "epoch",
+        report_every: int | str = "epoch",
+        max_time: str | None = None,
+        checkpoint_every: int | str = "epoch",
         keep: int = 2,
+        keep_every: int | str | None = None,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
@@ -213,31 +223,44 @@ class Trainer:
         self,
         train_data: Data,
         val_data: Data | None = None,
-        epochs: int = 10,
+        epochs: int | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         patience: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         *,
+        steps: int | None = None,
+        min_delta: float = 0.0,
+        threshold: float | None = None,
+        stop_on_nan: bool = False,
         step: UserStep | None = None,
         run_dir: str | os.PathLike[str] | None = None,
     ) -> pandas.DataFrame:
-        """Train, and return the history: one row an epoch, as in metrics.jsonl. All ranks take part.
+        """Train, and return the history: the rows of metrics.jsonl, by default one an epoch. All ranks take part.
 
         A DataLoader's batch_size is the whole batch, over all ranks. Anything else that can be iterated over is a
         loader of your own: it yields this rank's batches, other samples on each rank. Afterwards the model is as the
         last step left it; the best epoch's weights are in the run folder, and in `ckpt_path` where one is given.
 
         Args:
-            patience: epochs in a row without a better `monitor` after which training ends.
+            epochs, steps: passes over the data, and optimizer steps: what ends first; by default 10 epochs.
+            patience: how many times in succession `monitor` is reported without being better before training ends.
             monitor: by default val_loss, else train_loss.
+            min_delta: the least improvement that counts for `patience`.
+            threshold: training ends as soon as `monitor` is as good as this.
+            stop_on_nan: training ends as soon as `monitor` is nan or infinite.
             step: what a batch does, in place of what Trainer was made with; `evaluate` and `predict` keep it.
             run_dir: the fit's folder, in place of Trainer's.
         """
         require("Trainer.fit returns a pandas.DataFrame, and", "pandas")  # before hours of training
         if step is not None:
             self._take(step)
-        loop = self.train(train_data, val_data, epochs, patience, monitor, mode, run_dir)
+        stopping = {
+            **{"monitor": monitor, "mode": mode, "patience": patience},
+            **{"min_delta": min_delta, "threshold": threshold, "stop_on_nan": stop_on_nan},
+        }
+        epochs = 10 if epochs is None and steps is None else epochs
+        loop = self.train(train_data, val_data, epochs=epochs, steps=steps, early_stopping=stopping, run_dir=run_dir)
         if ckpt_path is not None and self.world.is_main:
             shutil.copyfile(loop.saver.run.best_weights, ckpt_path)
         self.draw(loop)
@@ -249,26 +272,32 @@ class Trainer:
         self,
         train_data: Data,
         val_data: Data | None,
-        epochs: int,
-        patience: int | None,
-        monitor: str | None,
-        mode: Literal["min", "max"],
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        early_stopping: Mapping[str, Any] | None = None,
         run_dir: str | os.PathLike[str] | None = None,
     ) -> Loop:
-        """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part."""
+        """`fit` for a job, whose history is read from the run folder; the loop that has run. All ranks take part.
+
+        Args:
+            early_stopping: as in job.yaml.
+        """
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
-        monitor = monitor or ("val_loss" if val_data is not None else "train_loss")
-        stopping = {"monitor": monitor, "mode": mode, "patience": patience}
-        settings = self.settings.of_fit(epochs=epochs, early_stopping=stopping, seed=self.seed)
+        stopping = dict(early_stopping or {})
+        stopping["monitor"] = stopping.get("monitor") or ("val_loss" if val_data is not None else "train_loss")
+        settings = self.settings.of_fit(epochs=epochs, steps=steps, early_stopping=stopping, seed=self.seed)
+        assert settings.fit.early_stopping is not None
         require_rates(self.optimizer)
         if self.scheduler is None:
             require_a_rate(self.optimizer)
-        best = Best(monitor, mode, patience)
+        best = Best(settings.fit.early_stopping)
         data = self._data(train_data, val_data)
-        require_monitor(monitor, data.tallies)
+        require_monitor(best.monitor, data.tallies)
         self.metrics.require_mode(best)
-        scheduling = self._scheduling(best, data, epochs)
+        cadence = Cadence(settings, validates=val_data is not None, num_steps=data.train.num_steps)
+        scheduling = self._scheduling(best, data, settings.fit)
         require_same_settings(
             self.world, alike(settings, self._made_by, self.optimizer, scheduling, self.metrics.by_name)
         )
@@ -279,10 +308,10 @@ class Trainer:
         with rng_kept(self.world.device), self.precision.in_force(), folder as run:
             ema = None if self.ema is None else Ema(self.net, self.ema)
             trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
-            loop = Loop(run, trained, data, settings, best)
+            loop = Loop(run, trained, data, settings, best, cadence)
             if val_data is not None:
                 tried = try_metrics(self.model, self.step, val_data, data.val_tallies[0], self._warn)
-                for name in dict.fromkeys((monitor, scheduling.monitor)):
+                for name in dict.fromkeys((best.monitor, scheduling.monitor)):
                     require_reported(name, tried, self.metrics.by_name, self._warn)
             if self.world.world_size > 1 or self.micro_batch_size is not None:
                 is_coarse = trained.is_coarse
@@ -299,7 +328,7 @@ class Trainer:
         val_tallies = [tally("val")] + [tally("ema")] * (self.ema is not None)
         return FitData(train, tally("train"), self._batches(val_data, training=False), val_tallies)
 
-    def _scheduling(self, best: Best, data: FitData, epochs: int) -> Scheduling:
+    def _scheduling(self, best: Best, data: FitData, fit: Fit) -> Scheduling:
         """The scheduler, which looks at what decides about the best epoch where it wasn't told what to look at."""
         scheduling = replace(self.scheduling, monitor=self.scheduling.monitor or best.monitor)
         if scheduling.scheduler is not None:
@@ -308,7 +337,7 @@ class Trainer:
             loss = "min" if watched.endswith("_loss") else None
             known = best.mode if watched == best.monitor else loss or self.metrics.better(watched)
             require_mode(scheduling.scheduler, watched, known)
-            check_length(scheduling.scheduler, scheduling.interval, epochs, data.train.num_steps, self._warn)
+            check_length(scheduling.scheduler, scheduling.interval, fit, data.train.num_steps, self._warn)
         return scheduling
 
     def draw(self, loop: Loop) -> None:
@@ -321,7 +350,7 @@ class Trainer:
         metrics = self.metrics.by_name.items()
         confusions = [name for name, metric in metrics if type(metric).__name__.endswith("ConfusionMatrix")]
         try:
-            draw(run.plots, progress.rows, progress.best.epoch, confusions)
+            draw(run.plots, progress.rows, progress.best.step, confusions)
         except (OSError, ImportError) as error:
             cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
             say(f"{run}: can't draw plots/: {cause or error}; everything else is there")

@@ -19,7 +19,7 @@ from dtrain.monitoring.rank_output import RankOutput
 from dtrain.monitoring.screen import Screen
 from dtrain.monitoring.tracker import trackers
 from dtrain.monitoring.tracker_processes import TrackerProcesses
-from dtrain.run.folder import EXIT_INTERRUPTED, Row, RunDir
+from dtrain.run.folder import EXIT_INTERRUPTED, Row, RowReader, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat
 
 State = Literal["running", "finished", "failed", "stopped", "killed"]
@@ -204,20 +204,17 @@ class Keeper:
 
 
 class _History:
-    """A run's rows, each to be shown once: epochs repeated after a stop are not shown again."""
+    """A run's rows, each to be shown once: those repeated after a stop are not shown again."""
 
     def __init__(self, run: RunDir, *, shown: bool = False) -> None:
-        self._run = run
-        self._changed = 0
-        self._last_epoch = max((row["epoch"] for row in run.rows()), default=0) if shown else 0
+        self._reader = RowReader(run)
+        self._last = (0, 0.0)
+        if shown:
+            list(self.new())
 
     def new(self) -> Iterator[Row]:
         """The rows that have not been shown yet."""
-        changed = self._run.metrics.stat().st_mtime_ns if self._run.metrics.exists() else 0
-        if changed == self._changed:
-            return
-        self._changed = changed
-        for row in self._run.rows():
-            if row["epoch"] > self._last_epoch:
-                self._last_epoch = row["epoch"]
+        for row in self._reader.new():
+            if (at := (row["step"], row["epoch"])) > self._last:
+                self._last = at
                 yield row

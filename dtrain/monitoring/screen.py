@@ -155,7 +155,8 @@ def row_line(row: Row) -> str:
     speed = row.get("samples_per_s")
     shown = {k: v for k, v in row.items() if k not in ("epoch", "step", "samples_per_s") and isinstance(v, float)}
     values = [f"{name} {value:.4g}" for name, value in shown.items()]
-    parts = [f"epoch {row['epoch']}", f"step {row['step']}", *values]
+    epoch = row["epoch"] if isinstance(row["epoch"], int) else f"{row['epoch']:.2f}"
+    parts = [f"epoch {epoch}", f"step {row['step']}", *values]
     return "  ".join([*parts, f"{speed:,.0f} samples/s"] if isinstance(speed, float) and speed else parts)
 
 

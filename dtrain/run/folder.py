@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ CHECKPOINT_PART = "rank-{}.bin"  # what a rank has written of a checkpoint
 EXIT_STOPPED = 75  # at a step boundary, with a checkpoint saved (sysexits.h: EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it: 128 + SIGINT
 
-Row = dict[str, Any]  # one epoch: epoch, step, lr, samples_per_s, train_loss, train_*, val_loss, val_*
+# Of one moment: phase ("train", "val" or "train+val"), epoch, step, time, lr, samples_per_s, train_loss, train_*,
+# val_loss, val_*. The epoch is a fraction within one.
+Row = dict[str, Any]
 
 
 class RunDir(Locked):
@@ -159,17 +162,8 @@ class RunDir(Locked):
     # -- history ---------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
-        """The rows of metrics.jsonl, one per finished epoch; a damaged line is reported once and skipped."""
-        if not self.metrics.exists():
-            return []
-        rows = []
-        for number, line in enumerate(self.metrics.read_bytes().splitlines(), 1):
-            row = _parse_row(line)
-            if row is None:
-                warn_of_damage(f"{self.metrics}:{number}")
-            else:
-                rows.append(row)
-        return rows
+        """The rows of metrics.jsonl; a damaged line is reported once and skipped."""
+        return RowReader(self).new()
 
     def last_row(self) -> Row | None:
         """The last of `rows`; the others are read only if the file's end is damaged."""
@@ -179,9 +173,16 @@ class RunDir(Locked):
                 return row
         return next(reversed(self.rows()), None)
 
-    def write_rows(self, rows: list[Row]) -> None:
-        """Replace metrics.jsonl. Whole, so that a stop never leaves half a row."""
-        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    def write_rows(self, rows: Sequence[Row]) -> None:
+        """Replace metrics.jsonl."""
+        write_text(self.metrics, _lines(rows))
+
+    def append_rows(self, rows: Sequence[Row]) -> None:
+        """Add rows to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
 
     # -- status ----------------------------------------------------------------------------------
 
@@ -203,7 +204,7 @@ class RunDir(Locked):
         if self.has_damaged_status():
             warn_of_damage(self.status_file)
             last = self.last_row() or {}
-            return {"state": "running", "epoch": last.get("epoch", 0), "step": last.get("step", 0)}
+            return {"state": "running", "epoch": int(last.get("epoch", 0)), "step": last.get("step", 0)}
         return status
 
     def has_damaged_status(self) -> bool:
@@ -215,13 +216,53 @@ def _link(own: Path, other: Path) -> None:
     own.symlink_to(os.path.relpath(other.absolute(), own.parent.absolute()))
 
 
+class RowReader:
+    """Reads a run's rows as they are added, each line once."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._file: tuple[int, int] | None = None  # which one was read
+        self._read = 0  # bytes
+        self._lines = 0
+
+    def new(self) -> list[Row]:
+        """The rows since the last call: all, if the file was written anew. Damaged lines are skipped."""
+        try:
+            with self._run.metrics.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if self._file != (which := (stat.st_dev, stat.st_ino)) or stat.st_size < self._read:
+                    self._file, self._read, self._lines = which, 0, 0
+                file.seek(self._read)
+                added = file.read()
+        except FileNotFoundError:
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        if whole != added and self._run.writer() is None:  # a row that nobody is about to finish
+            whole = added
+        self._read += len(whole)
+        return list(self._parse(whole))
+
+    def _parse(self, lines: bytes) -> Iterator[Row]:
+        for line in lines.splitlines():
+            self._lines += 1
+            row = _parse_row(line)
+            if row is None:
+                warn_of_damage(f"{self._run.metrics}:{self._lines}")
+            else:
+                yield row
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def _parse_row(line: bytes) -> Row | None:
     """A line of metrics.jsonl; None where it is no row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and all(isinstance(row.get(key), int) for key in ("epoch", "step"))
+    is_row = isinstance(row, dict) and isinstance(row.get("epoch"), int | float) and isinstance(row.get("step"), int)
     return row if is_row else None
 
 

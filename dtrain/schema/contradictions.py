@@ -8,7 +8,7 @@ import re
 from dtrain.errors import Problem
 from dtrain.schema import sbatch
 from dtrain.schema.job import Job, ScriptJob
-from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.metrics.monitor import monitor_problem
 from dtrain.schema.sections import Fit, Slurm
 from dtrain.schema.strategies import STRATEGIES
 
@@ -16,6 +16,10 @@ from dtrain.schema.strategies import STRATEGIES
 def contradictions_of(fit: Fit) -> list[Problem]:
     """Contradictions between settings of this section that are valid by themselves."""
     problems = []
+    if fit.epochs is None and fit.steps is None:
+        problems.append(Problem("missing; give epochs, steps, or both", "fit.epochs"))
+    if fit.early_stopping and fit.early_stopping.min_delta and fit.early_stopping.patience is None:
+        problems.append(Problem("has no effect without patience", "fit.early_stopping.min_delta"))
     if fit.clip_norm and fit.clip_value:
         problems.append(Problem("is a second way of clipping; give either clip_norm or clip_value", "fit.clip_value"))
     if fit.find_unused_parameters and not STRATEGIES[fit.strategy].is_plain:
@@ -41,6 +45,8 @@ def contradictions(job: Job) -> list[Problem]:
     if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
         message = "is an optimizer, not a scheduler; torch's schedulers are in torch.optim.lr_scheduler"
         problems.append(Problem(message, "scheduler._target_"))
+    if job.fit.validate_every != "epoch" and not job.data.val:
+        problems.append(Problem("there is nothing to validate: give data.val", "fit.validate_every"))
     problems += [each for path, name in job.monitors.items() for each in _wrong_monitor(job, name, path)]
     problems += _wrong_plateau(job)
     settings = [("optimizer", job.optimizer.arguments)]
@@ -64,7 +70,7 @@ def _wrong_plateau(job: Job) -> list[Problem]:
     if job.scheduler is None or job.scheduler.target.rpartition(".")[2] != "ReduceLROnPlateau":
         return []
     mode, watched = job.scheduler.arguments.get("mode", "min"), job.scheduler.monitor or job.monitor
-    known = job.monitor_mode if watched == job.monitor else "min" if watched.endswith("_loss") else mode
+    known = job.stopping.mode if watched == job.monitor else "min" if watched.endswith("_loss") else mode
     if mode == known or mode not in ("min", "max"):
         return []
     better = "lower" if known == "min" else "higher"

@@ -13,11 +13,11 @@ from typing import Any
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.names import collisions, describe, job_path, load_what_ranks_have, resolve
 from dtrain.schema.job import Job, LoadedJob
-from dtrain.schema.logits import guesses_logits
-from dtrain.schema.metric_values import values_of_no_sample
-from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.metrics.logits import guesses_logits
+from dtrain.schema.metrics.monitor import monitor_problem
+from dtrain.schema.metrics.unfit import why_unfit
+from dtrain.schema.metrics.values import values_of_no_sample
 from dtrain.schema.sections import MetricTarget, Target
-from dtrain.schema.unfit_metrics import why_unfit
 
 _PARTIAL = "_partial_"
 _HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys that Hydra knows beside _target_ and _partial_

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -14,6 +14,7 @@ from dtrain.run.folder import RunDir
 from dtrain.schema.sections import (
     Checkpoint,
     Data,
+    EarlyStopping,
     Fit,
     Fsdp,
     Launch,
@@ -79,15 +80,14 @@ class Job(Section):
         return found
 
     @property
-    def monitor(self) -> str:
-        """The reported value that decides which weights are best."""
-        stopping = self.fit.early_stopping
-        return (stopping and stopping.monitor) or ("val_loss" if self.data.val else "train_loss")
+    def stopping(self) -> EarlyStopping:
+        """The section, also where the job has none."""
+        return self.fit.early_stopping or EarlyStopping()
 
     @property
-    def monitor_mode(self) -> Literal["min", "max"]:
-        """Whether a lower or a higher `monitor` is better."""
-        return self.fit.early_stopping.mode if self.fit.early_stopping else "min"
+    def monitor(self) -> str:
+        """The reported value that decides which weights are best."""
+        return self.stopping.monitor or ("val_loss" if self.data.val else "train_loss")
 
     @property
     def reported(self) -> dict[str, dict[str, float] | None]:

@@ -46,7 +46,7 @@ _DRAWN_FROM = {
 }
 
 _MAY_DIFFER = re.compile(
-    r"restarts|fit\.(epochs|restarts|strategy)|data\.workers"
+    r"restarts|fit\.(epochs|steps|restarts|strategy|validate_every|report_every|max_time)|data\.workers"
     r"|(fsdp|deepspeed|checkpoint|mlflow|launch|slurm)(\..*)?",
     re.DOTALL,
 )

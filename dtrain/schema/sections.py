@@ -9,19 +9,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dtrain.run.heartbeat import HANG_TIMEOUT_S
 from dtrain.schema import sbatch
+from dtrain.schema.interval import Duration, Every, StepsOrEpochs
 
 
 def _check_metric_name(name: str) -> str:
     if name == "loss":
         raise ValueError("train_loss and val_loss are the losses; give this metric another name")
     return name
-
-
-def _check_every(value: object) -> object:
-    # Checked before the union, which would report one error per member.
-    if value == "epoch" or (type(value) is int and value > 0):
-        return value
-    raise ValueError("expected epoch or a number of optimizer steps above 0")
 
 
 # Names end up in paths, in Slurm's job names and as keys in MLflow: no separators, no leading dot or dash.
@@ -31,7 +25,6 @@ EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Lines = Annotated[list[str], BeforeValidator(lambda value: value.splitlines() if isinstance(value, str) else value)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Every = Annotated[Literal["epoch"] | PositiveInt, BeforeValidator(_check_every)]
 
 
 class Section(BaseModel):
@@ -118,14 +111,34 @@ class EarlyStopping(Section):
     )
     mode: Literal["min", "max"] = Field(default="min", description="Whether a lower or a higher value is better.")
     patience: PositiveInt | None = Field(
-        default=None, description="Epochs without improvement before the run stops; null: never stop early."
+        default=None, description="Validations without improvement before the run stops; null: never stop early."
     )
+    min_delta: float = Field(
+        default=0.0, ge=0, description="The least improvement that counts for `patience`; the best weights need none."
+    )
+    threshold: float | None = Field(default=None, description="Stop as soon as the value is as good as this.")
+    stop_on_nan: bool = Field(default=False, description="Stop as soon as the value is nan or infinite.")
 
 
 class Fit(Section):
     """How training runs."""
 
-    epochs: PositiveInt = Field(description="Passes over the training dataset.")
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["epochs"]}, {"required": ["steps"]}]})
+
+    epochs: PositiveInt | None = Field(default=None, description="Passes over the training dataset.")
+    steps: PositiveInt | None = Field(
+        default=None, description="Optimizer steps of the whole run; with `epochs`, whichever ends first."
+    )
+    validate_every: StepsOrEpochs = Field(
+        default="epoch", description="epoch, a number of optimizer steps, or text such as 5 epochs."
+    )
+    report_every: StepsOrEpochs = Field(
+        default="epoch", description="How often the training's values are reported: as validate_every."
+    )
+    max_time: Duration | None = Field(
+        default=None,
+        description="Stop with a checkpoint and exit code 75 after training so long in one launch, such as 12 h.",
+    )
     strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
         default="ddp", description="ddp: the whole model on each rank; fsdp, deepspeed: sharded, for larger models."
     )
@@ -171,12 +184,29 @@ class Fit(Section):
         description="On inf or nan gradients: stop ends the run, skip skips the batch; null: no check.",
     )
 
+    def run_steps(self, num_steps: int | None) -> int | None:
+        """The optimizer steps of a run that early stopping doesn't end, where they are known.
+
+        Args:
+            num_steps: of an epoch, where that is known.
+        """
+        if self.epochs is None:
+            return self.steps
+        if num_steps is None:
+            return None
+        return min(self.epochs * num_steps, self.steps or self.epochs * num_steps)
+
 
 class Checkpoint(Section):
     """When checkpoints are saved, and how many are kept."""
 
-    every: Every = Field(default="epoch", description="epoch, or a number of optimizer steps.")
+    every: Every = Field(
+        default="epoch", description="epoch, a number of optimizer steps, or text such as 5 epochs or 30 min."
+    )
     keep: int = Field(default=2, ge=1, description="How many of the newest checkpoints to keep.")
+    keep_every: StepsOrEpochs | None = Field(
+        default=None, description="Keep the first checkpoint of each such interval as well: as fit.validate_every."
+    )
 
 
 class Mlflow(Section):

@@ -48,7 +48,7 @@ def check(path: str, overrides: Sequence[str], exact: bool, size: Size | None = 
         preload_job(loaded.job, max(SIZES))
     require_right(loaded, loaded.folder)
     job = loaded.job
-    print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.monitor_mode})")
+    print(f"{path} is right: schema, imports and arguments; best weights by {job.monitor} ({job.stopping.mode})")
     if size is not None:
         _check_cluster(loaded, size)
     if not exact:

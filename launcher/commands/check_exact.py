@@ -119,10 +119,10 @@ def _values(run: RunDir) -> dict[str, Any]:
     import torch
 
     return {
-        f"{name} of epoch {row['epoch']}": torch.tensor(value, dtype=torch.float64)
+        f"{name} of step {row['step']}": torch.tensor(value, dtype=torch.float64)
         for row in run.rows()
         for name, value in row.items()
-        if name != "samples_per_s" and value is not None
+        if name != "samples_per_s" and value is not None and not isinstance(value, str)
     }
 
 

@@ -20,6 +20,7 @@ from .request import Request
 
 if TYPE_CHECKING:
     from dtrain.schema.job import Job, ScriptJob
+    from dtrain.schema.sections import Fit
 
 
 def find_run(request: Request, name: str) -> RunDir:
@@ -64,7 +65,16 @@ def is_done(run: RunDir, job: Job | ScriptJob) -> bool:
         raise UserError([Problem(f"{run} belongs to another job; these fields cannot change on resume:"), *problems])
     if run.status().get("state") != "finished":
         return False
-    return isinstance(before, ScriptJob) or isinstance(job, ScriptJob) or job.fit.epochs <= before.fit.epochs
+    return isinstance(before, ScriptJob) or isinstance(job, ScriptJob) or not _is_longer(job.fit, before.fit)
+
+
+def _is_longer(fit: Fit, before: Fit) -> bool:
+    """Whether more epochs or steps are asked for than before."""
+
+    def is_more(now: int | None, then: int | None) -> bool:
+        return then is not None and (now is None or now > then)
+
+    return is_more(fit.epochs, before.epochs) or is_more(fit.steps, before.steps)
 
 
 def nothing_left(request: Request, run: RunDir, job: Job | ScriptJob) -> bool:

@@ -117,7 +117,7 @@ INVALID = {
     "unknown key": (
         GOOD.replace("epochs", "epoch"),
         [
-            "job.yaml:10: fit.epochs: missing",
+            "job.yaml:10: fit.epochs: missing; give epochs, steps, or both",
             "job.yaml:11: fit.epoch: unknown key; did you mean epochs?",
         ],
     ),
@@ -161,7 +161,10 @@ INVALID = {
     ),
     "neither choice nor number": (
         GOOD + "checkpoint: {every: true}\n",
-        ["job.yaml:14: checkpoint.every: expected epoch or a number of optimizer steps above 0, found true"],
+        [
+            "job.yaml:14: checkpoint.every: expected epoch or a number of optimizer steps above 0, "
+            "or text such as 5 epochs or 30 min, found true"
+        ],
     ),
     "empty section": (GOOD + "mlflow:\n", ["job.yaml:14: mlflow: expected a mapping, found null"]),
     "no target": (
@@ -389,7 +392,7 @@ def test_overrides_set_add_and_replace():
     assert job.model.arguments == {"width": 64, "depth": 2, "sizes": [1, 3]}
     assert job.slurm.options == {"partition": "gpu", "time": "01:00:00"}
     assert (job.name, job.mlflow.run_name, job.fit.epochs) == ("a", "first try", 4)
-    assert (job.fit.early_stopping, job.monitor, job.monitor_mode) == (None, "val_loss", "min")
+    assert (job.fit.early_stopping, job.monitor, job.stopping.mode) == (None, "val_loss", "min")
 
 
 @pytest.mark.parametrize(

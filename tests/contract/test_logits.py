@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 from torchmetrics import classification, wrappers
 
-from dtrain.schema.logits import guesses_logits
+from dtrain.schema.metrics.logits import guesses_logits
 
 ARGUMENTS = {
     **{"num_classes": 3, "num_labels": 3, "num_groups": 2, "beta": 1.0},

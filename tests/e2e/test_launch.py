@@ -113,7 +113,7 @@ def test_status(run):
 
 def test_metrics(run):
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    names = ["epoch", "step", "lr", "samples_per_s", "train_loss", "train_acc", "val_loss", "val_acc"]
+    names = ["epoch", "step", "phase", "time", "lr", "samples_per_s", "train_loss", "train_acc", "val_loss", "val_acc"]
     assert [sorted(row) for row in rows] == [sorted(names)] * 2
     assert [(row["epoch"], row["step"], row["lr"]) for row in rows] == [(1, STEPS, 0.25), (2, 2 * STEPS, 0.25)]
 

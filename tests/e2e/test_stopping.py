@@ -16,6 +16,7 @@ import pytest
 from command import PATIENCE_S
 from marks import campaign
 from mlflow import MlflowClient
+from training import timeless
 
 from dtrain.files import read_json
 from dtrain.monitoring.mlflow_tracker import tracker
@@ -65,7 +66,7 @@ def check_stopped(project, done, code):
 def history(project, name="run"):
     """The run's rows, without how fast it was."""
     rows = project.run_dir(name).rows()
-    return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in rows]
+    return [timeless(row) for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -320,7 +320,11 @@ def compare(combination: Combination, folder: Path) -> None:
     left_out = None if is_told or not BATCHES[combination.batch].is_uneven else "_loss"
     for its_rows, its_weights, its_evaluated in found:
         for row, its_row in zip([*history, evaluated], [*its_rows, its_evaluated], strict=True):
-            its_row = {name: value for name, value in its_row.items() if name not in ("step", "lr", "samples_per_s")}
+            its_row = {
+                name: value
+                for name, value in its_row.items()
+                if name not in ("step", "lr", "samples_per_s", "phase", "time")
+            }
             assert row.keys() == its_row.keys()
             compared = [name for name in row if not (left_out and name.endswith(left_out))]
             assert_close({name: row[name] for name in compared}, its_row)

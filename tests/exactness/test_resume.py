@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torchmetrics import Accuracy
 from torchmetrics.wrappers import MinMaxMetric
-from training import Job, Samples, differences, epoch_order, final_state, make_loop, train
+from training import Job, Samples, approximately, differences, epoch_order, final_state, make_loop, train
 
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
@@ -44,6 +44,7 @@ class Options:
     scheduler: str = "cosine by step"
     checkpoint_every: int | str = "epoch"
     epochs: int = EPOCHS
+    in_steps: bool = False  # 10 of them, a validation after each third and a report after each second
     random: bool = True  # dropout, batch norm, and augmentation
     workers: int = 0
     optimizer: str = "adam"
@@ -117,7 +118,10 @@ def job(options: Options) -> Job:
     data = Recorded(features, features[:, :CLASSES].argmax(1), noise=0.1 if options.random else 0.0)
     val = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
     interrupt(options, net, optimizer)
-    fit_options = {"epochs": options.epochs, "patience": options.patience}
+    fit_options: dict[str, Any] = {"epochs": options.epochs, "patience": options.patience}
+    if options.in_steps:
+        trainer |= {"validate_every": 3, "report_every": "2 steps"}
+        fit_options |= {"epochs": None, "steps": 10}
     data_options = {"train": data, "val": val, "batch_size": BATCH, "workers": options.workers}
     return {"trainer": trainer, **data_options, "fit": fit_options}
 
@@ -304,6 +308,35 @@ def test_so_has_one_whose_ranks_keep_parts_of_the_model(strategy, world_size, na
     assert samples_trained_on(tmp_path, world_size) == all_samples()
 
 
+IN_STEPS = {
+    # Its checkpoints: before and after the row of steps 6 and 9; all that is due at step 6 is done once.
+    "stop where a row is due": [Options(stop_after_step=5), Options(stop_after_step=2)],
+    "stop in a validation": [Options(stop_after_validation=5)],
+    "stop at the last step": [Options(stop_after_step=9)],
+    "kill between rows": [Options(checkpoint_every=1, kill_after_step=8)],
+    "kill in the save after a row": [Options(checkpoint_every=3, kill_in_save=2)],
+    "stop, stop in a validation, and kill": [
+        Options(checkpoint_every=2, stop_after_step=3),
+        Options(checkpoint_every=2, stop_after_validation=4),
+        Options(checkpoint_every=2, kill_after_step=2),
+    ],
+}
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(2 + i % 2, name) for i, name in enumerate(IN_STEPS)])
+def test_so_has_one_that_counts_steps(world_size, name, uninterrupted, tmp_path):
+    interruptions = [replace(each, in_steps=True) for each in IN_STEPS[name]]
+    final = Options(checkpoint_every=interruptions[-1].checkpoint_every, in_steps=True)
+    continue_to_the_end(tmp_path, world_size, interruptions, final)
+    found = final_state(tmp_path)
+    rows = [(row["step"], row["phase"]) for row in found["rows"]]
+    assert rows == [
+        *((2, "train"), (3, "val"), (4, "train"), (6, "train+val")),
+        *((8, "train"), (9, "val"), (10, "train+val")),
+    ]
+    assert differences(found, uninterrupted(world_size, final)) == []
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_augmentation_in_loading_processes_continues(world_size, uninterrupted, tmp_path):
     final = Options(workers=2)
@@ -379,7 +412,7 @@ def test_on_another_number_of_ranks_the_curve_is_the_same(before, after, uninter
     train(after, tmp_path, job, final)
     found, expected = final_state(tmp_path), uninterrupted(before, final)
     for row, expected_row in zip(found["rows"], expected["rows"], strict=True):
-        assert row == pytest.approx(expected_row, rel=1e-5)
+        assert row == approximately(expected_row, rel=1e-5)
         assert row["train_acc"] == expected_row["train_acc"]
     for name, value in expected["weights"]["last.pt"].items():
         torch.testing.assert_close(found["weights"]["last.pt"][name], value, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from faults.job.fault import EPOCH_STEPS, EPOCHS, SAMPLES, VAL_SAMPLES
+from training import timeless
 
 from dtrain.run.folder import RunDir
 
@@ -35,7 +36,7 @@ class History:
     @classmethod
     def read(cls, run: RunDir, launches: list[Path]) -> History:
         """Of a run that these launches made, one after the other."""
-        rows = [{key: value for key, value in row.items() if key != "samples_per_s"} for row in run.rows()]
+        rows = [timeless(row) for row in run.rows()]
         weights = {path.name: torch.load(path, weights_only=True) for path in (run.last_weights, run.best_weights)}
         seen: dict[Pass, list[list[list[float]]]] = {}
         for launch in launches:

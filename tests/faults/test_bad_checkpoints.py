@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from command import Command
+from training import timeless
 
 from dtrain.files import read_json
 from dtrain.trainer.checkpoint.manager import saved
@@ -35,7 +36,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_is_exit_2(project):
     assert f"checkpoint {project.folder}/run/checkpoints/{NAMES[1]} {said} {NAMES[0]}\n" in done.err
     assert done.err.count("is skipped") == 1
     for row, before in zip(run.rows()[:2], rows, strict=True):  # epoch 2 is done again
-        assert {**row, "samples_per_s": 0} == {**before, "samples_per_s": 0}
+        assert timeless(row) == timeless(before)
     assert [path.name for path in saved(run)] == NAMES[1:3]
 
     for path in saved(run):

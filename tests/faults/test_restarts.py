@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from training import timeless
 
 MODEL = """
 import os
@@ -41,7 +42,7 @@ def job(project):
 
 def results(project, name):
     """Rows without how fast they were, and the weights' bytes."""
-    rows = [{k: v for k, v in row.items() if k != "samples_per_s"} for row in project.run_dir(name).rows()]
+    rows = [timeless(row) for row in project.run_dir(name).rows()]
     return rows, project.run_dir(name).last_weights.read_bytes()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from command import PATIENCE_S
+from training import timeless
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
@@ -78,7 +79,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory, project) -> Iterator[Shown]:
 
 
 def history(run: RunDir):
-    return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in run.rows()]
+    return [timeless(row) for row in run.rows()]
 
 
 def weights(run: RunDir) -> dict[str, bytes]:

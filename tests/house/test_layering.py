@@ -23,13 +23,14 @@ MOST_FILES = 15
 MOST_LINES = 400
 
 # For each folder, the folders that it may import; from the lowest level to the highest.
-CONTRACT = ("dtrain", "dtrain/run", "dtrain/schema", "dtrain/clusters", "dtrain/monitoring")
+CONTRACT = ("dtrain", "dtrain/run", "dtrain/schema/metrics", "dtrain/schema", "dtrain/clusters", "dtrain/monitoring")
 BASE = ("trainer/distributed", "trainer/data", "trainer/model", "trainer/checkpoint", "trainer/checks")
 PARTS = (*BASE, "trainer/loss", "trainer/metrics", "trainer/strategies", "trainer/optimization")
 MAY_IMPORT = {
     "dtrain": (),
     "dtrain/run": ("dtrain",),
-    "dtrain/schema": ("dtrain", "dtrain/run"),
+    "dtrain/schema/metrics": ("dtrain",),
+    "dtrain/schema": ("dtrain", "dtrain/run", "dtrain/schema/metrics"),
     "dtrain/clusters": ("dtrain", "dtrain/run", "dtrain/schema"),
     "dtrain/monitoring": ("dtrain", "dtrain/run", "dtrain/schema"),
     "slurm": CONTRACT,

@@ -138,7 +138,7 @@ def parts() -> dict[str, Sequence[tuple[Any, str]]]:
         ],
         "trainer/metrics/torchmetrics_private.py": [
             *((MeanMetric(), name) for name in ("_update_count", "_computed", "_reductions")),
-            # What dtrain/schema/logits.py and unfit_metrics.py look for by name.
+            # What dtrain/schema/metrics/logits.py and unfit_metrics.py look for by name.
             (compute, "normalize_logits_if_needed"),
             (group_fairness, "_AbstractGroupStatScores"),
         ],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command import DTRAIN, PATIENCE_S, RANK_VARIABLES, Done, Project
+from training import timeless
 
 PROGRAM = Path(__file__).parents[2] / "slurm" / "devcluster" / "cluster.py"
 UNAVAILABLE = 3  # the program's exit code where Slurm can't run
@@ -155,4 +156,4 @@ class Site:
     def history(self, name: str = "run") -> list[dict[str, float]]:
         """The run's rows, without how fast it was."""
         rows = self.project.run_dir(name).rows()
-        return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in rows]
+        return [timeless(row) for row in rows]

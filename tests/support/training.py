@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
+from dtrain.schema.sections import EarlyStopping
 from dtrain.trainer.checkpoint import storage
 from dtrain.trainer.checkpoint.codec import unflatten
 from dtrain.trainer.checkpoint.manager import saved
@@ -24,6 +26,7 @@ from dtrain.trainer.checkpoint.manifest import read_manifest
 from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.data.sharding import shuffled
 from dtrain.trainer.distributed.stop import Stopped
+from dtrain.trainer.fit.cadence import Cadence
 from dtrain.trainer.fit.loop import Loop
 from dtrain.trainer.fit.trained import Trained
 from dtrain.trainer.metrics.early_stopping import Best
@@ -56,16 +59,16 @@ class Samples(Dataset):
 def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args: Any) -> Any:
     """Train what `make(*args)` describes, as this rank; the history and the weights, or None where it was stopped.
 
-    A job is `trainer` (a Trainer's arguments), `train` and `val` (datasets; without `batch_size` a loader), `workers`,
+    A job is `trainer` (a Trainer's arguments), `train` and `val` (datasets; without `batch_size` loaders), `workers`,
     and `fit` (arguments of Trainer.fit).
     """
     os.environ[RUN_DIR_VARIABLE] = folder
     job = make(*args)
     trainer = Trainer(**job["trainer"], device="cpu")
-    train = job["train"]  # a loader as it is, else a dataset
+    train, val = job["train"], job.get("val")  # loaders as they are, else datasets
     if "batch_size" in job:
         train = Source(train, job["batch_size"], shuffle=True, workers=job.get("workers", 0))
-    val = Source(job["val"], job["batch_size"], shuffle=False, workers=job.get("workers", 0)) if "val" in job else None
+        val = None if val is None else Source(val, job["batch_size"], shuffle=False, workers=job.get("workers", 0))
     try:
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:
@@ -90,7 +93,8 @@ def make_loop(folder: str, job: Job) -> Loop:
     update = Update(model, optimizer, precision, trainer.settings.fit)
     ema = None if trainer.ema is None else Ema(trainer.net, trainer.ema)
     trained = Trained(model, trainer.step, precision, optimizer, update, trainer.scheduling, ema)
-    return Loop(run, trained, data, trainer.settings, Best("train_loss"))
+    cadence = Cadence(trainer.settings, validates=False, num_steps=data.train.num_steps)
+    return Loop(run, trained, data, trainer.settings, Best(EarlyStopping(monitor="train_loss")), cadence)
 
 
 def prepare(folder: Path, world_size: int) -> RunDir:
@@ -134,7 +138,13 @@ def content(checkpoint: Path) -> dict[str, Any]:
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "samples_per_s"}
+    """The row without what is measured by a clock."""
+    return {key: value for key, value in row.items() if key not in ("samples_per_s", "time")}
+
+
+def approximately(row: dict[str, Any], rel: float) -> dict[str, Any]:
+    """What a row is equal to whose numbers are nearly those of this one."""
+    return {key: value if isinstance(value, str) else pytest.approx(value, rel=rel) for key, value in row.items()}
 
 
 def differences(one: Any, other: Any) -> list[str]:

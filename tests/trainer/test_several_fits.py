@@ -47,7 +47,7 @@ for fold in range(3):
         run_dir="third" if fold == 2 else None,
     )
     predictions = trainer.predict(DataLoader(points, batch_size=7))
-    report.append([history.drop(columns="samples_per_s").to_dict("records"), predictions.tolist()])
+    report.append([history.drop(columns=["samples_per_s", "time"]).to_dict("records"), predictions.tolist()])
 with open(f"report-{os.environ['RANK']}.json", "w") as file:
     json.dump(report, file)
 """

@@ -1,6 +1,7 @@
 """The checkpoints of a run: their names, which are kept, and which one the run continues from.
 
     checkpoints/step-000000120/               in mid-epoch
+    checkpoints/step-000000120-row/           in mid-epoch, after the validation or report that was due there
     checkpoints/step-000000120-epoch-0003/    at the end of an epoch, after its validation
     checkpoints/latest                        the name of the newest
     checkpoints/damaged-step-000000100/       found damaged, and skipped
@@ -16,7 +17,7 @@ import functools
 import heapq
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,6 +32,8 @@ from dtrain import __version__
 from dtrain.errors import Problem, ResumeError, first_line
 from dtrain.files import hidden_name, write_atomic, write_text
 from dtrain.run.folder import RunDir
+from dtrain.schema.interval import Interval
+from dtrain.schema.sections import Checkpoint
 
 from ..distributed.world import World, collective_timeout
 from ..model.learned_loss import beside
@@ -40,19 +43,28 @@ from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"step-(\d+)(?:-epoch-(\d+))?")
+_NAME = re.compile(r"step-(\d+)(-row)?(?:-epoch-(\d+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Moment:
-    """When a checkpoint is made. Its name sorts by time, and identifies one state of the run."""
+    """When a checkpoint is made. Its name identifies one state of the run."""
 
     step: int  # optimizer steps since the run began
-    epoch: int | None = None  # the epoch that has just ended; None in mid-epoch
+    epoch: int = 0  # the epoch that has just ended, with a row; 0 in mid-epoch
+    has_row: bool = False  # whether in mid-epoch a row was due, and is made
+
+    @classmethod
+    def of(cls, path: Path) -> Moment:
+        """That of a checkpoint's folder."""
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        return cls(int(match[1]), int(match[3] or 0), bool(match[2]))
 
     @property
     def name(self) -> str:
-        return f"step-{self.step:09d}" + ("" if self.epoch is None else f"-epoch-{self.epoch:04d}")
+        row, epoch = "-row" * self.has_row, f"-epoch-{self.epoch:04d}" * (self.epoch > 0)
+        return f"step-{self.step:09d}{row}{epoch}"
 
 
 @dataclass(frozen=True)
@@ -80,13 +92,14 @@ class Checkpoints:
         self,
         run: RunDir,
         world: World,
-        keep: int,
+        settings: Checkpoint,
         disk: Disk,
         room: Callable[[str, Tensor], Tensor | None] = lambda *_: None,
     ) -> None:
         self._run = run
         self._world = world
-        self._keep = keep
+        self._keep = settings.keep
+        self._milestones = Interval.of(settings.keep_every)
         self._disk = disk
         self._room = room
         # A separate group, since its messages are in flight while the training sends others.
@@ -103,7 +116,7 @@ class Checkpoints:
     def snapshot(
         self,
         moment: Moment,
-        best_epoch: int,
+        best_step: int | None,
         shared: Mapping[str, Any],
         own: Mapping[str, Any],
         of_rank_0: Collection[str] = (),
@@ -138,9 +151,9 @@ class Checkpoints:
         best = self._run.best_weights
         attached = {path.name: path for path in (best, beside(best))}
         write = functools.partial(storage.save, folder, copies, about, attached, self._group)
-        return functools.partial(self._write, write, folder, best_epoch)
+        return functools.partial(self._write, write, folder, best_step)
 
-    def _write(self, write: Callable[[], None], folder: Path, best_epoch: int) -> None:
+    def _write(self, write: Callable[[], None], folder: Path, best_step: int | None) -> None:
         if not self._world.is_main:
             with contextlib.suppress(OSError):  # rank 0 has it too, and reports it
                 write()
@@ -157,7 +170,7 @@ class Checkpoints:
             with self._disk.tolerated("write checkpoints/latest"):
                 write_text(self._run.latest, f"{folder.name}\n")
             with self._disk.tolerated("remove old checkpoints"):
-                self._drop_old(best_epoch)
+                self._drop_old(best_step)
 
     def _is_saved(self, folder: Path) -> bool:
         if folder.name in self._foreign:
@@ -166,7 +179,7 @@ class Checkpoints:
 
     def _describe(self, moment: Moment) -> dict[str, Any]:
         versions = {"dtrain": __version__, "torch": torch.__version__}
-        about = {"format": FORMAT, "job": self._job, "step": moment.step, "epoch": moment.epoch}
+        about = {"format": FORMAT, "job": self._job, "step": moment.step, "epoch": moment.epoch or None}
         return {**about, "world_size": self._world.world_size, "versions": versions}
 
     @functools.cached_property
@@ -175,13 +188,25 @@ class Checkpoints:
         job = yaml.safe_load(self._run.job.read_text())
         return job["name"] if isinstance(job, dict) else None
 
-    def _drop_old(self, best_epoch: int) -> None:
-        """Keep the newest ones, and the one at the end of the best epoch so far."""
+    def _drop_old(self, best_step: int | None) -> None:
+        """Keep the newest ones, that of the best weights so far, and the milestones."""
         own = [path for path in saved(self._run) if path.name not in self._foreign]
-        for path in own[: -self._keep]:
-            if not path.name.endswith(f"-epoch-{best_epoch:04d}"):
+        kept = {*own[-self._keep :], *self._first_of_each(own)}
+        for path in own:
+            moment = Moment.of(path)
+            is_best = moment.step == best_step and (moment.has_row or moment.epoch > 0)
+            if path not in kept and not is_best:
                 outdated = path.rename(hidden_name(path))  # a stop must not leave half of it under its name
                 shutil.rmtree(outdated)
+
+    def _first_of_each(self, checkpoints: Iterable[Path]) -> Iterator[Path]:
+        """Of those with which or after which a milestone's interval was over, the first each."""
+        over = 0
+        for path in checkpoints:
+            moment = Moment.of(path)
+            if self._milestones is not None and (number := self._milestones.number(moment.step, moment.epoch)) > over:
+                over = number
+                yield path
 
     def _set_aside(self, path: Path, why: str) -> None:
         self._foreign.add(path.name)
@@ -294,8 +319,7 @@ class Checkpoints:
 
 def saved(run: RunDir) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    found = {path: match for path in run.checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))}
-    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)))
+    return sorted((path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), key=Moment.of)
 
 
 def restore_best(path: Path, run: RunDir) -> None:

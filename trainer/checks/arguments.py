@@ -34,7 +34,7 @@ _WRAPPERS = (
 
 
 # The keys of job.yaml's `fit` that Trainer.fit or the launcher takes; the others are Trainer's arguments by name.
-OF_THE_RUN = {"epochs", "early_stopping", "restarts"}
+OF_THE_RUN = {"epochs", "steps", "early_stopping", "restarts"}
 
 
 class Settings(Section):
@@ -45,13 +45,16 @@ class Settings(Section):
     launch: Launch
     seed: Seed
 
-    def of_fit(self, *, epochs: int, early_stopping: Mapping[str, Any], seed: int) -> Settings:
+    def of_fit(
+        self, *, epochs: int | None, steps: int | None, early_stopping: Mapping[str, Any], seed: int
+    ) -> Settings:
         """These, with what is said when it fits.
 
         Raises:
             UserError: what job.yaml would refuse, in its words.
         """
-        fit = {**self.fit.model_dump(), "epochs": epochs, "early_stopping": dict(early_stopping)}
+        length = {"epochs": epochs, "steps": steps}
+        fit = {**self.fit.model_dump(), **length, "early_stopping": dict(early_stopping)}
         return _checked({**self.model_dump(), "fit": fit, "seed": seed})
 
 
@@ -67,7 +70,11 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     fit["strategy"] = name_of(fit["strategy"]) or fit["strategy"]
     values = {
         "fit": {"epochs": 1, **fit},
-        "checkpoint": {"every": arguments["checkpoint_every"], "keep": arguments["keep"]},
+        "checkpoint": {
+            "every": arguments["checkpoint_every"],
+            "keep": arguments["keep"],
+            "keep_every": arguments["keep_every"],
+        },
         "launch": {"device": arguments["device"]},
         "seed": arguments["seed"],
     }

@@ -59,9 +59,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
         beginning(build_source(job, job.data.train, training=True)),
         None if job.data.val is None else beginning(build_source(job, job.data.val, training=False)),
         epochs=EPOCHS,
-        patience=None,
-        monitor=job.monitor,
-        mode=job.monitor_mode,
+        early_stopping={"monitor": job.monitor, "mode": job.stopping.mode},
     )
     if trainer.world.is_main:
         splits = loop.data.train.state_dict().get("splits")

@@ -62,14 +62,12 @@ def begin(request: RankRequest) -> tuple[RunDir, Job]:
 def fit(job: Job) -> None:
     """Build the job's parts and train. All ranks take part."""
     trainer = build_trainer(job)
-    stopping = job.fit.early_stopping
     loop = trainer.train(
         build_source(job, job.data.train, training=True),
         None if job.data.val is None else build_source(job, job.data.val, training=False),
         epochs=job.fit.epochs,
-        patience=stopping.patience if stopping else None,
-        monitor=job.monitor,
-        mode=job.monitor_mode,
+        steps=job.fit.steps,
+        early_stopping={**job.stopping.model_dump(), "monitor": job.monitor},
     )
     trainer.draw(loop)
 
@@ -103,6 +101,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         strategy=getattr(job, job.fit.strategy, job.fit.strategy),  # its section, if it has one
         checkpoint_every=job.checkpoint.every,
         keep=job.checkpoint.keep,
+        keep_every=job.checkpoint.keep_every,
         **job.fit.model_dump(exclude=OF_THE_RUN | {"strategy"}),
     )
 

@@ -13,7 +13,7 @@ from dtrain.run.heartbeat import Phase
 from ..checks.optimizer_kinds import judged
 from ..data.indexed import Batch, Batches
 from ..distributed.seeds import rng_state, set_rng_state
-from ..distributed.stop import StopAgreement
+from ..distributed.wishes import Agreement, Wish
 from ..distributed.world import World
 from ..loss.step import Step
 from ..metrics.epoch_totals import Tally
@@ -31,41 +31,41 @@ class Validation:
         self._trained = trained
         self._data = data
         self._progress = progress
-        self._stop = StopAgreement(trained.world, progress.heartbeat)
+        self._agreement = Agreement(trained.world, progress.heartbeat)
 
-    def run(self) -> int:
-        """Add every validation sample to the tallies, once; the signal on which it was left, or 0.
+    def run(self) -> bool:
+        """Add every validation sample to the tallies, once; False where it was left, since a rank is to stop.
 
         All ranks take part in the agreement on a stop, and in a sharded forward. Where it is left the run will continue
         with the whole validation, and with the random numbers that it began with.
         """
         if self._data.val is None:
-            return 0
+            return True
         self._progress.enter(Phase.VALIDATING)
         device = self._trained.world.device
         before = rng_state(device)
         for tally in self._data.val_tallies:
             with judged(self._trained.optimizer):
-                signal_number = self._evaluate(self._data.val, tally)
-            if signal_number:
+                is_whole = self._evaluate(self._data.val, tally)
+            if not is_whole:
                 set_rng_state(before, device)
                 for begun in self._data.val_tallies:
                     begun.reset()
-                return signal_number
-        return 0
+                return False
+        return True
 
-    def _evaluate(self, batches: Batches, tally: Tally) -> int:
+    def _evaluate(self, batches: Batches, tally: Tally) -> bool:
         trained, is_of_average = self._trained, tally.phase == "ema"
         averaged = trained.ema.in_place() if trained.ema is not None and is_of_average else contextlib.nullcontext()
         tally.reset()
         with averaged, trained.model.evaluating():
             for i, batch in enumerate(batches.epoch(self._progress.position.epoch)):
-                self._stop.ask()
+                self._agreement.ask()
                 evaluate_batch(trained.model, trained.step, batch, tally, i)
                 self._progress.beat(Phase.VALIDATING, i + 1)
-                if signal_number := self._stop.agreed():
-                    return signal_number
-        return 0
+                if Wish.STOP in self._agreement.agreed():
+                    return False
+        return True
 
 
 @torch.no_grad()

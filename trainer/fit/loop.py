@@ -7,19 +7,23 @@ what only rank 0 does (files, reports) stands under `if self.world.is_main`.
 from __future__ import annotations
 
 import time
+from datetime import datetime, timezone
 from typing import NoReturn
 
 from dtrain.run.folder import Row, RunDir
 from dtrain.run.heartbeat import Heartbeat, Phase
+from dtrain.schema.metrics.monitor import covers
 
 from ..checkpoint.background import say
 from ..checks.arguments import Settings
 from ..checks.batch_norm import warn_of_small_shares
 from ..checks.optimizer_kinds import start_training, stop_training
-from ..distributed.stop import DOUBT, StopAgreement, Stopped
+from ..distributed.stop import Stopped
+from ..distributed.wishes import Agreement, Wish
 from ..metrics.early_stopping import Best
 from ..model.modes import begin_training
 from ..optimization.learning_check import Learning
+from .cadence import Cadence, Due
 from .data import FitData
 from .evaluation import Validation, gather_values
 from .progress import Progress
@@ -31,29 +35,33 @@ LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
 class Loop:
-    """Trains until the last epoch, until patience runs out, or until all ranks agree to stop.
+    """Trains until the last epoch or step, until early stopping says so, or until all ranks agree to stop.
 
     Args:
         run: the folder that it all goes to.
         trained: what is trained.
         data: what it is trained on.
-        settings: of them `fit.epochs`, `checkpoint` and `seed`.
-        best: what decides which epoch is the best, and when patience runs out.
+        settings: of them `fit`, `checkpoint` and `seed`.
+        best: what decides which weights are the best, and when to stop early.
+        cadence: what decides when to report, to validate and to save.
     """
 
-    def __init__(self, run: RunDir, trained: Trained, data: FitData, settings: Settings, best: Best) -> None:
+    def __init__(
+        self, run: RunDir, trained: Trained, data: FitData, settings: Settings, best: Best, cadence: Cadence
+    ) -> None:
         self.trained = trained
         self.data = data
         self.world = trained.world
-        self.progress = Progress(settings.fit.epochs, best, data, Heartbeat(run.heartbeat(self.world.rank)))
+        self.cadence = cadence
+        self.progress = Progress(settings.fit, best, data, Heartbeat(run.heartbeat(self.world.rank)))
         self.train_step = TrainingStep(trained, data.train_tally, self.progress)
         self.validation = Validation(trained, data, self.progress)
         self.saver = Saver(run, trained, data, self.progress, settings)
-        self.checkpoint_every = settings.checkpoint.every
-        report = say if self.world.is_main else lambda line: None
+        self.say = say if self.world.is_main else lambda line: None
         is_scaled = trained.precision.name == "fp16"
-        self.learning = Learning(trained.model, trained.optimizer, report, scales=is_scaled)
-        self.stop = StopAgreement(self.world, self.progress.heartbeat)
+        self.learning = Learning(trained.model, trained.optimizer, self.say, scales=is_scaled)
+        self.agreement = Agreement(self.world, self.progress.heartbeat)
+        self.is_to_save = False  # since a rank's clock says so
         self._looked_at = 0.0
 
     def run(self) -> None:
@@ -68,21 +76,12 @@ class Loop:
                 self.trained.require_savable()
                 self.saver.resume()
                 begin_training(self.trained.model.bare)
+                if not self.progress.is_over:
+                    self.begin_window()
                 while not self.progress.is_over:
-                    # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
                     self.train_epoch()
-                    # All ranks: evaluate rank 0's model, each rank on its own share of the validation set.
-                    self.trained.model.share_buffers()
-                    self.validate()
-                    # All ranks: what each has added up meets on rank 0, which reports it back to all.
-                    row = self.report()
-                    # All ranks: whether anything is learned is seen from the same row.
-                    self.learning.judge(row, is_last=self.progress.position.epoch == self.progress.epochs)
-                    # All ranks: the decision what is best is the same everywhere, made from the same row.
-                    is_best = self.end_epoch(row)
-                    # All ranks copy, and go on while the copies are written; rank 0 writes the results.
-                    checkpoint = self.checkpoint_every == "epoch" or self.progress.is_over
-                    self.saver.save(results=True, is_best=is_best, checkpoint=checkpoint)
+                    if not self.progress.is_over:
+                        self.pause(epoch_ends=True)
                 self.saver.settle()
                 stop_training(self.trained.optimizer)
                 self.progress.beat()
@@ -90,35 +89,45 @@ class Loop:
             self.progress.enter(Phase.DONE)
 
     def train_epoch(self) -> None:
-        """The rest of the epoch's steps. All ranks take part."""
+        """The rest of the epoch's steps, or of the run's, and what is due in between. All ranks take part."""
         progress, position = self.progress, self.progress.position
-        self.learning.begin(position.step)
-        began, samples_before = time.perf_counter(), progress.samples_done
+        if position.step_in_epoch and not progress.is_at_epochs_end:
+            self.pause(epoch_ends=False)  # what was due when the run was stopped
+        if progress.is_over:
+            return
+        # All ranks: the batches of this epoch that are still to do, an optimizer step for each.
         for batch in self.data.train.epoch(position.epoch, position.step_in_epoch):
             step_began = time.perf_counter()
-            self.stop.ask(in_doubt=self.learning.take_doubt())
+            self.agreement.ask(self.wishes())
             self.train_step(batch.micro_batches)
             if not progress.samples_done:  # the optimizer has a state from now on
                 self.trained.require_savable()
                 warn_of_small_shares(self.trained.model.bare, batch.samples, self.world)
             progress.end_step(batch.samples, time.perf_counter() - step_began)
             self.after_step()
-        progress.enter(Phase.WAITING)
-        self.world.await_device()  # what is measured is training, not asking for it
-        samples = progress.samples_done - samples_before  # none when only the validation was left to do
-        progress.samples_per_s = samples / (time.perf_counter() - began) if samples else None
+            if not progress.is_at_epochs_end:
+                self.pause(epoch_ends=False)
+                if progress.is_over:
+                    return
+
+    def wishes(self) -> list[Wish]:
+        """What this rank wishes for before a step."""
+        wishes = [Wish.JUDGE] if self.learning.take_doubt() else []
+        if self.world.is_main:  # whose clock counts
+            wishes += [Wish.STOP] if self.cadence.is_time_up else []
+            wishes += [Wish.SAVE] if self.cadence.is_time_to_save else []
+        return wishes
 
     def after_step(self) -> None:
-        """Show the step, stop if any rank was asked to, save if it is time. All ranks take part."""
+        """Show the step, and do what any rank has wished for. All ranks take part."""
         self.look_at_loss()
         self.progress.beat()
-        signal_number, step = self.stop.agreed(), self.progress.position.step
-        if signal_number == DOUBT:
-            self.learning.require_finite(step)
-        elif signal_number:
-            self.stop_here(signal_number)
-        if self.checkpoint_every != "epoch" and step % self.checkpoint_every == 0:
-            self.saver.save(results=False)
+        wishes = self.agreement.agreed()
+        if Wish.JUDGE in wishes:
+            self.learning.require_finite(self.progress.position.step)
+        if Wish.STOP in wishes:
+            self.stop_here()
+        self.is_to_save |= Wish.SAVE in wishes
 
     def look_at_loss(self) -> None:
         """See this rank's loss so far. Waits for the device: only now and then, and only on rank 0."""
@@ -129,38 +138,83 @@ class Loop:
             self.progress.loss = self.data.train_tally.mean_loss()
             self.learning.see(self.progress.loss)
 
-    def validate(self) -> None:
-        """Every validation sample once. All ranks take part."""
-        if signal_number := self.validation.run():
-            self.stop_here(signal_number)
+    def pause(self, *, epoch_ends: bool) -> None:
+        """Between two steps, report, validate and save what is due. All ranks take part, with the same decisions."""
+        progress = self.progress
+        run_ends = progress.ends(epoch_ends=epoch_ends)
+        due = self.cadence.due(progress.position, epoch_ends=epoch_ends, run_ends=run_ends)
+        if epoch_ends or due.validation:
+            # All ranks: rank 0's buffers are what is evaluated and saved.
+            self.trained.model.share_buffers()
+        row, is_best = self.report(due, epoch_ends=epoch_ends) if due.row else ({}, False)
+        self.trained.scheduling.after_row(row, epoch_ends=epoch_ends)
+        if row:
+            # All ranks: whether anything is learned is seen from the same row.
+            self.learning.judge(row, epoch_ends=epoch_ends, is_last=run_ends)
+            progress.rows.append(row)
+            self.saver.write_rows()
+        if epoch_ends:
+            progress.end_epoch()
+        results, checkpoint = epoch_ends or "val_loss" in row or run_ends, due.checkpoint or self.is_to_save
+        if results or checkpoint or progress.is_over:
+            # All ranks copy, and go on while the copies are written; rank 0 writes the results.
+            self.saver.save(results=results, is_best=is_best, checkpoint=checkpoint or progress.is_over)
+        if checkpoint:
+            self.is_to_save = False
+            self.cadence.saved()
+        if "train_loss" in row and not progress.is_over:
+            self.begin_window()
 
-    def report(self) -> Row:
-        """The epoch's row, the same on all ranks. All ranks take part: one synchronisation for all of it."""
-        self.progress.enter(Phase.REPORTING)
-        values = gather_values(self.world, self.data.tallies)
+    def report(self, due: Due, *, epoch_ends: bool) -> tuple[Row, bool]:
+        """A row of what is due, the same on all ranks, and whether it is the best so far. All ranks take part."""
+        progress, best = self.progress, self.progress.best
+        progress.enter(Phase.WAITING)
+        self.world.await_device()  # what is measured is training, not asking for it
+        progress.speed.pause()
+        if due.validation and not self.validation.run():
+            self.stop_here()
+        row = self.row(due.report, due.validation, epoch_ends=epoch_ends)
+        is_best = covers(row, best.monitor) and best.update(row)
+        if best.verdict is not None:
+            if not due.report:  # what has been trained since the last report is not lost
+                row = {**self.row(True, False, epoch_ends=epoch_ends), **row, "phase": "train+val"}
+            self.say(f"stopping early, after step {row['step']}: {best.verdict}")
+        progress.end_report(training="train_loss" in row, validation=due.validation)
+        for tally in self.data.tallies:
+            if f"{tally.phase}_loss" in row:
+                tally.reset()
+        progress.speed.start()
+        return row, is_best
+
+    def row(self, training: bool, validation: bool, *, epoch_ends: bool) -> Row:
+        """What training or validation have added up. All ranks take part: one synchronisation for all of it."""
+        progress, data = self.progress, self.data
+        progress.enter(Phase.REPORTING)
+        values = gather_values(self.world, [data.train_tally] * training + [*data.val_tallies] * validation)
         row: Row = {
-            "epoch": self.progress.position.epoch,
-            "step": self.progress.position.step,
-            "lr": float(self.progress.lr),
-            "samples_per_s": self.progress.samples_per_s,
+            "epoch": progress.position.epoch if epoch_ends else progress.epoch,
+            "step": progress.position.step,
+            "phase": "+".join(["train"] * training + ["val"] * validation),
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "lr": float(progress.lr),
+            "samples_per_s": progress.speed.take() if training else None,
             **values,
         }
         return self.world.from_main(row)
 
-    def end_epoch(self, row: Row) -> bool:
-        """Take in what the epoch brought, and move on to the next; whether it is the best so far. No collective."""
-        is_best = self.progress.end_epoch(row)
-        self.trained.scheduling.after_epoch(row)
-        for tally in self.data.tallies:
-            tally.reset()
-        return is_best
+    def begin_window(self) -> None:
+        """Begin with what the next report of the training covers. All ranks take part."""
+        self.learning.begin(self.progress.position.step)
+        self.progress.speed.start()
 
-    def stop_here(self, signal_number: int) -> NoReturn:
+    def stop_here(self) -> NoReturn:
         """Save a checkpoint of this very step, and end. All ranks take part.
 
         Raises:
             Stopped: it is saved.
             UserError: it could not be.
         """
+        if self.cadence.is_time_up:
+            self.say(f"fit.max_time is over: stopping after step {self.progress.position.step}, with a checkpoint")
         self.saver.save_and_wait()
-        raise Stopped(signal_number)
+        raise Stopped

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from dtrain.run.folder import Row
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
+from dtrain.schema.sections import Fit
 
 from ..metrics.early_stopping import Best
 from .data import FitData
@@ -22,22 +24,54 @@ class Position:
     epoch: int = 1
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps since the run began
+    reported: int = 0  # the step after which training was last reported
+    validated: int = 0  # the step after which the model was last validated
+
+    @property
+    def has_row(self) -> bool:
+        """Whether a row was made after the last step."""
+        return self.step > 0 and self.step in (self.reported, self.validated)
+
+
+class Speed:
+    """Samples per second, of the time between `start` and `pause`."""
+
+    def __init__(self) -> None:
+        self._samples, self._seconds = 0, 0.0
+        self._began: float | None = None
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def add(self, samples: int) -> None:
+        self._samples += samples
+
+    def pause(self) -> None:
+        if self._began is not None:
+            self._seconds += time.perf_counter() - self._began
+        self._began = None
+
+    def take(self) -> float | None:
+        """Those since the last call; None where there were none."""
+        samples, seconds = self._samples, self._seconds
+        self._samples, self._seconds = 0, 0.0
+        return samples / seconds if samples else None
 
 
 class Progress:
     """The same on all ranks, but for what has been measured in this process. No collective anywhere.
 
     Attributes:
-        rows: of the epochs done.
+        rows: those made so far.
         lr: of the last step done.
         samples_done, steps_done: over all ranks, since this process began.
-        samples_per_s: of this epoch's training in this process.
+        speed: of the training since the last report, in this process.
         step_s, checkpoint_s: how long the last step, and the last checkpoint, took.
         loss: the last one that this rank has looked at.
     """
 
-    def __init__(self, epochs: int, best: Best, data: FitData, heartbeat: Heartbeat) -> None:
-        self.epochs = epochs
+    def __init__(self, fit: Fit, best: Best, data: FitData, heartbeat: Heartbeat) -> None:
+        self._max_epochs, self._max_steps = fit.epochs, fit.steps
         self.best = best
         self.heartbeat = heartbeat
         self._data = data
@@ -45,28 +79,60 @@ class Progress:
         self.rows: list[Row] = []
         self.lr: float | Tensor = math.nan
         self.samples_done = self.steps_done = 0
-        self.samples_per_s: float | None = None
+        self.speed = Speed()
         self.step_s = self.checkpoint_s = 0.0
         self.loss = math.nan
 
     @property
     def is_over(self) -> bool:
-        """Whether no epoch is left to do."""
-        return self.position.epoch > self.epochs or self.best.exhausted
+        """Whether no step is left to do."""
+        return self.is_long_enough or self.best.verdict is not None
+
+    @property
+    def is_long_enough(self) -> bool:
+        """Whether all of its epochs, or its steps, are done."""
+        position, epochs, steps = self.position, self._max_epochs, self._max_steps
+        is_at_end = steps is not None and position.step >= steps and position.has_row
+        return is_at_end or (epochs is not None and position.epoch > epochs)
+
+    def ends(self, *, epoch_ends: bool) -> bool:
+        """Whether no other step is to follow on the last one, with which an epoch ends or not."""
+        position, epochs, steps = self.position, self._max_epochs, self._max_steps
+        is_last_epoch = epoch_ends and epochs is not None and position.epoch >= epochs
+        return is_last_epoch or (steps is not None and position.step >= steps)
+
+    @property
+    def is_at_epochs_end(self) -> bool:
+        """Whether no step is left of this epoch, as far as that is known before the next batch is asked for."""
+        return self.position.step_in_epoch == self._data.train.num_steps
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs are done: within one a fraction, where it is known how long one is."""
+        position, steps = self.position, self._data.train.num_steps
+        if not position.step_in_epoch or not steps:
+            return position.epoch - 1
+        return position.epoch if self.is_at_epochs_end else position.epoch - 1 + position.step_in_epoch / steps
 
     def end_step(self, samples: int, seconds: float) -> None:
         """Record a finished step with this many samples over all ranks."""
         self.samples_done += samples
+        self.speed.add(samples)
         self.steps_done += 1
         self.position.step += 1
         self.position.step_in_epoch += 1
         self.step_s = seconds
 
-    def end_epoch(self, row: Row) -> bool:
-        """Record a finished epoch and its row; whether it is the best so far."""
-        self.rows.append(row)
-        self.position = Position(self.position.epoch + 1, 0, self.position.step)
-        return self.best.update(row)
+    def end_report(self, *, training: bool, validation: bool) -> None:
+        """Note of what a row has been made after the last step."""
+        if training:
+            self.position.reported = self.position.step
+        if validation:
+            self.position.validated = self.position.step
+
+    def end_epoch(self) -> None:
+        """Move on to the next epoch."""
+        self.position = replace(self.position, epoch=self.position.epoch + 1, step_in_epoch=0)
 
     def enter(self, phase: Phase) -> None:
         """Show the phase that this rank enters within the same step."""
@@ -78,20 +144,32 @@ class Progress:
         Args:
             validated: batches, while it validates.
         """
-        batches = self._data.val if validated and self._data.val else self._data.train
+        position, steps = self.position, self._data.train.num_steps
+        if self._max_steps is not None:  # of a stream without an end, the run's steps are those of its only epoch
+            steps = min(steps or self._max_steps, position.step_in_epoch + self._max_steps - position.step)
+        if validated and self._data.val:
+            steps = self._data.val.num_steps
+        epochs, is_past = self._epochs(), self.is_over and not position.step_in_epoch
         self.heartbeat.beat(
             Beat(
-                epoch=min(self.position.epoch - self.is_over, self.epochs),  # the last one, at the end
-                epochs=self.epochs,
-                step=self.position.step,
-                step_in_epoch=validated or self.position.step_in_epoch,
-                steps_in_epoch=batches.num_steps or 0,
+                epoch=min(position.epoch - is_past, epochs),  # the last one, at the end
+                epochs=epochs,
+                step=position.step,
+                step_in_epoch=validated or position.step_in_epoch,
+                steps_in_epoch=steps or 0,
                 samples=float(self.samples_done),
                 loss=self.loss,
                 phase=phase,
                 stop_s=self.step_s + self.checkpoint_s,
             )
         )
+
+    def _epochs(self) -> int:
+        """How many epochs there will be, also if only the number of steps is given; at least those begun."""
+        steps = self._data.train.num_steps
+        by_steps = -(-self._max_steps // steps) if self._max_steps is not None and steps else None
+        known = [each for each in (self._max_epochs, by_steps) if each is not None]
+        return min(known) if known else self.position.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Its part of a checkpoint."""

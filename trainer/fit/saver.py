@@ -11,7 +11,7 @@ from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import Phase
 
-from ..checkpoint.background import Background, Disk
+from ..checkpoint.background import GRACE_S, Background, Disk
 from ..checkpoint.manager import Checkpoints, Moment, Snapshot, restore_best
 from ..checkpoint.results import Results
 from ..checks.arguments import Settings
@@ -38,7 +38,7 @@ class Saver:
         self._world = trained.world
         self._disk = Disk(run)
         self._results = Results(run, self._disk)
-        self._checkpoints = Checkpoints(run, trained.world, settings.checkpoint.keep, self._disk, trained.room)
+        self._checkpoints = Checkpoints(run, trained.world, settings.checkpoint, self._disk, trained.room)
         self._background = Background()
 
     def __enter__(self) -> Saver:
@@ -49,6 +49,7 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._background.__exit__(kind, error, traceback)
+        self._results.history.wait(GRACE_S)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ class Saver:
         """Copy what must be kept, and write it in the background. All ranks take part.
 
         Args:
-            results: whether to write the history and the last weights, and with `is_best` the best ones.
+            results: whether to write the last weights, and with `is_best` the best ones.
             checkpoint: whether to save a checkpoint.
         """
         self._progress.beat(Phase.SAVING)
@@ -72,20 +73,28 @@ class Saver:
         self._background.start(jobs)
         self._progress.enter(Phase.LOADING)
 
+    def write_rows(self) -> None:
+        """Have the rows written, without waiting. No collective."""
+        if self._world.is_main:
+            self._results.history.write(self._progress.rows)
+
     def _copy_results(self, *, is_best: bool) -> None:
         of_average = self._progress.best.is_of_average
         with judged(self._trained.optimizer):
             weights = self._trained.weights(self.run, is_best=is_best, is_best_of_average=of_average)
             if self._world.is_main:
-                self._results.snapshot(weights, self._progress.rows)
+                self._results.snapshot(weights)
 
     def _copy_checkpoint(self) -> Callable[[], None]:
         """Copy the state; what is returned writes it."""
         position, own = self._progress.position, self._own_state()
         buffers = [f"model/{name}" for name in own["buffers"]] + [f"loss/{name}" for name in own["loss_buffers"]]
-        moment = Moment(position.step, position.epoch - 1 if position.step_in_epoch == 0 else None)
+        is_at_epochs_end = position.step_in_epoch == 0
+        moment = Moment(
+            position.step, position.epoch - 1 if is_at_epochs_end else 0, position.has_row and not is_at_epochs_end
+        )
         shared = {**self._progress.state_dict(), **self._trained.state_dict()}
-        return self._checkpoints.snapshot(moment, self._progress.best.epoch, shared, own, buffers)
+        return self._checkpoints.snapshot(moment, self._progress.best.step, shared, own, buffers)
 
     def _own_state(self) -> dict[str, Any]:
         """What each rank has to itself."""
@@ -109,6 +118,7 @@ class Saver:
         self.save(results=True, checkpoint=False)
         self._progress.enter(Phase.SAVING)
         self._background.wait()
+        self._results.history.wait()
         if self._world.from_main(self._checkpoints.failed):  # rank 0 has said why, before another rank ends
             step, last = self._progress.position.step, self._disk.last_good()
             raise UserError(f"stopped at step {step}, but the checkpoint could not be written; {last}")
@@ -133,8 +143,7 @@ class Saver:
         if snapshot is not None:
             self._restore(snapshot)
         if self._world.is_main:
-            with self._disk.tolerated("write metrics.jsonl"):
-                self.run.write_rows(self._progress.rows)
+            self._results.history.begin(self._progress.rows)
         self._world.barrier()  # no rank saves before all have read
         self._progress.beat()
 

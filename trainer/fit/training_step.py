@@ -113,7 +113,7 @@ class TrainingStep:
                 self._trial.look(outcome, micro_batch, i)
             totals.append(outcome.total.detach())
             if micro_batch.samples and counted:
-                self._tally.add(outcome, micro_batch.samples, position.step_in_epoch)
+                self._tally.add(outcome, micro_batch.samples, position.step)
         model.loss.average_gradients()
         if weight.is_summed:
             weight.rescale(model.gradients(self._trained.optimizer))

@@ -1,32 +1,39 @@
-"""Which epoch is the best so far, and whether to continue."""
+"""Which weights are the best so far, and whether to continue."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from dtrain.errors import UserError, among
 from dtrain.run.folder import Row
+from dtrain.schema.sections import EarlyStopping
 
 
-@dataclass
 class Best:
-    """The best epoch by a monitored value. Ties keep the earlier; nan is never better.
+    """The best moment of a fit by a monitored value, of those rows that have it. Ties keep the earlier; nan is
+    never better.
+
+    Args:
+        settings: with the monitor's name.
 
     Attributes:
-        patience: epochs in a row without improvement after which training ends; None: never.
+        value, epoch, step: of the best row; epoch and step 0 before the first.
+        stale: how many rows in succession were no improvement by `min_delta`.
     """
 
-    monitor: str
-    mode: str = "min"
-    patience: int | None = None
-    value: float = math.nan
-    epoch: int = 0
-    stale_epochs: int = 0
+    def __init__(self, settings: EarlyStopping) -> None:
+        assert settings.monitor is not None
+        self.monitor = settings.monitor
+        self.mode = settings.mode
+        self._settings = settings
+        self.value = self._last = self._reference = math.nan
+        self.epoch: float = 0
+        self.step = 0
+        self.stale = 0
 
     def update(self, row: Row) -> bool:
-        """Take in an epoch's row; whether it is the best so far (the first one always is).
+        """Take in a row; whether it is the best so far (the first one always is).
 
         Raises:
             UserError: the row has no single number under the monitor's name.
@@ -35,12 +42,20 @@ class Best:
         if not isinstance(value, float):
             names = [name for name, found in row.items() if isinstance(found, float)]
             raise UserError(f"monitor {self.monitor} is not a single value of this epoch; {among(self.monitor, names)}")
-        better = value < self.value if self.mode == "min" else value > self.value
-        if self.epoch == 0 or better or (math.isnan(self.value) and not math.isnan(value)):
-            self.value, self.epoch, self.stale_epochs = value, int(row["epoch"]), 0
+        is_first, self._last = self.epoch == self.step == 0, value
+        if is_first or self._is_better(value, self._reference, self._settings.min_delta):
+            self._reference, self.stale = value, 0
+        else:
+            self.stale += 1
+        if is_first or self._is_better(value, self.value):
+            self.value, self.epoch, self.step = value, row["epoch"], int(row["step"])
             return True
-        self.stale_epochs += 1
         return False
+
+    def _is_better(self, value: float, than: float, by: float = 0.0) -> bool:
+        if math.isnan(than):
+            return not math.isnan(value)
+        return value < than - by if self.mode == "min" else value > than + by
 
     @property
     def is_of_average(self) -> bool:
@@ -48,12 +63,23 @@ class Best:
         return self.monitor.startswith("ema_")
 
     @property
-    def exhausted(self) -> bool:
-        """Whether patience has run out."""
-        return self.patience is not None and self.stale_epochs >= self.patience
+    def verdict(self) -> str | None:
+        """Why the fit should end now; None: it should go on."""
+        patience, threshold = self._settings.patience, self._settings.threshold
+        if patience is not None and self.stale >= patience:
+            return f"{self.monitor} has not improved {patience} times in a row"
+        if self._settings.stop_on_nan and self.step and not math.isfinite(self._last):
+            return f"{self.monitor} is {self._last}"
+        if threshold is not None and (self.value <= threshold if self.mode == "min" else self.value >= threshold):
+            return f"{self.monitor} has reached {threshold:g}"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "epoch": self.epoch, "stale_epochs": self.stale_epochs}
+        best = {"value": self.value, "epoch": self.epoch, "step": self.step}
+        return {**best, "last": self._last, "reference": self._reference, "stale_epochs": self.stale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.epoch, self.stale_epochs = state["value"], state["epoch"], state["stale_epochs"]
+        self.value, self.epoch, self.step = state["value"], state["epoch"], state.get("step", 0)
+        # Checkpoints of version 0.1 know no min_delta.
+        self._last, self._reference = state.get("last", self.value), state.get("reference", self.value)
+        self.stale = state["stale_epochs"]

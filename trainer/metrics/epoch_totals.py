@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import UserError, among
-from dtrain.schema.metric_values import Result
+from dtrain.schema.metrics.values import Result
 
 from ..loss.step import Outcome
 from .reduce import State, Value

@@ -17,9 +17,9 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mea
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from dtrain.errors import UserError
-from dtrain.schema.logits import guesses_logits
-from dtrain.schema.metric_values import Result, named_values, values_of_no_sample
-from dtrain.schema.unfit_metrics import why_unfit
+from dtrain.schema.metrics.logits import guesses_logits
+from dtrain.schema.metrics.unfit import why_unfit
+from dtrain.schema.metrics.values import Result, named_values, values_of_no_sample
 
 from ..data.batch_tensors import map_tensors
 from ..distributed.seeds import rng_kept, seed_everything

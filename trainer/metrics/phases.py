@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from dtrain.errors import Problem, UserError, among
-from dtrain.schema.monitor import monitor_problem
+from dtrain.schema.metrics.monitor import monitor_problem
 
 from .early_stopping import Best
 from .epoch_totals import Tally

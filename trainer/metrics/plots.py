@@ -14,22 +14,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PHASES = ("train", "val", "ema")
-_WITHOUT_CURVE = ("epoch", "step", "samples_per_s")
+_WITHOUT_CURVE = ("epoch", "step", "samples_per_s")  # numbers, but no results
 _MOST_CELLS = 20  # classes, of which the numbers can be read
 
 
-def draw(folder: Path, rows: Sequence[Row], best_epoch: int, confusions: Sequence[str] = ()) -> None:
-    """Write curves.png, where there are two epochs or more, and a picture for each confusion matrix.
+def draw(folder: Path, rows: Sequence[Row], best_step: int, confusions: Sequence[str] = ()) -> None:
+    """Write curves.png, where there are two rows or more, and a picture for each confusion matrix.
+
+    The curves are drawn over epochs, or over steps where there are rows within epochs.
 
     Args:
-        best_epoch: is marked, and is the one whose matrices are drawn.
+        best_step: after which the weights were best: it is marked, and its matrices are drawn.
         confusions: names of metrics whose values are confusion matrices, a row for each target class.
     """
     figures = {}
-    if len(rows) > 1 and (panels := curves(rows)):
-        figures["curves"] = _curves(panels, best_epoch)
+    axis = "epoch" if all(isinstance(row["epoch"], int) and row["epoch"] for row in rows) else "step"
+    if len(rows) > 1 and (panels := curves(rows, axis)):
+        figures["curves"] = _curves(panels, axis, next((row[axis] for row in rows if row["step"] == best_step), None))
     for row in rows:
-        if row["epoch"] == best_epoch:
+        if row["step"] == best_step:
             names = [f"{phase}_{name}" for phase in _PHASES for name in confusions]
             figures |= {name: _confusion(name, row[name]) for name in names if row.get(name)}
     if figures:
@@ -38,8 +41,8 @@ def draw(folder: Path, rows: Sequence[Row], best_epoch: int, confusions: Sequenc
         write_atomic(folder / f"{name}.png", functools.partial(figure.savefig, format="png", dpi=120))
 
 
-def curves(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """What there is to draw: for each value (loss, acc, lr) its phases, and for each of them (epoch, value)."""
+def curves(rows: Sequence[Row], axis: str = "epoch") -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What there is to draw: for each value (loss, acc, lr) its phases, and for each of them (epoch or step, value)."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for key, value in row.items():
@@ -47,11 +50,11 @@ def curves(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]
                 continue
             phase, _, name = key.partition("_")
             panel, line = (name, phase) if phase in _PHASES and name else (key, key)
-            panels.setdefault(panel, {}).setdefault(line, []).append((row["epoch"], value))
+            panels.setdefault(panel, {}).setdefault(line, []).append((row[axis], value))
     return dict(sorted(panels.items(), key=lambda panel: panel[0] == "lr"))  # the rest as reported
 
 
-def _curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], best_epoch: int) -> Figure:
+def _curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], axis: str, best: int | None) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -62,8 +65,9 @@ def _curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], bes
     for axes, (name, phases) in zip(grid, panels.items(), strict=False):
         for phase, points in phases.items():
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=phase)
-        axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
-        axes.set(title=name, xlabel="epoch")
+        if best is not None:
+            axes.axvline(best, color="grey", linestyle=":", label=f"best {axis}")
+        axes.set(title=name, xlabel=axis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

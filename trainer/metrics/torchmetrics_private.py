@@ -1,6 +1,6 @@
 """torchmetrics' private parts, all that are used here. tests/house/test_private_parts.py covers upgrades.
 
-What dtrain/schema/logits.py looks for in its code is no part of its interface either, and is in that test too.
+What dtrain/schema/metrics/logits.py looks for in its code is no part of its interface either, and is in that test too.
 """
 
 from __future__ import annotations

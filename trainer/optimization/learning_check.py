@@ -37,7 +37,7 @@ class Learning:
         self._optimizer = optimizer
         self._report = report
         self._scales = scales
-        self._norm = math.nan  # of the weights with which the epoch began
+        self._norm = math.nan  # of the weights at the last `begin`
         self._untouched: int | None = None  # the checksum of those with which the run began, until they have changed
         self._first_step = 1
         self._seen = self._in_doubt = False
@@ -48,12 +48,12 @@ class Learning:
             self._seen = self._in_doubt = True
 
     def take_doubt(self) -> bool:
-        """Whether all ranks should check the weights together: once per epoch."""
+        """Whether all ranks should check the weights together: once per row."""
         in_doubt, self._in_doubt = self._in_doubt, False
         return in_doubt
 
     def begin(self, step: int) -> None:
-        """Begin an epoch, after so many steps. All ranks take part.
+        """Begin with what the next row will report, after so many steps. All ranks take part.
 
         Raises:
             UserError: a scheduler has set an unusable learning rate.
@@ -71,17 +71,18 @@ class Learning:
         if not math.isfinite(self._weights()):
             raise UserError(f"the weights are not finite after {self._steps(step)}, and with them the loss; {_MEND}")
 
-    def judge(self, row: Row, *, is_last: bool) -> None:
-        """Judge an epoch. All ranks take part, with the same row.
+    def judge(self, row: Row, *, epoch_ends: bool, is_last: bool) -> None:
+        """Judge a row. All ranks take part, with the same row.
 
         Args:
-            is_last: whether no epoch follows.
+            epoch_ends: whether an epoch has ended with it: fewer steps may have nothing to learn from.
+            is_last: whether no other follows.
 
         Raises:
             UserError: the run learns nothing, or can't be judged.
         """
         self._judge_losses(row)
-        if self._untouched is not None:
+        if self._untouched is not None and (epoch_ends or is_last or "val_loss" in row):
             self._judge_weights(row, self._untouched, is_last=is_last)
 
     def _judge_losses(self, row: Row) -> None:
@@ -91,7 +92,7 @@ class Learning:
             return
         step = int(row["step"])
         self.require_finite(step)
-        said = f"epoch {row['epoch']}, {self._steps(step)}: " + ", ".join(f"{n} is {v}" for n, v in odd.items())
+        said = f"{self._since(row)}: " + ", ".join(f"{n} is {v}" for n, v in odd.items())
         if "train_loss" in odd and self._weights() == self._norm:
             raise UserError(f"{said}, and the weights have not changed: nothing is learned")
         if untrue := [name for name, value in odd.items() if name != "train_loss" and math.isnan(value)]:
@@ -108,8 +109,8 @@ class Learning:
         if world.sum(torch.tensor(float(self._checksum() != untouched), device=world.device)):
             self._untouched = None
             return
-        said = f"epoch {row['epoch']}, {self._steps(int(row['step']))}: the weights have not changed"
-        if row["train_loss"] == 0:
+        said = f"{self._since(row)}: the weights have not changed"
+        if row.get("train_loss") == 0:
             self._report(f"{said}, and train_loss is 0: there is nothing to learn")
         elif is_last or not self._may_begin_later(row):
             raise UserError(
@@ -131,6 +132,11 @@ class Learning:
         """A checksum over all bits of this rank's part of what is trained. Waits for the device."""
         sums = [_sum_of_bits(weight) for weight in self._model.trained(self._optimizer)]
         return int(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0
+
+    def _since(self, row: Row) -> str:
+        """What the row covers."""
+        steps = self._steps(int(row["step"]))
+        return f"epoch {row['epoch']}, {steps}" if isinstance(row["epoch"], int) else steps
 
     def _steps(self, step: int) -> str:
         return f"steps {self._first_step} to {step}" if step > self._first_step else f"step {step}"

@@ -23,6 +23,8 @@ from torch.optim.lr_scheduler import (
 
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.run.folder import Row
+from dtrain.schema.metrics.monitor import covers
+from dtrain.schema.sections import Fit
 
 from ..distributed.torch_private import milestones_of, schedulers_in
 
@@ -77,15 +79,16 @@ class Scheduling:
             message = f"{type(ending).__name__} ended before the run did, at step {step}: {first_line(error)}"
             raise UserError(Problem(message, "scheduler", hint="set total_steps to the steps of all epochs")) from error
 
-    def after_epoch(self, row: Row) -> None:
-        """Step after an epoch with this row, if that is the interval."""
+    def after_row(self, row: Row, *, epoch_ends: bool) -> None:
+        """Step after an epoch, if that is the interval, or as often as there is the value that is wanted."""
         if self.scheduler is None or self.interval != "epoch":
             return
         if not is_fed(self.scheduler):
-            self.scheduler.step()
+            if epoch_ends:
+                self.scheduler.step()
         elif isinstance(value := row.get(self.monitor), float):
             self.scheduler.step(value)
-        else:
+        elif covers(row, self.monitor):
             message = f"{self.monitor} is no single number, and {type(self.scheduler).__name__} needs one"
             raise UserError(Problem(message, "scheduler"))
 
@@ -123,7 +126,7 @@ def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
 
 
 def check_length(
-    scheduler: Any, interval: Interval, epochs: int, num_steps: int | None, warn: Callable[[str], None]
+    scheduler: Any, interval: Interval, fit: Fit, num_steps: int | None, warn: Callable[[str], None]
 ) -> None:
     """Compare a schedule with the run. No collective.
 
@@ -134,12 +137,14 @@ def check_length(
     Raises:
         UserError: the scheduler would raise in the middle of the run.
     """
-    by_interval = {"epoch": epochs, "step": None if num_steps is None else epochs * num_steps}
-    if (calls := by_interval[interval]) is None:
+    run_steps = fit.run_steps(num_steps)
+    epochs = fit.epochs if run_steps is None or not num_steps else run_steps // num_steps
+    by_interval = {"epoch": epochs, "step": run_steps}
+    if (calls := by_interval[interval]) is None:  # a stream
         for part, _ in _parts(scheduler, sys.maxsize):
             if isinstance(part, OneCycleLR):
                 ends = f"{type(part).__name__} ends after total_steps {part.total_steps}"
-                warn(f"{ends}, and the run with it if {epochs} epochs have more: their number is not known in advance")
+                warn(f"{ends}, and the run with it if there are more {interval}s: their number is not known in advance")
         return
     unit = f"{interval}s"
     other = "step" if interval == "epoch" else "epoch"

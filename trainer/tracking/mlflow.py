@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from dtrain.files import read_json, write_json
 from dtrain.monitoring.mlflow_tracker import tracker
 from dtrain.monitoring.tracking_uri import resolve_tracking_uri, sqlite_file
 from dtrain.redact import hide_in_job, hide_password
-from dtrain.run.folder import Row, RunDir
+from dtrain.run.folder import Row, RowReader, RunDir
 from dtrain.run.sweep import Sweep
 from dtrain.schema.packages import require
 from dtrain.yaml12 import Reader, dump
@@ -103,7 +104,7 @@ class MlflowRun:
         self._folder = run
         self._job = hide_in_job(_read_job(run))
         self._job_sent = False
-        self._seen: tuple[int, ...] | None = None
+        self._rows = RowReader(run)
         self._uri = uri
         self._sweep = Sweep.of(run)
         self._script = script
@@ -120,7 +121,7 @@ class MlflowRun:
         self._experiment_id: str = found.info.experiment_id
         self._describe(found.data.params)
         history = self._client.get_metric_history(self._run_id, "epoch")
-        self._last_step = max((metric.step for metric in history), default=-1)
+        self._last = max(((metric.step, metric.value) for metric in history), default=(-1, 0.0))
 
     def update(self, final: str | None) -> None:
         """Send what the folder has and MLflow has not; `final` is the state to close the MLflow run with."""
@@ -206,26 +207,18 @@ class MlflowRun:
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
 
     def _send_new_rows(self) -> None:
-        if not self._folder.metrics.exists():  # no epoch is over yet
-            return
-        stat = self._folder.metrics.stat()
-        seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if seen == self._seen:
-            return
-        for row in self._folder.rows():
-            if row["step"] > self._last_step:
+        for row in self._rows.new():
+            if (row["step"], row["epoch"]) > self._last:
                 self._send(row)
-        self._seen = seen
 
     def _send(self, row: Row) -> None:
         from mlflow.entities import Metric
 
-        step, now = row["step"], int(time.time() * 1000)
-        metrics = [
-            Metric(_key(name), value, now, step) for name, value in row.items() if name != "step" and is_scalar(value)
-        ]
+        step, made_at = row["step"], _milliseconds(row)
+        values = {_key(name): value for name, value in row.items() if name != "step" and is_scalar(value)}
+        metrics = [Metric(name, value, made_at, step) for name, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-        self._last_step = step
+        self._last = step, row["epoch"]
 
     def _send_files(self, *, ended: bool) -> None:
         if not self._job_sent:
@@ -235,6 +228,12 @@ class MlflowRun:
             self._client.log_artifact(self._run_id, str(self._folder.best_weights), "weights")
         if ended and self._folder.plots.exists():
             self._client.log_artifacts(self._run_id, str(self._folder.plots), "plots")
+
+
+def _milliseconds(row: Row) -> int:
+    """When the row was made, as MLflow has it; a script may have written one that doesn't say."""
+    made_at = datetime.fromisoformat(row["time"]).timestamp() if "time" in row else time.time()
+    return int(made_at * 1000)
 
 
 def is_scalar(value: object) -> bool:

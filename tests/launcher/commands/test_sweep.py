@@ -7,6 +7,7 @@ import signal
 import pytest
 from command import STEPS
 from mlflow import MlflowClient
+from training import timeless
 
 from dtrain.errors import UserError
 from dtrain.files import read_json
@@ -46,7 +47,7 @@ def test_no_grid(overrides):
 
 
 def history(run):
-    return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in run.rows()]
+    return [timeless(row) for row in run.rows()]
 
 
 @pytest.mark.mlflow

@@ -23,6 +23,7 @@ from training import content, differences
 from dtrain import __version__
 from dtrain.errors import ResumeError, UserError
 from dtrain.run.folder import RunDir
+from dtrain.schema.sections import Checkpoint
 from dtrain.trainer.checkpoint.background import Background, Disk
 from dtrain.trainer.checkpoint.manager import Checkpoints, Moment, assign, saved
 from dtrain.trainer.checkpoint.manifest import FORMAT, HashedFile, file_sum
@@ -48,11 +49,11 @@ def own(step: int, rank: int = 0) -> dict[str, Any]:
 
 
 def open_checkpoints(run: RunDir, world: World = ALONE, keep: int = 10) -> Checkpoints:
-    return Checkpoints(run, world, keep, Disk(run))
+    return Checkpoints(run, world, Checkpoint(keep=keep), Disk(run))
 
 
-def save(checkpoints: Checkpoints, moment: Moment, best_epoch: int = 0) -> None:
-    checkpoints.snapshot(moment, best_epoch, state(moment.step), own(moment.step))()
+def save(checkpoints: Checkpoints, moment: Moment, best_step: int | None = None) -> None:
+    checkpoints.snapshot(moment, best_step, state(moment.step), own(moment.step))()
     assert not checkpoints.failed
 
 

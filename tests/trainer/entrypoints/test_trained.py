@@ -329,7 +329,7 @@ def test_what_is_drawn():
         "val": [(1, 2.0), (2, 1.0)],
         "ema": [(1, 3.0), (2, 3.0)],
     }
-    figure = plots._curves({name: {"val": [(1, 1.0)]} for name in "abcd"}, best_epoch=1)
+    figure = plots._curves({name: {"val": [(1, 1.0)]} for name in "abcd"}, "epoch", 1)
     assert [axes.axison for axes in figure.axes] == [True] * 4 + [False] * 2  # of two rows of three
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from training import Samples
 
 from dtrain.errors import UserError
+from dtrain.run.folder import Row
+from dtrain.schema.sections import EarlyStopping
 from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.metrics.early_stopping import Best
 from dtrain.trainer.trainer import Trainer
@@ -19,8 +22,16 @@ from dtrain.trainer.trainer import Trainer
 NAN = math.nan
 
 
+def best_by(monitor: str, mode: str = "min", **settings: Any) -> Best:
+    return Best(EarlyStopping(monitor=monitor, mode=mode, **settings))
+
+
+def row_of(epoch: int, value: float) -> Row:
+    return {"epoch": epoch, "step": 10 * epoch, "val_loss": value}
+
+
 def run(best: Best, values: list[float]) -> list[bool]:
-    return [best.update({"epoch": epoch, best.monitor: value}) for epoch, value in enumerate(values, start=1)]
+    return [best.update(row_of(epoch, value)) for epoch, value in enumerate(values, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -38,36 +49,49 @@ def run(best: Best, values: list[float]) -> list[bool]:
     ],
 )
 def test_ties_keep_the_earlier_and_nan_is_never_better(mode, values, improved_at, best_epoch):
-    best = Best("val_loss", mode)
+    best = best_by("val_loss", mode)
     assert [epoch for epoch, improved in enumerate(run(best, values), start=1) if improved] == improved_at
-    assert best.epoch == best_epoch
-    assert not best.exhausted
+    assert (best.epoch, best.step) == (best_epoch, 10 * best_epoch)
+    assert best.verdict is None
 
 
 @pytest.mark.parametrize(
-    ("patience", "values", "exhausted_after"),
+    ("settings", "values", "ends_after"),
     [
-        (1, [1.0, 1.0], 2),
-        (2, [1.0, 2.0, 0.5, 3.0, 3.0, 0.1], 5),
-        (3, [1.0, NAN, NAN, NAN], 4),
-        (2, [3.0, 2.0, 1.0], None),
+        ({"patience": 1}, [1.0, 1.0], 2),
+        ({"patience": 2}, [1.0, 2.0, 0.5, 3.0, 3.0, 0.1], 5),
+        ({"patience": 3}, [1.0, NAN, NAN, NAN], 4),
+        ({"patience": 2}, [3.0, 2.0, 1.0], None),
+        ({"patience": 2, "min_delta": 0.5}, [3.0, 2.8, 2.4, 2.2, 2.0], 5),  # 2.4 is better than 3.0 by more than 0.5
+        ({"patience": 1, "min_delta": 0.5}, [NAN, 1.0, 0.4, 0.0], 4),
+        ({"patience": 2, "min_delta": 0.5, "mode": "max"}, [1.0, 1.4, 1.6, 1.7, 1.8], 5),
+        ({"threshold": 0.5}, [1.0, 0.6, 0.5, 0.1], 3),
+        ({"threshold": 0.5, "mode": "max"}, [NAN, 0.4, 0.7], 3),
+        ({"stop_on_nan": True}, [1.0, 2.0, NAN, 1.0], 3),
+        ({"stop_on_nan": True}, [1.0, math.inf], 2),
+        ({}, [1.0, NAN, math.inf, -math.inf], None),
     ],
 )
-def test_patience_counts_epochs_in_a_row(patience, values, exhausted_after):
-    best = Best("val_loss", "min", patience)
-    exhausted = []
+def test_when_it_stops_early(settings, values, ends_after):
+    best = best_by("val_loss", **settings)
+    ends = []
     for epoch, value in enumerate(values, start=1):
-        if epoch > 1:  # as after a resume
-            state, best = best.state_dict(), Best("val_loss", "min", patience)
-            best.load_state_dict(state)
-        best.update({"epoch": epoch, "val_loss": value})
-        exhausted.append(best.exhausted)
-    assert (exhausted.index(True) + 1 if True in exhausted else None) == exhausted_after
+        state, best = best.state_dict(), best_by("val_loss", **settings)  # as after a resume
+        best.load_state_dict(state)
+        best.update(row_of(epoch, value))
+        ends.append(best.verdict is not None)
+    assert (ends.index(True) + 1 if True in ends else None) == ends_after
+
+
+def test_an_improvement_that_patience_does_not_count_is_still_the_best():
+    best = best_by("val_loss", patience=5, min_delta=1.0)
+    assert run(best, [3.0, 2.5, 2.0]) == [True, True, True]
+    assert (best.value, best.stale) == (2.0, 2)  # 2.0 is not better than 3.0 by more than 1.0
 
 
 def test_a_value_that_is_no_single_number_is_no_monitor():
     with pytest.raises(UserError, match="val_acc is not a single value"):
-        Best("val_acc").update({"epoch": 1, "val_acc": [0.5, 0.4], "val_loss": 1.0})
+        best_by("val_acc").update({"epoch": 1, "step": 5, "val_acc": [0.5, 0.4], "val_loss": 1.0})
 
 
 class Unread(Samples):

@@ -20,7 +20,7 @@ from dtrain.errors import UserError
 from dtrain.run.folder import RUN_DIR_VARIABLE
 from dtrain.schema.instantiate import check_job
 from dtrain.schema.loading import load_job
-from dtrain.schema.metric_values import named_values
+from dtrain.schema.metrics.values import named_values
 from dtrain.trainer import Trainer
 from dtrain.trainer.metrics.metric_set import MetricSet, as_metrics
 from dtrain.trainer.metrics.reduce import reduce_states

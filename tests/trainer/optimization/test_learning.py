@@ -44,7 +44,7 @@ def loader(target: float = 1.0) -> DataLoader[Any]:
 def train(net: nn.Module, loss: Any, lr: float = 0.1, epochs: int = 2, **options: Any) -> list[dict[str, Any]]:
     own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
     trainer = Trainer(net, loss, SGD([*net.parameters(), *own], lr=lr), device="cpu", **options)
-    return trainer.train(loader(), loader(), epochs, None, None, "min").progress.rows
+    return trainer.train(loader(), loader(), epochs=epochs).progress.rows
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_rates_that_a_scheduler_makes(factors, message):
     trainer = Trainer(net, nn.MSELoss(), optimizer, scheduler=scheduler, device="cpu")
     before = net.linear.weight.detach().clone()
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        trainer.train(loader(), loader(), 2, None, None, "min")
+        trainer.train(loader(), loader(), epochs=2)
     assert torch.equal(before, net.linear.weight) == (factors == [0, 0])
 
 
@@ -156,7 +156,7 @@ def test_rates_that_a_scheduler_makes_within_an_epoch():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step)
     trainer = Trainer(net, nn.MSELoss(), optimizer, scheduler=scheduler, scheduler_interval="step", device="cpu")
     with pytest.raises(UserError, match=r"a learning rate is -0\.1 after step 2, by the scheduler"):
-        trainer.train(loader(), loader(), 1, None, None, "min")
+        trainer.train(loader(), loader(), epochs=1)
 
 
 def of_all_ranks(rank: int, world_size: int, folder: str) -> list[str]:

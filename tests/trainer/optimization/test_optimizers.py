@@ -149,7 +149,7 @@ def trained(rank: int, world_size: int, folder: str, strategy: Any = "ddp") -> d
                 fit_folder._fits.clear()  # as in another process
                 net, optimizer, loader = parts(kind)
                 trainer = Trainer(*(net, nn.MSELoss(), optimizer), device="cpu", micro_batch_size=3, strategy=strategy)
-                rows = trainer.train(loader, loader, epochs, None, None, "min").progress.rows
+                rows = trainer.train(loader, loader, epochs=epochs).progress.rows
             weights.append(torch.load(run.last_weights)["0.weight"])
             own = trainer.model.weights().get("0.weight")
             assert rank > 0 or torch.equal(weights[-1], own)  # the model is left as it was saved

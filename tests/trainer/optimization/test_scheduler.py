@@ -104,7 +104,7 @@ def fit(folder: Any, make: Callable[..., Any], epochs: int = EPOCHS, **options: 
     monitor = {name: options.pop(name) for name in ("monitor", "mode") if name in options}
     options = {"metrics_dict": {"acc": accuracy}, "device": "cpu", **options}
     trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, scheduler=make(optimizer), **options)
-    loop = trainer.train(loader, loader, epochs, None, **{"monitor": None, "mode": "min", **monitor})
+    loop = trainer.train(loader, loader, epochs=epochs, early_stopping=monitor)
     return [row["lr"] for row in loop.progress.rows]
 
 
@@ -228,7 +228,7 @@ def test_a_schedule_that_ends_before_a_stream_of_unknown_length(tmp_path, capsys
 
     with pytest.raises(UserError, match="scheduler: OneCycleLR ended before the run did, at step 12: Tried"):
         fit(tmp_path / "run", made, stream=True, scheduler_interval="step")
-    assert "OneCycleLR ends after total_steps 8, and the run with it if 3 epochs have more" in capsys.readouterr().err
+    assert "OneCycleLR ends after total_steps 8, and the run with it if there are more steps" in capsys.readouterr().err
 
 
 JOB = """

@@ -27,3 +27,9 @@ def monitor_problem(monitor: str, known: Known) -> str | None:
     if any(monitor == name or monitor.startswith(f"{name}_") for name in untold):
         return None
     return f"nothing is reported as {monitor}; {among(monitor, [*values, *untold])}"
+
+
+def covers(row: Mapping[str, Any], monitor: str) -> bool:
+    """Whether a row reports what the monitored value is one of: the training, or a validation."""
+    phase = monitor.partition("_")[0]
+    return phase not in ("train", "val", "ema") or f"{phase}_loss" in row

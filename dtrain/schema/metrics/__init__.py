@@ -1,0 +1,1 @@
+"""What is known about metrics before any is computed."""
