@@ -32,8 +32,8 @@ from .checks.arguments import (
     unwrapped,
 )
 from .checks.optimizer_kinds import require_a_rate, require_rates
-from .data.batch_tensors import bound_on
 from .data.indexed import Batches, Data
+from .data.transfer import bound_on
 from .distributed.seeds import derive_seed, rng_kept
 from .distributed.world import join_world
 from .fit.data import FitData
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import pandas
     import torchinfo
 
-    from .metrics.metric_set import Given
+    from .metrics.given_metrics import Given
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"] | Fsdp | Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtrain import signals
-from dtrain.monitoring.run_monitor import Keeper, State
+from dtrain.monitoring.run_monitor import Keeper, RunState
 from dtrain.monitoring.screen import say, tolerated
 from dtrain.run import node_disk
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
@@ -228,7 +228,7 @@ def _say(line: str) -> None:
 class End:
     """How a run ended, for status.json, the screen and the shell."""
 
-    state: State
+    state: RunState
     exit_code: int
     line: str = ""
     error: root_cause.Error | None = None

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "launcher": (*CONTRACT, "launcher/machine", "launcher/rank", "launcher/commands"),
     "trainer/distributed": CONTRACT,
     "trainer/data": (*CONTRACT, "trainer/distributed"),
+    "trainer/streams": (*CONTRACT, "trainer/distributed", "trainer/data"),
     "trainer/model": (*CONTRACT, "trainer/distributed", "trainer/data"),
     "trainer/checkpoint": (*CONTRACT, "trainer/distributed", "trainer/data", "trainer/model"),
     "trainer/checks": (*CONTRACT, "trainer/distributed", "trainer/data", "trainer/model", "trainer/checkpoint"),
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "trainer/strategies": (*CONTRACT, *BASE, "trainer/loss"),
     "trainer/optimization": (*CONTRACT, *BASE, "trainer/loss", "trainer/strategies"),
     "trainer/fit": (*CONTRACT, *PARTS),
-    "trainer": (*CONTRACT, *PARTS, "trainer/fit"),
+    "trainer": (*CONTRACT, *PARTS, "trainer/streams", "trainer/fit"),
     "trainer/tracking": CONTRACT,
     "trainer/entrypoints": (*CONTRACT, *PARTS, "trainer/fit", "trainer"),
 }

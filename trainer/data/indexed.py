@@ -15,11 +15,12 @@ from dtrain.errors import ResumeError, UserError
 from ..distributed.seeds import derive_seed, loading_apart
 from ..distributed.world import World
 from . import permutation
-from .batch_tensors import num_collated, to_device
+from .batch_samples import num_collated
 from .dataloader import source_arguments
 from .sampler import draw_batches, draw_samples, length
 from .samples import SampleReading
 from .sharding import ListedShard, Order, Shard, in_order, index_batches, shuffled
+from .transfer import to_device
 from .workers import DEFAULT, Loader, Processes
 
 

@@ -181,7 +181,7 @@ def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:
     """The metrics that run on training too: as asked, else those that do not keep all samples."""
     if not metrics:
         return []
-    from ..metrics.metric_set import as_metrics, keeps_samples
+    from ..metrics.given_metrics import as_metrics, keeps_samples
 
     asked = {name: target.train for name, target in job.metrics.items()}
     made = as_metrics(metrics)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.batch_tensors import num_collated, to_device
+from ..data.batch_samples import num_collated
 from ..data.indexed import Data, MicroBatch, Source
 from ..data.sampler import length
 from ..data.samples import SampleReading
 from ..data.sharding import Shard, index_batches
+from ..data.transfer import to_device
 from ..data.workers import Loader
 from ..distributed.seeds import derive_seed
 from ..distributed.world import World

@@ -31,8 +31,9 @@ from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat
 from dtrain.trainer.checkpoint.codec import flatten
 from dtrain.trainer.data.indexed import Source
-from dtrain.trainer.data.streamed import StreamBatches, StreamShares
 from dtrain.trainer.distributed.world import World, join_world
+from dtrain.trainer.streams.batches import StreamBatches
+from dtrain.trainer.streams.shares import StreamShares
 from dtrain.trainer.trainer import Trainer
 
 NUM_SAMPLES, BATCH, SEED, EPOCHS = 38, 9, 3, 2  # the last batch has 2: on three ranks one has none
