@@ -11,8 +11,8 @@ import click
 
 from dtrain import __version__
 from dtrain.errors import RanksFailed, UserError
-from dtrain.monitoring.screen import say
 from dtrain.run.folder import EXIT_INTERRUPTED
+from dtrain.stderr import say
 
 from .arguments import GPUS, LaunchCommand, check_gpus
 from .cli_models import evaluate, export, predict, summary

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dtrain.clusters.cluster import Array, Cluster, Findings, QueuedJob, Submission, Submittable
 from dtrain.errors import UserError
-from dtrain.monitoring.screen import say
 from dtrain.run.folder import RunDir
 from dtrain.schema.sections import Slurm
+from dtrain.stderr import say
 
 from .check import check
 from .jobs import ask_to_stop, end_job, look_up, submit

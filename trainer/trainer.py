@@ -18,9 +18,9 @@ from dtrain.errors import UserError, first_line
 from dtrain.schema.packages import missing, require
 from dtrain.schema.sections import Fsdp
 from dtrain.schema.strategies import STRATEGIES
+from dtrain.stderr import say
 
 from .batches import batches_of
-from .checkpoint.background import say
 from .checks.agreement import require_same_settings
 from .checks.arguments import (
     require_loss,
@@ -275,7 +275,7 @@ class Trainer:
         update = Update(self.model, self.optimizer, self.precision, settings.fit, self._say)
         self.model.begin_fit()
         given = self._run_dir if run_dir is None else run_dir
-        folder = fit_folder(self.world, given, resume=self._resume, describe=self._description)
+        folder = fit_folder(self.world, given, resume=self._resume, job_text=self._job_text)
         with rng_kept(self.world.device), self.precision.in_force(), folder as run:
             ema = None if self.ema is None else Ema(self.net, self.ema)
             trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
@@ -378,7 +378,7 @@ class Trainer:
         fill_empty = training or self.model.forwards_together
         return batches_of(data, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
 
-    def _description(self, name: str) -> str:
+    def _job_text(self, name: str) -> str:
         return job_of(name, self.seed, self._class, self.optimizer, self.scheduling, self.metrics.by_name)
 
 

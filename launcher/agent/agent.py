@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from dtrain import signals
 from dtrain.monitoring.run_monitor import Keeper, RunState
-from dtrain.monitoring.screen import say, tolerated
 from dtrain.run import node_disk
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.run.heartbeat import Heartbeat, Phase
 from dtrain.schema.packages import missing
+from dtrain.stderr import say, tolerated
 
 from ..machine.scratch import held_folder
 from ..rank import fork_server

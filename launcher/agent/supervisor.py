@@ -170,7 +170,7 @@ class Supervisor(LocalAgent):
                 self._conclude(root_cause.lost_folder(self._run))
             else:
                 left = root_cause.left_early(found, ends, self._ended_at)
-                self._conclude(left or root_cause.describe(found, self._oom_kills, self._printed))
+                self._conclude(left or root_cause.error_of(found, self._oom_kills, self._printed))
         elif unmet := root_cause.left_unmet(self._beats(), self._exit_codes(), self._ended_at):
             self._take_down()
             self._conclude(unmet)

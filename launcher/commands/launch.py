@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from dtrain import __version__
 from dtrain.errors import UserError
 from dtrain.gpus import DEVICE_VARIABLE
-from dtrain.monitoring.screen import say
 from dtrain.monitoring.tracking_uri import hand_on
 from dtrain.names import hidden_modules, short
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.run.rank_request import Train
 from dtrain.schema.packages import require_for
+from dtrain.stderr import say
 
 from ..agent.agent import run_ranks
 from ..machine.devices import choose_processes, expected_ranks, num_processes, threads_per_rank

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
-from dtrain.monitoring.screen import say
 from dtrain.run.folder import RunDir
 from dtrain.run.provenance import environment
 from dtrain.run.snapshot import TOO_LARGE, Snapshot
+from dtrain.stderr import say
 
 from .request import Request
 

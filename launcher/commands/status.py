@@ -72,7 +72,7 @@ def _in_queue(job: Submitted) -> str:
         queued = job.look_up()
     except UserError as error:
         return str(error)
-    return "no longer in the queue" if queued is None else queued.describe()
+    return "no longer in the queue" if queued is None else queued.in_words()
 
 
 def _exit_code(code: int | None) -> str:

@@ -108,7 +108,7 @@ def parse_gpus(text: str) -> Gpus:
 def refuse_second(run: RunDir) -> None:
     """Raise UserError where the run has a job that is queued or runs."""
     if (job := submitted(run)) and (queued := job.look_up()) and not queued.is_over:
-        raise UserError(f"{run} already is {job}, {queued.describe()}; to stop it: dtrain cancel {run}")
+        raise UserError(f"{run} already is {job}, {queued.in_words()}; to stop it: dtrain cancel {run}")
 
 
 def mark_submitted(run: RunDir) -> None:
@@ -130,13 +130,13 @@ def follow(run: RunDir, job: Submitted) -> int:
                 sys.stderr.flush()
         if queued is None or queued.is_over:
             break
-        if not queued.is_running and queued.describe() != shown:
-            shown = queued.describe()
+        if not queued.is_running and queued.in_words() != shown:
+            shown = queued.in_words()
             print(f"job {job.job_id}: {shown}", file=sys.stderr)
         time.sleep(LOOK_EVERY_S)
     status = run.status()
     if status.get("exit_code") is None:
-        ended = queued.describe() if queued is not None else f"no longer in {job.cluster.title}'s queue"
+        ended = queued.in_words() if queued is not None else f"no longer in {job.cluster.title}'s queue"
         print(f"job {job.job_id} ended ({ended}) before the run did: {log}", file=sys.stderr)
         return 1
     return int(status["exit_code"])

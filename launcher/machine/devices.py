@@ -9,7 +9,7 @@ from typing import Literal
 
 from dtrain import gpus as here
 from dtrain.errors import UserError
-from dtrain.monitoring.screen import say
+from dtrain.stderr import say
 
 from .cores import usable_cores
 

@@ -344,8 +344,8 @@ def test_python_in_a_container_does_not_look_outside():
     ],
 )
 def test_why_a_job_waits(reason, says):
-    assert SlurmJob("7", "PENDING", reason, "", "N/A").describe() == says
-    soon = SlurmJob("7", "PENDING", reason, "", "2026-11-22T01:30:00").describe()
+    assert SlurmJob("7", "PENDING", reason, "", "N/A").in_words() == says
+    soon = SlurmJob("7", "PENDING", reason, "", "2026-11-22T01:30:00").in_words()
     assert soon == f"{says}; expected to start 2026-11-22 01:30:00"
 
 
@@ -447,5 +447,5 @@ def test_a_job_that_has_left_the_queue_is_looked_up_in_the_accounts(tmp_path, mo
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = look_up("7")
     assert found.is_over
-    assert found.describe() == "cancelled on node[0-1]"
+    assert found.in_words() == "cancelled on node[0-1]"
     assert look_up("8") is None

@@ -31,10 +31,11 @@ from dtrain import __version__
 from dtrain.errors import Problem, ResumeError
 from dtrain.files import hidden_name, write_atomic, write_text
 from dtrain.run.folder import RunDir
+from dtrain.stderr import say
 
 from ..distributed.world import World, collective_timeout
 from ..model.learned_loss import beside
-from .background import Copies, Disk, say
+from .background import Copies, Disk
 from .codec import TEXT, flatten
 from .manifest import FORMAT, Damaged, Unusable
 from .reader import CheckpointReader, Misfit, Snapshot

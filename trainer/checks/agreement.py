@@ -16,8 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
+from dtrain.stderr import say
 
-from ..checkpoint.background import say
 from ..data.indexed import Source
 from ..distributed.world import World
 from .fingerprint import Traits, plain, tensor_digest, tensor_trait, traits_of

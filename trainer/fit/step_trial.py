@@ -7,7 +7,8 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.background import say
+from dtrain.stderr import say
+
 from ..data.batch_samples import ways_to_take
 from ..data.indexed import MicroBatch
 from ..distributed.seeds import rng_kept

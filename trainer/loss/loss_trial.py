@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import UserError, first_line
+from dtrain.stderr import say
 
-from ..checkpoint.background import say
 from ..data.batch_samples import Take, is_by_rows, join, take, ways_to_take
 from ..data.batch_tensors import map_tensors, tensors
 from ..distributed.seeds import rng_kept
