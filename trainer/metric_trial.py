@@ -42,7 +42,8 @@ def try_metrics(
     except UserError:
         return {}
     # In a loading process where there are some: a dataset may open there what can't be handed on to others.
-    source = replace(source, batch_size=min(SAMPLES, source.batch_size or SAMPLES), workers=min(1, source.workers))
+    processes = replace(source.processes, num_workers=min(1, source.processes.num_workers))
+    source = replace(source, batch_size=min(SAMPLES, source.batch_size or SAMPLES), processes=processes)
     batches = IndexedBatches(source, World(0, 1, model.world.device), 0, None, fill_empty=False)
     batch = next(batches.epoch(1))
     micro_batch = next(batch.micro_batches)

@@ -29,7 +29,7 @@ def in_order(data: Data) -> Source:
     if not isinstance(data, Source) or data.is_stream:
         name = type(data.dataset if isinstance(data, Source) else data).__name__
         raise UserError(f"{name} has no order: predict needs a DataLoader over a dataset with indices")
-    chosen_by = data.sampler if data.batch_sampler is None else data.batch_sampler
+    chosen_by = data.sampling.chosen_by
     if chosen_by is not None or data.batch_size is None or data.drop_last:
         what = "drop_last" if data.drop_last else "batch_size=None" if chosen_by is None else type(chosen_by).__name__
         raise UserError(

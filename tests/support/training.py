@@ -23,6 +23,7 @@ from dtrain.trainer.checkpoint.manager import saved
 from dtrain.trainer.checkpoint.manifest import read_manifest
 from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.data.sharding import shuffled
+from dtrain.trainer.data.workers import Processes
 from dtrain.trainer.distributed.stop import Stopped
 from dtrain.trainer.fit.loop import Loop
 from dtrain.trainer.fit.trained import Trained
@@ -62,10 +63,10 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
     os.environ[RUN_DIR_VARIABLE] = folder
     job = make(*args)
     trainer = Trainer(**job["trainer"], device="cpu")
-    train = job["train"]  # a loader as it is, else a dataset
+    train, processes = job["train"], Processes(job.get("workers", 0))  # a loader as it is, else a dataset
     if "batch_size" in job:
-        train = Source(train, job["batch_size"], shuffle=True, workers=job.get("workers", 0))
-    val = Source(job["val"], job["batch_size"], shuffle=False, workers=job.get("workers", 0)) if "val" in job else None
+        train = Source(train, job["batch_size"], shuffle=True, processes=processes)
+    val = Source(job["val"], job["batch_size"], shuffle=False, processes=processes) if "val" in job else None
     try:
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:

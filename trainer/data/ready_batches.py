@@ -92,7 +92,7 @@ class ReadyBatches:
         self._seed = seed
         name = type(source.dataset).__name__
         cutter = Cutter(name, world.rank, world.world_size, micro_batch_size, fill_empty)
-        self._loader = Loader(ReadyReading(source, cutter), source.workers, source.processes, world, seed)
+        self._loader = Loader(ReadyReading(source, cutter), source.processes, world, seed)
 
     @property
     def num_steps(self) -> int | None:

@@ -70,7 +70,7 @@ class StreamReading(Reading):
         self._micro_batch_size = micro_batch_size
         self._fill_empty = fill_empty
         self._cutter = Cutter(self._name, world.rank, world.world_size, micro_batch_size, fill_empty)
-        self._workers = max(1, source.workers)
+        self._workers = max(1, source.processes.num_workers)
         self._worker = 0
         self._info: ShardInfo | None = None  # what the user's worker_init_fn was shown
         self._splits = False  # whether that has split the stream

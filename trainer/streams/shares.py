@@ -44,11 +44,11 @@ class StreamShares:
         self, source: Source, world: World, seed: int, micro_batch_size: int | None, *, fill_empty: bool
     ) -> None:
         self.name = type(source.dataset).__name__
-        self.workers = max(1, source.workers)
+        self.workers = max(1, source.processes.num_workers)
         self._source = source
         self._stream = StreamReading(source, world, seed, micro_batch_size, fill_empty=fill_empty)
         self.num_micro_batches = self._stream.num_micro_batches
-        self._loader = Loader(self._stream, source.workers, source.processes, world, seed)
+        self._loader = Loader(self._stream, source.processes, world, seed)
 
     @property
     def num_steps(self) -> int | None:
