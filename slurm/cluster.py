@@ -61,20 +61,9 @@ class SlurmCluster(Cluster):
 
     def _batch(self, wanted: Submittable, run: RunDir, folder: Path, array: Array | None = None) -> Batch:
         slurm = _section(wanted)
-        return render(
-            wanted.name,
-            slurm,
-            run.path,
-            folder,
-            wanted.nodes,
-            wanted.gpus,
-            dtrain=dtrain_command(slurm, wanted.dtrain),
-            options=wanted.options,
-            target=wanted.target,
-            array=array,
-            on_cpu=wanted.is_on_cpu,
-            cpus=None if wanted.is_on_cpu else _cpus(wanted, slurm),
-        )
+        dtrain = dtrain_command(slurm, wanted.dtrain)
+        cpus = None if wanted.is_on_cpu else _cpus(wanted, slurm)
+        return render(wanted, slurm, run.path, folder, dtrain=dtrain, array=array, cpus=cpus)
 
 
 def _section(wanted: Submittable) -> Slurm:

@@ -74,12 +74,11 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     train = Train(str(code.absolute()))
     task = Task(
         str(run),
+        "job",
         train.entrypoint,
         train.arguments,
         ready.num_threads,
         job.launch.hang_timeout_s,
-        is_module=True,
-        is_job=True,
         forked=request.preload,
     )
     return _start(request, run, task, ready.num_ranks, ready.job, None if continues else code, job.fit.restarts)
@@ -122,10 +121,10 @@ def _launch_program(
         return 0
     task = Task(
         str(run),
+        "module" if program.is_module else "script",
         program.name,
         tuple(arguments),
         threads_per_rank(num_ranks),
-        is_module=program.is_module,
         folder=program.folder,
         forked=preload,
     )

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from dtrain.clusters.cluster import Array, Gpus
+from dtrain.clusters.cluster import Array, Gpus, Submittable
 from dtrain.errors import UserError
 from dtrain.launcher.agent.subcommand import own_command
 from dtrain.launcher.commands.allocation import located
 from dtrain.launcher.commands.request import Request
+from dtrain.schema.job import ScriptJob
 from dtrain.schema.loading import load
 from dtrain.schema.sbatch import unknown_to
 from dtrain.schema.sections import Slurm
@@ -31,10 +32,19 @@ GOLDEN = Path(__file__).parent / "golden"
 RUN, FOLDER = Path("/data/runs/digits-1"), Path("/home/me/thesis")
 
 
-def rendered(slurm: Slurm, *, run: Path = RUN, gpus: str = "4", **others: Any) -> Batch:
+def submittable(
+    name: str = "digits", job: ScriptJob | None = None, nodes: int = 1, gpus: str = "1", **others: Any
+) -> Submittable:
     size = Gpus.parse(gpus)
     assert size is not None
-    return render("digits", slurm, run, FOLDER, 2, size, dtrain=["/opt/dtrain"], **others)
+    return Submittable(name, job, FOLDER, nodes, size, ["/opt/dtrain"], **others)
+
+
+def rendered(
+    slurm: Slurm, *, run: Path = RUN, array: Array | None = None, cpus: int | None = None, **job: Any
+) -> Batch:
+    wanted = submittable(**{"nodes": 2, "gpus": "4", **job})
+    return render(wanted, slurm, run, FOLDER, dtrain=["/opt/dtrain"], array=array, cpus=cpus)
 
 
 # By name: the section, and what else is asked for.
@@ -57,7 +67,10 @@ JOBS = {
         ),
         {"gpus": "a100:4"},
     ),
-    "cpu": (Slurm(), {"on_cpu": True}),
+    "cpu": (
+        Slurm(),
+        {"job": ScriptJob.model_validate({"name": "digits", "script": "train.py", "launch": {"device": "cpu"}})},
+    ),
     "gpus": (Slurm.model_validate({"gres": ["lscratch:100", "nic:2"], "dtrain": "/nodes/dtrain"}), {"cpus": 32}),
     "pyxis": (
         Slurm.model_validate(
@@ -116,7 +129,7 @@ def test_data_stays_data(text, tmp_path):
     run = tmp_path / text
     run.mkdir()
     slurm = Slurm.model_validate({"comment": text, "env": {"VALUE": text}, "container": text})
-    submission = render(text, slurm, run, tmp_path, 1, Gpus(1), dtrain=[text], options=[text], target=[text])
+    submission = render(submittable(text, options=[text], target=[text]), slurm, run, tmp_path, dtrain=[text])
     assert f"--comment={text}" in submission.arguments
     assert f"--job-name={text}" in submission.arguments
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
@@ -149,7 +162,7 @@ def test_starts_that_save_nothing_are_not_requeued_for_ever(tmp_path):
     for folder in ("run", "elsewhere"):
         (tmp_path / folder / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "fits.json").write_text(json.dumps({"fits": ["../elsewhere"]}, indent=2))
-    script = render("digits", Slurm(), tmp_path / "run", tmp_path, 1, Gpus(1), dtrain="dtrain").script
+    script = render(submittable(), Slurm(), tmp_path / "run", tmp_path, dtrain="dtrain").script
 
     def start() -> str:
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
