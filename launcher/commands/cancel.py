@@ -17,7 +17,7 @@ from dtrain.run.lock import Writer, has_ended
 from dtrain.run.sweep import Sweep
 
 from ..agent.root_cause import headline
-from .request import Request
+from .request import RankOptions, Request
 from .status import place, read_status
 
 LOOK_EVERY_S = 0.1
@@ -151,7 +151,7 @@ def _continuation(run: RunDir) -> str:
     """How to continue the run on as many ranks: a command, or words for a script, whose arguments are unknown."""
     is_job = re.search("^fit:", run.job.read_text(encoding="utf-8"), re.MULTILINE)
     if is_job:
-        return Request(str(run.job), gpus=str(run.ranks_of_checkpoint() or "auto")).continuation(run)
+        return Request((str(run.job),), RankOptions(str(run.ranks_of_checkpoint() or "auto"))).continuation(run)
     writer = run.last_writer()
     if writer is not None and writer.is_agent:
         return f"the original command, with --resume {shlex.join(['--run-dir', str(run)])}"

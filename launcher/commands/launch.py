@@ -27,7 +27,7 @@ from ..rank.entry import Task
 from ..rank.fork_server import start_fork_server
 from ..rank.preparation import preload_for, prepare, resolved
 from ..rank.program import Program, find_module, find_program, find_script, refuse_other_program
-from .request import Request, check_nodes, choose_ranks
+from .request import Request, choose_ranks
 from .run_folder import fill, find_run, locked, nothing_left, whole_or_as_before
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def launch(request: Request) -> int:
     Raises:
         UserError: the request is wrong; nothing was started or written.
     """
-    check_nodes(request)
+    request.nodes.check()
     if request.is_script:
         require_for()
         return _launch_script(request)
@@ -64,7 +64,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         return 0
     continues = request.resume and run.job.exists()
     code = run.code if continues else loaded.folder
-    ready = prepare(loaded, code, request.gpus, preload=request.preload and not request.dry_run)
+    ready = prepare(loaded, code, request.ranks.gpus, preload=request.ranks.preload and not request.dry_run)
     if request.dry_run:
         print(ready.job, end="")
         say(f"would train on {ready}, in {run}")
@@ -79,7 +79,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         train.arguments,
         ready.num_threads,
         job.launch.hang_timeout_s,
-        forked=request.preload,
+        forked=request.ranks.preload,
     )
     return _start(request, run, task, ready.num_ranks, ready.job, None if continues else code, job.fit.restarts)
 
@@ -108,11 +108,11 @@ def _launch_program(
     device_asked = loaded.job.launch.device if loaded else "auto"
     if device_asked == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program goes by what it finds
-    preload = request.preload and not _sets_on_import(program)
+    preload = request.ranks.preload and not _sets_on_import(program)
     if preload and not request.dry_run:
-        modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.gpus))
+        modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.ranks.gpus))
         preload = start_fork_server(modules, threads, unless=lambda: _is_hidden(program))
-    num_ranks, device = choose_processes(request.gpus, device_asked)
+    num_ranks, device = choose_processes(request.ranks.gpus, device_asked)
     os.environ[DEVICE_VARIABLE] = device  # a job's ranks find it in job.yaml
     text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
@@ -168,14 +168,14 @@ def _start(
     Args:
         restarts: what the job says of them.
     """
-    restarts = restarts if request.max_restarts is None else request.max_restarts
-    show_ranks = choose_ranks(request.show_ranks, request.nodes * num_ranks)
+    restarts = restarts if request.ranks.max_restarts is None else request.ranks.max_restarts
+    show_ranks = choose_ranks(request.ranks.show, request.nodes.count * num_ranks)
     nodes = None
-    if request.nodes > 1:
+    if request.nodes.count > 1:
         from ..agent.nodes import Nodes
 
         common = {"the job": job or request.target, "--gpus": num_ranks, "dtrain's version": __version__}
-        nodes = Nodes(request.endpoint, common)
+        nodes = Nodes(request.nodes.endpoint, common)
     if nodes is not None and nodes.node_rank > 0:
         run, arguments = RunDir(nodes.from_first("run")), json.loads(nodes.from_first("arguments"))
         if not run.lock_file.exists():

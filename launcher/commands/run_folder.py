@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def find_run(request: Request, name: str) -> RunDir:
     """The run's folder, not made yet. A folder that holds anything is only for --resume."""
-    if request.node_rank > 0:  # node 0 says which it is, and looks after it
+    if request.nodes.rank > 0:  # node 0 says which it is, and looks after it
         return RunDir(request.run_dir) if request.resume and request.run_dir else RunDir.new(name)
     if request.run_dir is None:
         return newest_unfinished(name) if request.resume else RunDir.new(name)

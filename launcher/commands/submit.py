@@ -29,7 +29,7 @@ from .run_folder import fill, find_run, locked, nothing_left, whole_or_as_before
 LOOK_EVERY_S = 2.0
 
 
-def submit_run(request: Request, cluster: Cluster) -> int:
+def submit_run(request: Request, cluster: Cluster, *, wait: bool) -> int:
     """Submit the job or script, or with --dry-run print what would be submitted; the exit code.
 
     Raises:
@@ -53,7 +53,7 @@ def submit_run(request: Request, cluster: Cluster) -> int:
         submitted_as = Submitted(cluster, cluster.submit(submission))
     note_submitted(run, cluster, submitted_as.job_id)
     print(f"run {run}\n{submitted_as}", file=sys.stderr)
-    if request.wait:
+    if wait:
         return follow(run, submitted_as)
     print(f"monitor with: dtrain status {run}; dtrain logs -f {run}; dtrain cancel {run}", file=sys.stderr)
     return 0
@@ -66,9 +66,10 @@ def show(submission: Submission) -> None:
 
 def submittable(request: Request) -> Submittable:
     """What the command line asks for; raises UserError where that can't be."""
-    options = ["--show-ranks", request.show_ranks, *(["--no-preload"] * (not request.preload))]
-    if request.max_restarts is not None:
-        options += ["--max-restarts", str(request.max_restarts)]
+    nodes, ranks = request.nodes.count, request.ranks
+    options = ["--show-ranks", ranks.show, *(["--no-preload"] * (not ranks.preload))]
+    if ranks.max_restarts is not None:
+        options += ["--max-restarts", str(ranks.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
         hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job takes the environment along
@@ -76,13 +77,13 @@ def submittable(request: Request) -> Submittable:
         if isinstance(loaded, LoadedScript):
             find_program(loaded)
             target = [str(loaded.path.absolute()), *request.arguments]
-        return submittable_job(loaded, request.nodes, request.gpus, options, target)
-    gpus = parse_gpus(request.gpus)
+        return submittable_job(loaded, nodes, ranks.gpus, options, target)
+    gpus = parse_gpus(ranks.gpus)
     program = find_module(request.target, os.getcwd()) if request.is_module else find_script(request.target)
     target = ["-m", program.name] if program.is_module else [str(program.file.absolute())]
     target += ["--", *request.arguments] if request.arguments else []
     name, folder = Path(program.name).stem, program.file.absolute().parent
-    return Submittable(name, None, folder, request.nodes, gpus, own_command(), options, target)
+    return Submittable(name, None, folder, nodes, gpus, own_command(), options, target)
 
 
 def submittable_job(

@@ -29,19 +29,26 @@ from .submit import LOOK_EVERY_S, mark_submitted, refuse_second, show, submittab
 
 
 @dataclass(frozen=True)
+class ArrayOptions:
+    """How the runs are submitted to a cluster, as one array."""
+
+    cluster: Cluster
+    nodes: int  # for each run
+    max_parallel: int | None
+    wait: bool  # until all runs are over
+
+
+@dataclass(frozen=True)
 class SweepRequest:
     """The command line of `dtrain sweep`."""
 
     job: str
     overrides: tuple[str, ...]
-    gpus: str = "auto"
-    nodes: int = 1
-    run_dir: str | None = None
-    resume: bool = False
-    dry_run: bool = False
-    cluster: Cluster | None = None  # to which the runs are submitted; None: they run here
-    wait: bool = False
-    max_parallel: int | None = None
+    gpus: str
+    run_dir: str | None
+    resume: bool
+    dry_run: bool
+    array: ArrayOptions | None  # None: the runs go here, one after the other
 
 
 def sweep(request: SweepRequest) -> int:
@@ -50,8 +57,6 @@ def sweep(request: SweepRequest) -> int:
     Raises:
         UserError: the request is wrong; nothing was started or written.
     """
-    if request.cluster is None and (request.nodes > 1 or request.wait or request.max_parallel):
-        raise UserError("--nodes, --wait and --max-parallel need --slurm: without it, the runs go one after the other")
     common, points = grid(request.overrides)
     loaded = [_load(request.job, [*common, *point]) for point in points]
     jobs = [each.job for each in loaded]
@@ -61,8 +66,8 @@ def sweep(request: SweepRequest) -> int:
         refuse_second(run)
     if request.dry_run:
         print("".join(f"{run.path.name}: {found.point(run)}\n" for run in left), end="")
-    if request.cluster is not None:
-        return _submit(request, request.cluster, found, loaded, left)
+    if request.array is not None:
+        return _submit(request, request.array, found, loaded, left)
     if request.dry_run:
         return 0
     if request.resume:  # the launch sees to what may differ from before
@@ -147,17 +152,18 @@ def _continuation(request: SweepRequest, found: Sweep) -> str:
 
 
 def _submit(
-    request: SweepRequest, cluster: Cluster, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]
+    request: SweepRequest, options: ArrayOptions, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]
 ) -> int:
     """Submit the runs as one array."""
+    cluster = options.cluster
     if len({str(getattr(each.job, cluster.name)) + each.job.launch.device for each in loaded}) > 1:
         swept = f"{cluster.name} and launch.device"
         raise UserError(f"{swept} can't be swept with --{cluster.name}: all runs of an array request the same")
     if not runs:
         print(f"{found.folder} is finished; nothing to resume", file=sys.stderr)
         return 0
-    wanted = submittable_job(loaded[0], request.nodes, request.gpus)
-    array = Array([int(run.path.name) for run in runs], request.max_parallel)
+    wanted = submittable_job(loaded[0], options.nodes, request.gpus)
+    array = Array([int(run.path.name) for run in runs], options.max_parallel)
     submission = cluster.render(wanted, RunDir(found.folder), Path.cwd(), array)
     if request.dry_run:
         print()
@@ -173,7 +179,7 @@ def _submit(
     for run in runs:
         note_submitted(run, cluster, cluster.part(whole.job_id, int(run.path.name)))
     print(f"sweep {found.folder}, {len(runs)} runs\n{whole}", file=sys.stderr)
-    if request.wait:
+    if options.wait:
         return _follow(found)
     folder = found.folder
     print(f"monitor with: dtrain status {folder}; dtrain cancel {folder}", file=sys.stderr)

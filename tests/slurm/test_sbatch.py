@@ -16,7 +16,7 @@ from dtrain.clusters.cluster import Array, Gpus, Submittable
 from dtrain.errors import UserError
 from dtrain.launcher.agent.subcommand import own_command
 from dtrain.launcher.commands.allocation import located
-from dtrain.launcher.commands.request import Request
+from dtrain.launcher.commands.request import RankOptions, Request
 from dtrain.schema.job import ScriptJob
 from dtrain.schema.loading import load
 from dtrain.schema.sbatch import unknown_to
@@ -254,8 +254,8 @@ def test_the_part_of_one_of_two_tasks_on_a_node(visible, on_node, asked, gpus, o
     for name, value in {**TASK, **here, "CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    found = located(Request("job.yaml", gpus=asked), None, started_by_srun=False)
-    assert (found.nodes, found.node_rank, found.gpus) == (5, 1, gpus)
+    found = located(Request(("job.yaml",), RankOptions(asked)), None, started_by_srun=False)
+    assert (found.nodes.count, found.nodes.rank, found.ranks.gpus) == (5, 1, gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
 
 
@@ -263,12 +263,12 @@ def test_what_does_not_fit_the_tasks(monkeypatch):
     for name, value in {**TASK, "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--gpus 3 is per node, but srun started 2 tasks on this one"):
-        located(Request("job.yaml", gpus="3"), None, started_by_srun=False)
+        located(Request(("job.yaml",), RankOptions("3")), None, started_by_srun=False)
     with pytest.raises(UserError, match="--nodes 2: srun started this on 3"):
-        located(Request("job.yaml"), 2, started_by_srun=False)
+        located(Request(("job.yaml",)), 2, started_by_srun=False)
     with pytest.raises(UserError, match="2 tasks on a node with 1 GPUs: start one per GPU, or one per node"):
-        located(Request("job.yaml"), None, started_by_srun=False)
-    assert located(Request("job.yaml"), 1, started_by_srun=False).nodes == 1
+        located(Request(("job.yaml",)), None, started_by_srun=False)
+    assert located(Request(("job.yaml",)), 1, started_by_srun=False).nodes.count == 1
 
 
 # What scontrol prints of a node: Slurm 21.08 without CPUEfctv.

@@ -142,7 +142,7 @@ class StreamBatches:
         if filler is None:
             filler = next((data for (data, _), samples in zip(parts, kept, strict=True) if samples), None)
         needs_filler = self._fill_empty and filler is None and (not parts or None in kept)
-        told = [share.samples, share.batch_samples, share.mark, needs_filler, filler is not None, share.is_regular]
+        told = [share.samples, *share.whole, needs_filler, filler is not None, share.is_regular]
         return Ahead(share, kept, filler, progress, self._gather(told))
 
     def _agree(self, now: Ahead, epoch: int) -> tuple[int, bool, Any]:
@@ -151,14 +151,14 @@ class StreamBatches:
         All take part in a broadcast if one needs a filler, and others have one.
         """
         of_ranks, whole, marks, needs, haves, regular = now.found().T
-        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, now.share.mark)
+        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, now.share.whole.mark)
         if not alike:
             raise UserError(
                 f"{self._shares.name} does not give all processes the same samples in epoch {epoch}, and does not say "
                 "that it splits itself. Either all get the same ones in the same order (random draws of torch, numpy "
                 "and random are seeded alike), or it splits itself by get_worker_info().num_workers and .id"
             )
-        self._mark = now.share.mark
+        self._mark = now.share.whole.mark
         samples = int(of_ranks.sum())
         filler = now.filler
         if samples and needs.any() and haves.any():

@@ -29,6 +29,13 @@ from .progress import Place, StreamProgress
 from .reader import ShardInfo, StreamReader
 
 
+class Whole(NamedTuple):
+    """What all processes must find alike of a plain stream; of one that splits itself, only all ranks together know."""
+
+    samples: int = 0  # of the step's batch
+    mark: int = 0  # of the stream's first sample
+
+
 class Share(NamedTuple):
     """A rank's share of a step's batch, as a loading process delivers it."""
 
@@ -39,8 +46,7 @@ class Share(NamedTuple):
     worker: int  # the loading process that it is from
     place: Place  # where that one's stream stands after it
     splits: bool
-    batch_samples: int  # of the whole batch; 0 where the stream splits itself, so that only all ranks together know
-    mark: int  # of a plain stream's first sample: must be the same in all processes
+    whole: Whole
     is_regular: bool  # see MicroBatch
     filler: Any = None  # of the same batch, in place of a micro-batch of which nothing is left; None: not known here
 
@@ -115,7 +121,8 @@ class StreamReading(Reading):
             own = sum(samples for _, samples in cut.micro_batches)
             filler = None if cut.is_regular else self._filler(taken, cut)
             place = reader.place
-            yield Share(own, cut.micro_batches, self._worker, place, False, cut.samples, mark, cut.is_regular, filler)
+            whole = Whole(cut.samples, mark)
+            yield Share(own, cut.micro_batches, self._worker, place, False, whole, cut.is_regular, filler)
             reader.skip((self._workers - 1) * size)
 
     def _of_shard(self, reader: StreamReader) -> Iterator[Share]:
@@ -130,7 +137,7 @@ class StreamReading(Reading):
                 parts = self._collated(taken, cut(range(len(taken)), self.num_micro_batches) if taken else [])
             own = sum(samples for _, samples in parts)
             is_regular = self._is_regular and self._batch_size is not None
-            yield Share(own, parts, self._worker, reader.place, True, 0, 0, is_regular)
+            yield Share(own, parts, self._worker, reader.place, True, Whole(), is_regular)
 
     def _take(self, reader: StreamReader, size: int) -> list[Any]:
         taken = reader.take(size)

@@ -17,7 +17,7 @@ from ..data.sampler import length
 from ..data.workers import Loader
 from ..distributed.seeds import loading_apart
 from ..distributed.world import World
-from .loading import Ask, Share, StreamReading
+from .loading import Ask, Share, StreamReading, Whole
 from .progress import StreamProgress
 from .reader import StreamReader
 
@@ -99,7 +99,7 @@ class LoaderShares:
             if samples or not batches:
                 parts = [(each, samples) for each in batches]
                 is_regular = all(num_rows(each) == samples for each in batches)
-                yield Share(samples, parts, 0, reader.place, True, 0, 0, is_regular)
+                yield Share(samples, parts, 0, reader.place, True, Whole(), is_regular)
 
 
 def _num_samples(batch: Any) -> int:
