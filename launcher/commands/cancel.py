@@ -18,7 +18,7 @@ from dtrain.run.sweep import Sweep
 
 from ..agent.root_cause import headline
 from .request import RankOptions, Request
-from .status import place, read_status
+from .status import position, read_status
 
 LOOK_EVERY_S = 0.1
 LOOK_AT_QUEUE_EVERY_S = 1.0
@@ -104,7 +104,7 @@ def _end(run: RunDir, writer: Writer, process: int, now: bool) -> None:
             _send(process, signal.SIGKILL)
         if time.monotonic() - said_at > SAY_EVERY_S:
             said_at = time.monotonic()
-            what = place(status) if is_running else "waiting for the upload to MLflow"
+            what = position(status) if is_running else "waiting for the upload to MLflow"
             print(f"{run} is {status.get('state')}: {what}", file=sys.stderr)
 
 
@@ -131,7 +131,7 @@ def _send(process: int, number: signal.Signals) -> None:
 
 def _say_outcome(run: RunDir) -> int:
     status = read_status(run)
-    where = f"in {place(status)}"
+    where = f"in {position(status)}"
     if status["state"] == "finished":
         print(f"{run} finished before it could stop")
         return 0

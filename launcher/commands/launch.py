@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def launch(request: Request) -> int:
-    """Launch a job or a script on this machine; the exit code.
+    """Launch a job or a script on this machine; returns the exit code.
 
     Raises:
         UserError: the request is wrong; nothing was started or written.
@@ -107,7 +107,7 @@ def _launch_program(
 ) -> int:
     device_asked = loaded.job.launch.device if loaded else "auto"
     if device_asked == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program goes by what it finds
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the program finds none
     preload = request.ranks.preload and not _sets_on_import(program)
     if preload and not request.dry_run:
         modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.ranks.gpus))
@@ -141,7 +141,7 @@ def _sets_on_import(program: Program) -> bool:
 
 
 def _is_hidden(program: Program) -> bool:
-    """Whether a module beside the program has the name of one of Python's that is loaded by now."""
+    """Whether a module beside the program has the name of a standard library module that is already imported."""
     if hidden := hidden_modules(Path(program.folder), program.file):
         _say_fresh(f"{short(str(hidden[0]))} has the name of a standard library module that torch has imported")
     return bool(hidden)
@@ -163,10 +163,11 @@ def _start(
     origin: Path | None,
     restarts: int,
 ) -> int:
-    """Fill the run folder and run the ranks. Nothing was written before; `origin` is None for a run that goes on.
+    """Fill the run folder, to which nothing has been written yet, and run the ranks; returns the exit code.
 
     Args:
-        restarts: what the job says of them.
+        origin: the folder whose code the run gets; None for a run that continues.
+        restarts: how often the job wants its ranks restarted.
     """
     restarts = restarts if request.ranks.max_restarts is None else request.ranks.max_restarts
     show_ranks = choose_ranks(request.ranks.show, request.nodes.count * num_ranks)

@@ -1,4 +1,4 @@
-"""The command line of `dtrain launch`: what it asks for, whether that fits together, and what continues the run."""
+"""The command line of `dtrain launch`: its options, whether they fit together, and what continues the run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankOptions:
-    """How the ranks are started, and which of them are shown."""
+    """How the ranks are started, and whose output is shown."""
 
     gpus: str = "auto"
     preload: bool = True  # ranks forked from one server; else a fresh interpreter for each
     max_restarts: int | None = None  # after failures; None: as the job says
-    show: str = "0"  # whose output: "all", or some with commas between
+    show: str = "0"  # "all", or ranks with commas between them
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class NodeOptions:
     count: int = 1
     rank: int = 0
     rendezvous: str | None = None  # host:port of node 0
-    place: Place | None = None  # where Slurm says the nodes
+    place: Place | None = None  # where Slurm has started this node
 
     def check(self) -> None:
-        """Raise UserError where the nodes can't find each other by what was said of them."""
+        """Raise UserError if the options do not tell the nodes how to find each other."""
         if self.count == 1:
             if self.rank or self.rendezvous:
                 raise UserError("--node-rank and --rendezvous are for runs on several nodes: set --nodes")
@@ -82,7 +82,7 @@ class Request:
     run_dir: str | None = None
     resume: bool = False
     dry_run: bool = False
-    wait_mlflow: bool = False  # until it has all of the run
+    wait_mlflow: bool = False  # return only when it has all of the run
 
     @property
     def is_module(self) -> bool:
@@ -120,7 +120,7 @@ class Request:
 
 
 def choose_ranks(asked: str, num_ranks: int) -> list[int]:
-    """The ranks whose output is shown; raises UserError where there is no such rank."""
+    """The ranks whose output is shown; raises UserError if there is no such rank."""
     if asked == "all":
         return list(range(num_ranks))
     words = [word.strip() for word in asked.split(",")]

@@ -1,6 +1,6 @@
-"""`dtrain launch --slurm`: a run folder filled here, its job submitted, and, with --wait, followed to its end.
+"""`dtrain launch --slurm`: fill a run folder here, submit its job, and with --wait follow it to its end.
 
-Needs no torch: whether the model can be built, say, the node finds out (or `dtrain check`).
+Needs no torch: whether the model can be built, for example, is found out on the node (or by `dtrain check`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOOK_EVERY_S = 2.0
 
 
 def submit_run(request: Request, cluster: Cluster, *, wait: bool) -> int:
-    """Submit the job or script, or with --dry-run print what would be submitted; the exit code.
+    """Submit the job or script, or with --dry-run print what would be submitted; returns the exit code.
 
     Raises:
         UserError: the request is wrong, or the cluster refuses it; nothing was submitted, and no new folder is left.
@@ -65,14 +65,14 @@ def show(submission: Submission) -> None:
 
 
 def submittable(request: Request) -> Submittable:
-    """What the command line asks for; raises UserError where that can't be."""
+    """What the command line asks to submit; raises UserError if that is not possible."""
     nodes, ranks = request.nodes.count, request.ranks
     options = ["--show-ranks", ranks.show, *(["--no-preload"] * (not ranks.preload))]
     if ranks.max_restarts is not None:
         options += ["--max-restarts", str(ranks.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
-        hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job takes the environment along
+        hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job inherits the environment
         target = None
         if isinstance(loaded, LoadedScript):
             find_program(loaded)
@@ -93,13 +93,13 @@ def submittable_job(
     options: Sequence[str] = (),
     target: Sequence[str] | None = None,
 ) -> Submittable:
-    """A job file as what is to be submitted; the rest as `Submittable` has it."""
+    """A job file as something to submit; for the other arguments see `Submittable`."""
     job = loaded.job
     return Submittable(job.name, job, loaded.folder, nodes, parse_gpus(gpus), own_command(), options, target)
 
 
 def parse_gpus(text: str) -> Gpus:
-    """--gpus; raises UserError where it is no number of GPUs."""
+    """Parse --gpus; raises UserError if it is not a number of GPUs."""
     gpus = Gpus.parse("1" if text == "auto" else text)
     if gpus is None:
         raise UserError(f"--gpus {text}: expected a number above 0, optionally with a type, such as a100:4")
@@ -107,19 +107,19 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def refuse_second(run: RunDir) -> None:
-    """Raise UserError where the run has a job that is queued or runs."""
+    """Raise UserError if the run already has a job that is queued or running."""
     if (job := submitted(run)) and (queued := job.look_up()) and not queued.is_over:
         raise UserError(f"{run} already is {job}, {queued.in_words()}; to stop it: dtrain cancel {run}")
 
 
 def mark_submitted(run: RunDir) -> None:
-    """A run that goes on has not ended any more."""
+    """In the status of a run that continues, replace how it ended before."""
     if status := read_json(run.status_file):
         write_json(run.status_file, {**status, "state": "submitted", "exit_code": None, "error": None})
 
 
 def follow(run: RunDir, job: Submitted) -> int:
-    """Show what the run prints until its job is over; the run's exit code."""
+    """Show what the run prints until its job is over; returns the run's exit code."""
     log, position, shown = job.cluster.log(run), 0, ""
     while True:
         queued = job.look_up()

@@ -1,6 +1,6 @@
 """`dtrain sweep`: one job with several values, run here one after the other, or on a cluster as one array job.
 
-All run folders are filled at the start: what a sweep trains is what was there when it began.
+All run folders are filled at the start, so that later changes to the code do not reach a sweep that has begun.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class SweepRequest:
     run_dir: str | None
     resume: bool
     dry_run: bool
-    array: ArrayOptions | None  # None: the runs go here, one after the other
+    array: ArrayOptions | None  # None: they run here, one after the other
 
 
 def sweep(request: SweepRequest) -> int:
-    """Run all points, or submit them; 0 if all runs have finished, or were submitted.
+    """Run all points, or submit them; returns 0 if all runs have finished, or were submitted.
 
     Raises:
         UserError: the request is wrong; nothing was started or written.
@@ -70,7 +70,7 @@ def sweep(request: SweepRequest) -> int:
         return _submit(request, request.array, found, loaded, left)
     if request.dry_run:
         return 0
-    if request.resume:  # the launch sees to what may differ from before
+    if request.resume:  # each launch checks what may differ from before
         return _run(request, found, [(run, [request.job, *common, *found.points[int(run.path.name)]]) for run in left])
     with whole_or_as_before(found.folder, is_new=not RunDir(found.folder).exists()):
         _fill(found, loaded, left, is_new=True)
@@ -88,7 +88,7 @@ def _load(path: str, overrides: Sequence[str]) -> LoadedJob:
 
 
 def _folder(request: SweepRequest, job: Job) -> Path:
-    """The sweep's folder; one that holds anything is only for --resume."""
+    """The sweep's folder; one that is not empty is accepted only with --resume."""
     if request.resume:
         if request.run_dir is None:
             raise UserError("--resume needs --run-dir, the folder of the sweep")
@@ -123,7 +123,7 @@ def _fill(found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir], *, 
 
 
 def _run(request: SweepRequest, found: Sweep, runs: Sequence[tuple[RunDir, list[str]]]) -> int:
-    """One run with its job after the other: each a `dtrain launch`, which is asked what this process is asked."""
+    """Launch one run after the other; signals that ask this process to stop are passed on to the launch."""
     failed = False
     with Subcommand.passing_signals_on() as command:
         for count, (run, job) in enumerate(runs, 1):
