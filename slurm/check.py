@@ -18,14 +18,16 @@ from dtrain.schema.sections import Slurm
 
 from .command import ask
 from .partition import Partition, default_partition, look_at, minutes
-from .render import Batch, in_pyxis, probe
+from .render import BatchScript, in_pyxis, probe
 
 IMMEDIATE_S = 30  # how long the check on a node may wait for a free one
 # The submission's options that decide where its job may run.
 _WHERE = ("account", "partition", "qos", "reservation", "constraint", "exclude", "nodelist", "clusters")
 
 
-def check(batch: Batch, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]) -> Findings:
+def check(
+    batch: BatchScript, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]
+) -> Findings:
     """Check everything.
 
     Args:

@@ -14,7 +14,7 @@ from dtrain.stderr import say
 from .check import check
 from .jobs import ask_to_stop, end_job, look_up, submit
 from .partition import cpus_beside
-from .render import Batch, render
+from .render import BatchScript, render
 
 
 class SlurmCluster(Cluster):
@@ -59,7 +59,7 @@ class SlurmCluster(Cluster):
         batch = self._batch(wanted, run, folder)
         return check(batch, slurm, folder, wanted.nodes, gpus, dtrain_command(slurm, wanted.dtrain))
 
-    def _batch(self, wanted: Submittable, run: RunDir, folder: Path, array: Array | None = None) -> Batch:
+    def _batch(self, wanted: Submittable, run: RunDir, folder: Path, array: Array | None = None) -> BatchScript:
         slurm = _section(wanted)
         dtrain = dtrain_command(slurm, wanted.dtrain)
         cpus = None if wanted.is_on_cpu else _cpus(wanted, slurm)

@@ -27,7 +27,7 @@ _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchScript:
     """sbatch's arguments, and the script that it reads."""
 
     arguments: tuple[str, ...]
@@ -43,7 +43,7 @@ def render(
     dtrain: Sequence[str],
     array: Array | None = None,
     cpus: int | None = None,
-) -> Batch:
+) -> BatchScript:
     """The submission of one run, or of an array of runs.
 
     Args:
@@ -92,7 +92,7 @@ def render(
         "most_stalls": str(MOST_STALLS),
     }
     text = _TEMPLATE.read_text(encoding="utf-8")
-    return Batch(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
+    return BatchScript(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
 
 
 def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: Sequence[str]) -> str:

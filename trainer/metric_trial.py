@@ -16,7 +16,7 @@ from .data.indexed import Data, IndexedBatches
 from .distributed.world import World
 from .loss.step import Step
 from .metrics.epoch_totals import Tally
-from .predict import in_order
+from .predict import unshuffled
 from .strategies.base import Parallel
 
 SAMPLES = 4
@@ -38,7 +38,7 @@ def try_metrics(
     if tally.metrics is None:
         return {}
     try:
-        source = in_order(data)
+        source = unshuffled(data)
     except UserError:
         return {}
     # In a loading process where there are some: a dataset may open there what can't be handed on to others.

@@ -18,7 +18,7 @@ from .loss.step import Outcome, Step, describe
 from .strategies.base import Parallel
 
 
-def in_order(data: Data) -> Source:
+def unshuffled(data: Data) -> Source:
     """The same samples, in the order of their indices.
 
     Raises:
@@ -58,7 +58,7 @@ def predict_shares(
         UserError: predictions that are no tensor with a row for each sample.
     """
     fill_empty = model.forwards_together
-    source = in_order(data)
+    source = unshuffled(data)
     require_same_data(world, source)
     batches = IndexedBatches(source, world, 0, micro_batch_size, fill_empty=fill_empty)
     assert batches.shard is not None  # without a sampler it is known from the start

@@ -13,7 +13,7 @@ from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
 from dtrain.run.folder import RunDir
 from dtrain.run.provenance import environment
-from dtrain.run.snapshot import TOO_LARGE, Snapshot
+from dtrain.run.snapshot import TOO_LARGE, CodeSnapshot
 from dtrain.stderr import say
 
 from .request import Request
@@ -78,7 +78,7 @@ def nothing_left(request: Request, run: RunDir, job: Job | ScriptJob) -> bool:
 def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
     """Write what a run begins with: the code in the folder `origin`, its environment, and the job if there is one."""
     if origin is not None:
-        copy = Snapshot(run.code)
+        copy = CodeSnapshot(run.code)
         copy.add(origin)
         copy.add_modules()
         write_json(run.env, {**environment(origin), "left_out_of_code": list(copy.left_out)})

@@ -26,7 +26,7 @@ from dtrain.slurm.command import outside_a_job
 from dtrain.slurm.environment import Place, cpus, expand, is_task, place
 from dtrain.slurm.jobs import SlurmJob, look_up
 from dtrain.slurm.partition import cpus_beside
-from dtrain.slurm.render import Batch, probe, render
+from dtrain.slurm.render import BatchScript, probe, render
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN, FOLDER = Path("/data/runs/digits-1"), Path("/home/me/thesis")
@@ -42,7 +42,7 @@ def submittable(
 
 def rendered(
     slurm: Slurm, *, run: Path = RUN, array: Array | None = None, cpus: int | None = None, **job: Any
-) -> Batch:
+) -> BatchScript:
     wanted = submittable(**{"nodes": 2, "gpus": "4", **job})
     return render(wanted, slurm, run, FOLDER, dtrain=["/opt/dtrain"], array=array, cpus=cpus)
 

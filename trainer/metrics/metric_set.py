@@ -22,7 +22,7 @@ from ..distributed.torch_versions import is_of_device
 from ..loss.step import describe
 from .function_metric import FunctionMetric
 from .given_metrics import AnyMetric
-from .metric_states import MetricStates, copied
+from .metric_states import MetricStates
 from .reduce import LocalState, Value
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -169,7 +169,7 @@ class MetricSet:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states, see `MetricStates.state_dict`."""
-        return {**self._states.state_dict(), "num_guesses": copied(self._num_guesses)}
+        return {**self._states.state_dict(), "num_guesses": self._num_guesses.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()` or `merge()` of the same metrics, on whatever device it lies."""

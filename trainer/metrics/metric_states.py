@@ -20,7 +20,7 @@ from dtrain.errors import UserError
 
 from ..data.batch_tensors import map_tensors
 from .given_metrics import AnyMetric, parts_of
-from .reduce import LocalState, Part, Reduction, Value, in_order
+from .reduce import LocalState, Part, Reduction, Value, by_batch
 from .torchmetrics_private import forget_result, reductions, set_update_count
 
 _ELEMENTWISE: dict[Any, tuple[Reduction, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -92,9 +92,9 @@ class MetricStates:
             label: {
                 "updated": self._is_updated(part),
                 "num_updates": part.update_count,
-                "states": copied(part.metric_state),
-                "memory": copied(_memory(part)),
-                "batches": copied(self._batches[label]),
+                "states": _copied(part.metric_state),
+                "memory": _copied(_memory(part)),
+                "batches": _copied(self._batches[label]),
             }
             for label, part in self.parts.items()
         }
@@ -106,7 +106,7 @@ class MetricStates:
         for label, part in self.parts.items():
             saved = state["parts"][label]
             set_update_count(part, saved["num_updates"])
-            for name, value in copied({**saved["states"], **saved["memory"]}).items():
+            for name, value in _copied({**saved["states"], **saved["memory"]}).items():
                 _set_state(part, name, value)
             self._batches[label] = _batches(saved)
 
@@ -121,7 +121,7 @@ class MetricStates:
             saved = [state["parts"][label] for state in states]
             updated = [each for each in saved if each["updated"]]
             lists = {
-                name: in_order([Part(_batches(each)[name], each["states"][name]) for each in saved])
+                name: by_batch([Part(_batches(each)[name], each["states"][name]) for each in saved])
                 for name in self._batches[label]
             }
             parts[label] = {
@@ -205,6 +205,6 @@ def _set_state(part: Metric, name: str, value: Value) -> None:
         setattr(part, name, value.to(part.device))
 
 
-def copied(tree: Any) -> Any:
+def _copied(tree: Any) -> Any:
     """Plain containers with copies of their tensors."""
     return map_tensors(lambda tensor: tensor.detach().clone(), tree)

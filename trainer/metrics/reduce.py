@@ -162,7 +162,7 @@ def _gather(
         _pack([tensor for part in parts for tensor in tensors(part.pieces)], buffer)
         dist.gather(buffer, received, group=group, group_dst=0)
     unpacked = [_unpack(*pair) for pair in zip(received or [], headers, strict=False)]
-    return [list(in_order([rank[i] for rank in unpacked]).pieces) for i in range(len(parts))]
+    return [list(by_batch([rank[i] for rank in unpacked]).pieces) for i in range(len(parts))]
 
 
 def _pack(packed_tensors: Sequence[Tensor], buffer: Tensor) -> None:
@@ -183,7 +183,7 @@ def _unpack(buffer: Tensor, header: Header) -> list[Part]:
     return [Part(part.batches, map_tensors(filled, part.pieces)) for part in header]
 
 
-def in_order(parts: Sequence[Part]) -> Part:
+def by_batch(parts: Sequence[Part]) -> Part:
     """The parts of ranks 0, 1, ... as one, in the order of a single process: batch by batch."""
     pairs = [pair for part in parts for pair in zip(part.batches, part.pieces, strict=True)]
     pairs.sort(key=lambda pair: pair[0])  # stable: in each batch, rank by rank

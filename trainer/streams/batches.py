@@ -19,7 +19,7 @@ from ..data.indexed import Batch, MicroBatch, num_kept
 from ..data.transfer import to_device
 from ..distributed.world import World
 from .loading import Share
-from .progress import Place, StreamProgress
+from .progress import StreamPosition, StreamProgress
 from .shares import Shares
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -102,7 +102,9 @@ class StreamBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved_size = state["size"]
         places = [
-            Place(each["position"], each["ended"], None if each["state"] is None else pickle.dumps(each["state"]))
+            StreamPosition(
+                each["position"], each["ended"], None if each["state"] is None else pickle.dumps(each["state"])
+            )
             for each in state["places"]
         ]
         self._progress = StreamProgress(state["epoch"], state["splits"], places, state["turn"], state["ended"])
@@ -129,7 +131,7 @@ class StreamBatches:
         progress = replace(self._progress, places=list(self._progress.places))
         for share in self._shares.read(replace(progress, places=list(progress.places))):
             if share.splits and not progress.splits:
-                progress.splits, progress.places = True, [Place()] * self._shares.workers
+                progress.splits, progress.places = True, [StreamPosition()] * self._shares.workers
             progress.places[share.worker if share.splits else 0] = share.place
             progress.turn = (share.worker + 1) % self._shares.workers if share.splits else 0
             if share.samples or not share.splits or all(place.ended for place in progress.places):

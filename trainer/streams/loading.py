@@ -25,7 +25,7 @@ from ..data.workers import Reading
 from ..distributed.seeds import derive_seed
 from ..distributed.torch_private import tree_leaves
 from ..distributed.world import World
-from .progress import Place, StreamProgress
+from .progress import StreamPosition, StreamProgress
 from .reader import ShardInfo, StreamReader
 
 
@@ -44,7 +44,7 @@ class Share(NamedTuple):
     # A collate function of the user's own may have left out all of one.
     micro_batches: list[tuple[Any, int]]
     worker: int  # the loading process that it is from
-    place: Place  # where that one's stream stands after it
+    place: StreamPosition  # where that one's stream stands after it
     splits: bool
     whole: Whole
     is_regular: bool  # see MicroBatch

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """A stream's position in an epoch."""
 
     position: int = 0  # samples taken (of a user's own loader: batches)
@@ -22,6 +22,7 @@ class StreamProgress:
 
     epoch: int = 0
     splits: bool = False  # whether the stream splits itself
-    places: list[Place] = field(default_factory=lambda: [Place()])  # of each loading process; of a plain stream: one
+    # Of each loading process; of a plain stream: one.
+    places: list[StreamPosition] = field(default_factory=lambda: [StreamPosition()])
     turn: int = 0  # the loading process that gives the next share, where the stream splits itself
     ended: bool = False  # on all ranks

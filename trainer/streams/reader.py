@@ -21,7 +21,7 @@ from ..data.loading_failures import noted
 from ..data.sharding import BLOCK
 from ..data.torch_data_private import WorkerInfo, show
 from ..distributed.seeds import derive_seed, sample_seeds, seed_loading
-from .progress import Place
+from .progress import StreamPosition
 
 
 class ShardInfo(WorkerInfo):
@@ -67,7 +67,7 @@ class StreamReader(Iterator[Any]):
         iterable: Iterable[Any],
         seed: int,
         epoch: int,
-        place: Place,
+        place: StreamPosition,
         shard: int,
         *,
         splits: bool,
@@ -113,7 +113,7 @@ class StreamReader(Iterator[Any]):
             pass
 
     @property
-    def place(self) -> Place:
+    def place(self) -> StreamPosition:
         """Where it stands, after at least one sample was taken or none is left."""
         state = {}
         if not self.ended:
@@ -121,7 +121,7 @@ class StreamReader(Iterator[Any]):
                 state["iterator"] = self._iterator.state_dict()
             if self._iterator is not self._iterable and _is_stateful(self._iterable):
                 state["iterable"] = self._iterable.state_dict()
-        return Place(self.position, self.ended, _pickled(state, self._iterable) if state else None)
+        return StreamPosition(self.position, self.ended, _pickled(state, self._iterable) if state else None)
 
     def _open(self, epoch: int, key: int, state: dict[str, Any]) -> None:
         sampler: Any = getattr(self._iterable, "sampler", None)
