@@ -52,7 +52,7 @@ def resolve(name: str) -> object:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the user's module runs here and may raise anything
-        raise UserError(Problem(describe(error), hint=_hint(error))) from error
+        raise UserError(Problem(format_error(error), hint=_hint(error))) from error
     return found
 
 
@@ -173,7 +173,7 @@ def _hint(error: BaseException) -> str | None:
 # -- errors of the user's code --------------------------------------------------------------------
 
 
-def describe(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error of the user's code in one line: `net.py:7: NameError: name 'nn' is not defined`."""
     kind = type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:

@@ -11,8 +11,8 @@ import click
 
 from dtrain import __version__
 from dtrain.errors import RanksFailed, UserError
-from dtrain.monitoring.screen import say
 from dtrain.run.folder import EXIT_INTERRUPTED
+from dtrain.stderr import say
 
 from .arguments import GPUS, LaunchCommand, check_gpus
 from .cli_models import evaluate, export, predict, summary
@@ -79,7 +79,7 @@ def launch(
     """
     gc.disable()  # what follows is mostly imports, which make no garbage; the agent enables it again
     from .commands.launch import launch
-    from .commands.request import Request
+    from .commands.request import NodeOptions, RankOptions, Request
 
     if wait and not slurm:
         raise UserError("--wait needs --slurm: without it, dtrain launch waits for the run anyway")
@@ -89,29 +89,17 @@ def launch(
         )
     if not slurm:
         check_gpus(gpus)
+    words = ("-m", job, *arguments) if module else (job, *arguments)
+    ranks = RankOptions(gpus, not no_preload, max_restarts, show_ranks)
     request = Request(
-        job,
-        arguments,
-        gpus,
-        run_dir,
-        resume,
-        dry_run,
-        show_ranks=show_ranks,
-        is_module=module,
-        max_restarts=max_restarts,
-        preload=not no_preload,
-        nodes=nodes or 1,
-        node_rank=node_rank,
-        rendezvous=rendezvous,
-        wait=wait,
-        wait_mlflow=wait_mlflow,
+        words, ranks, NodeOptions(nodes or 1, node_rank, rendezvous), run_dir, resume, dry_run, wait_mlflow
     )
     if slurm:
         from dtrain.clusters.cluster import named
 
         from .commands.submit import submit_run
 
-        return submit_run(request, named("slurm"))
+        return submit_run(request, named("slurm"), wait=wait)
     if slurm_node or ("SLURM_JOB_ID" in os.environ and not node_rank):
         from .commands.allocation import located, nodes_elsewhere, start
 
@@ -147,12 +135,16 @@ def sweep(
     """Run JOB once for each combination of the values KEY=A,B, each in its own run folder, side by side in MLflow."""
     from dtrain.clusters.cluster import named
 
-    from .commands.sweep import SweepRequest, sweep
+    from .commands.sweep import ArrayOptions, SweepRequest, sweep
 
     if not slurm:
         check_gpus(gpus)
-    cluster = named("slurm") if slurm else None
-    return sweep(SweepRequest(job, overrides, gpus, nodes, run_dir, resume, dry_run, cluster, wait, max_parallel))
+        if nodes > 1 or wait or max_parallel:
+            raise UserError(
+                "--nodes, --wait and --max-parallel need --slurm: without it, the runs go one after the other"
+            )
+    array = ArrayOptions(named("slurm"), nodes, max_parallel, wait) if slurm else None
+    return sweep(SweepRequest(job, overrides, gpus, run_dir, resume, dry_run, array))
 
 
 @cli.command()

@@ -18,14 +18,16 @@ from dtrain.schema.sections import Slurm
 
 from .command import ask
 from .partition import Partition, default_partition, look_at, minutes
-from .render import Batch, in_pyxis, probe
+from .render import BatchScript, in_pyxis, probe
 
 IMMEDIATE_S = 30  # how long the check on a node may wait for a free one
 # The submission's options that decide where its job may run.
 _WHERE = ("account", "partition", "qos", "reservation", "constraint", "exclude", "nodelist", "clusters")
 
 
-def check(batch: Batch, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]) -> Findings:
+def check(
+    batch: BatchScript, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | None, dtrain: Sequence[str]
+) -> Findings:
     """Check everything.
 
     Args:
@@ -47,7 +49,7 @@ def check(batch: Batch, slurm: Slurm, folder: Path, nodes: int, gpus: Gpus | Non
         partition = look_at(name)
         if partition is not None:  # otherwise sbatch has said so
             found.problems.extend(beyond(partition, options, nodes, gpus))
-            found.notes.append(describe(partition))
+            found.notes.append(_partition_line(partition))
     found.problems.extend(_account(options))
     if not found.problems:  # otherwise there may be no node to check
         _look_at_node(found, slurm, folder, dtrain)
@@ -77,7 +79,7 @@ def beyond(partition: Partition, options: dict[str, object], nodes: int, gpus: G
     return problems
 
 
-def describe(partition: Partition) -> str:
+def _partition_line(partition: Partition) -> str:
     limit = "no time limit" if partition.max_minutes is None else f"up to {partition.max_minutes:g} minutes"
     gpus = ", ".join(f"{count} GPUs{kind and f' ({kind})'}" for kind, count in partition.gpus.items()) or "no GPUs"
     return f"partition {partition.name}: {limit}, {partition.cpus} CPUs and {gpus} a node"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from dtrain.clusters.cluster import Array, Cluster, Findings, QueuedJob, Submission, Submittable
 from dtrain.errors import UserError
-from dtrain.monitoring.screen import say
 from dtrain.run.folder import RunDir
 from dtrain.schema.sections import Slurm
+from dtrain.stderr import say
 
 from .check import check
 from .jobs import ask_to_stop, end_job, look_up, submit
 from .partition import cpus_beside
-from .render import Batch, render
+from .render import BatchScript, render
 
 
 class SlurmCluster(Cluster):
@@ -59,22 +59,11 @@ class SlurmCluster(Cluster):
         batch = self._batch(wanted, run, folder)
         return check(batch, slurm, folder, wanted.nodes, gpus, dtrain_command(slurm, wanted.dtrain))
 
-    def _batch(self, wanted: Submittable, run: RunDir, folder: Path, array: Array | None = None) -> Batch:
+    def _batch(self, wanted: Submittable, run: RunDir, folder: Path, array: Array | None = None) -> BatchScript:
         slurm = _section(wanted)
-        return render(
-            wanted.name,
-            slurm,
-            run.path,
-            folder,
-            wanted.nodes,
-            wanted.gpus,
-            dtrain=dtrain_command(slurm, wanted.dtrain),
-            options=wanted.options,
-            target=wanted.target,
-            array=array,
-            on_cpu=wanted.is_on_cpu,
-            cpus=None if wanted.is_on_cpu else _cpus(wanted, slurm),
-        )
+        dtrain = dtrain_command(slurm, wanted.dtrain)
+        cpus = None if wanted.is_on_cpu else _cpus(wanted, slurm)
+        return render(wanted, slurm, run.path, folder, dtrain=dtrain, array=array, cpus=cpus)
 
 
 def _section(wanted: Submittable) -> Slurm:

@@ -60,7 +60,7 @@ class SlurmJob(QueuedJob):
     def is_over(self) -> bool:
         return self.state in _OVER
 
-    def describe(self) -> str:
+    def in_words(self) -> str:
         """Its state in plain words."""
         if self.state == "PENDING":
             name = self.reason.strip("()")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.clusters.cluster import Array, Gpus
+from dtrain.clusters.cluster import Array, Submittable
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
 from dtrain.schema.sbatch import CPUS, to_arguments, to_text
@@ -27,7 +27,7 @@ _PLACEHOLDER = re.compile(r"@([a-z_]+)@")
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchScript:
     """sbatch's arguments, and the script that it reads."""
 
     arguments: tuple[str, ...]
@@ -35,37 +35,28 @@ class Batch:
 
 
 def render(
-    name: str,
+    wanted: Submittable,
     slurm: Slurm,
     run: Path,
     folder: Path,
-    nodes: int,
-    gpus: Gpus,
     *,
     dtrain: Sequence[str],
-    options: Sequence[str] = (),
-    target: Sequence[str] | None = None,
     array: Array | None = None,
-    on_cpu: bool = False,
     cpus: int | None = None,
-) -> Batch:
+) -> BatchScript:
     """The submission of one run, or of an array of runs.
 
     Args:
-        name: the job's.
+        wanted: what to submit; its GPUs are a node's processes, where it requests CPUs and no GPUs.
         run: the run folder, absolute; of an array, the folder of its run folders.
         folder: from which it is submitted, and in which it runs, absolute.
-        nodes: how many, for each run.
-        gpus: of each node; on CPUs, its processes.
         dtrain: the command on the nodes; in a container, of the image.
-        options: further options for each node's `dtrain launch`.
-        target: the script that it launches, with its arguments; by default the job.yaml of the run folder.
-        on_cpu: request CPUs and no GPUs.
         cpus: per node, besides GPUs.
     """
+    nodes, gpus, on_cpu = wanted.nodes, wanted.gpus, wanted.is_on_cpu
     arguments = [
         "--parsable",
-        f"--job-name={name}",
+        f"--job-name={wanted.name}",
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
@@ -95,13 +86,13 @@ def render(
         "step": "".join(f" {shlex.quote(each)}" for each in in_pyxis(slurm, (run, folder))),
         "dtrain": shlex.join(_command(dtrain, slurm, (run, folder), on_cpu=on_cpu)),
         "gpus": str(gpus.count),
-        "options": "".join(f" {shlex.quote(each)}" for each in options),
-        "target": '"$run/job.yaml"' if target is None else shlex.join(target),
+        "options": "".join(f" {shlex.quote(each)}" for each in wanted.options),
+        "target": '"$run/job.yaml"' if wanted.target is None else shlex.join(wanted.target),
         "requeue_on_failure": "yes" if slurm.requeue_on_failure else "no",
         "most_stalls": str(MOST_STALLS),
     }
     text = _TEMPLATE.read_text(encoding="utf-8")
-    return Batch(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
+    return BatchScript(tuple(arguments), _PLACEHOLDER.sub(lambda found: values[found[1]], text))
 
 
 def probe(slurm: Slurm, folder: Path, token: Path, *, dtrain: Sequence[str]) -> str:

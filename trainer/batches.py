@@ -11,8 +11,9 @@ from dtrain.errors import UserError
 from .checks.agreement import require_same_data
 from .data.indexed import Batches, Data, IndexedBatches, Source
 from .data.ready_batches import ReadyBatches
-from .data.streamed import LoaderShares, StreamBatches, StreamShares
 from .distributed.world import World
+from .streams.batches import StreamBatches
+from .streams.shares import LoaderShares, StreamShares
 
 
 def batches_of(

@@ -38,14 +38,14 @@ _fits: dict[str | None, list[Path]] = {}  # the folders of this process's fits, 
 
 @contextlib.contextmanager
 def fit_folder(
-    world: World, given: str | os.PathLike[str] | None, *, resume: bool, describe: Callable[[str], str]
+    world: World, given: str | os.PathLike[str] | None, *, resume: bool, job_text: Callable[[str], str]
 ) -> Iterator[RunDir]:
     """The run folder of a new fit, whose status is being kept. All ranks take part.
 
     Args:
         given: by the script, in place of the one that it would have.
         resume: whether `given` may hold a run already.
-        describe: the text of its job.yaml, by the script's name.
+        job_text: the text of its job.yaml, by the script's name.
 
     Raises:
         UserError: the folder can't be used.
@@ -70,9 +70,9 @@ def fit_folder(
             stack.enter_context(signals_left_to_agent())
             if world.is_main and not script.job.exists():
                 name = _script_name()
-                write_text(script.job, describe(name) if is_agents else yaml.safe_dump({"name": name}))
+                write_text(script.job, job_text(name) if is_agents else yaml.safe_dump({"name": name}))
         if world.is_main and not is_agents:
-            _prepare(run, script, stack, may_exist=resume or given is None, text=describe(_script_name()))
+            _prepare(run, script, stack, may_exist=resume or given is None, text=job_text(_script_name()))
         world.barrier()  # the folder is there
         if script is None:
             stack.enter_context(node_disk.held(run.heartbeats))

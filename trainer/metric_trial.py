@@ -16,7 +16,7 @@ from .data.indexed import Data, IndexedBatches
 from .distributed.world import World
 from .loss.step import Step
 from .metrics.epoch_totals import Tally
-from .predict import in_order
+from .predict import unshuffled
 from .strategies.base import Parallel
 
 SAMPLES = 4
@@ -38,11 +38,12 @@ def try_metrics(
     if tally.metrics is None:
         return {}
     try:
-        source = in_order(data)
+        source = unshuffled(data)
     except UserError:
         return {}
     # In a loading process where there are some: a dataset may open there what can't be handed on to others.
-    source = replace(source, batch_size=min(SAMPLES, source.batch_size or SAMPLES), workers=min(1, source.workers))
+    processes = replace(source.processes, num_workers=min(1, source.processes.num_workers))
+    source = replace(source, batch_size=min(SAMPLES, source.batch_size or SAMPLES), processes=processes)
     batches = IndexedBatches(source, World(0, 1, model.world.device), 0, None, fill_empty=False)
     batch = next(batches.epoch(1))
     micro_batch = next(batch.micro_batches)

@@ -18,7 +18,7 @@ from .loss.step import Outcome, Step, describe
 from .strategies.base import Parallel
 
 
-def in_order(data: Data) -> Source:
+def unshuffled(data: Data) -> Source:
     """The same samples, in the order of their indices.
 
     Raises:
@@ -29,7 +29,7 @@ def in_order(data: Data) -> Source:
     if not isinstance(data, Source) or data.is_stream:
         name = type(data.dataset if isinstance(data, Source) else data).__name__
         raise UserError(f"{name} has no order: predict needs a DataLoader over a dataset with indices")
-    chosen_by = data.sampler if data.batch_sampler is None else data.batch_sampler
+    chosen_by = data.sampling.chosen_by
     if chosen_by is not None or data.batch_size is None or data.drop_last:
         what = "drop_last" if data.drop_last else "batch_size=None" if chosen_by is None else type(chosen_by).__name__
         raise UserError(
@@ -58,7 +58,7 @@ def predict_shares(
         UserError: predictions that are no tensor with a row for each sample.
     """
     fill_empty = model.forwards_together
-    source = in_order(data)
+    source = unshuffled(data)
     require_same_data(world, source)
     batches = IndexedBatches(source, world, 0, micro_batch_size, fill_empty=fill_empty)
     assert batches.shard is not None  # without a sampler it is known from the start

@@ -30,7 +30,8 @@ from .strategies.ddp import DataParallel
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
     from dtrain.schema.metrics.values import Result
 
-    from .metrics.metric_set import Given, MetricSet
+    from .metrics.given_metrics import Given
+    from .metrics.metric_set import MetricSet
 
 
 class Ranks:
@@ -126,7 +127,8 @@ class Ranks:
         Args:
             metrics: torchmetrics' own, or functions of all samples' arguments; a MetricCollection, or one among them.
         """
-        from .metrics.metric_set import MetricSet, as_metrics
+        from .metrics.given_metrics import as_metrics
+        from .metrics.metric_set import MetricSet
 
         made = as_metrics(metrics)
         return {name: Synchronised(self, name, MetricSet({name: made[name]}, {}, self.device)) for name in made}

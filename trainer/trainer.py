@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.errors import UserError, first_line
-from dtrain.schema.packages import missing, require
-from dtrain.schema.sections import Fit, Fsdp
+from dtrain.schema.packages import require
+from dtrain.schema.sections import Fsdp
 from dtrain.schema.strategies import STRATEGIES
+from dtrain.stderr import say
 
 from .batches import batches_of
-from .checkpoint.background import say
 from .checks.agreement import require_same_settings
 from .checks.arguments import (
     require_loss,
@@ -32,16 +31,18 @@ from .checks.arguments import (
     unwrapped,
 )
 from .checks.optimizer_kinds import require_a_rate, require_rates
-from .data.batch_tensors import bound_on
 from .data.indexed import Batches, Data
-from .distributed.seeds import derive_seed, rng_kept
+from .data.transfer import bound_on
+from .distributed.seeds import be_deterministic, derive_seed, rng_kept
 from .distributed.world import join_world
 from .fit.cadence import Cadence
 from .fit.data import FitData
 from .fit.description import alike, full_name, job_of
 from .fit.evaluation import evaluate_batch, gather_values
 from .fit.loop import Loop
+from .fit.pictures import draw_fit
 from .fit.sample_mixing import look_for_mixing
+from .fit.scheduling import scheduling_of_fit
 from .fit.trained import Trained
 from .fit_folder import fit_folder
 from .loss.step import Step, UserStep, supervised_step, user_step
@@ -53,7 +54,7 @@ from .model.learned_loss import LearnedLoss
 from .optimization import precision as precisions
 from .optimization.ema import Ema
 from .optimization.optimizer_step import Update
-from .optimization.scheduler import Interval, Scheduling, check_length, is_fed, require_mode
+from .optimization.scheduler import Interval, Scheduling, is_fed
 from .predict import predict_features, predict_shares
 from .strategies.base import Parallel, require_uncut
 from .summary import summary
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     import pandas
     import torchinfo
 
-    from .metrics.metric_set import Given
+    from .metrics.given_metrics import Given
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"] | Fsdp | Mapping[str, Any]
 
@@ -160,7 +161,7 @@ class Trainer:
         if scheduler is not None and is_fed(scheduler) and scheduler_interval == "step":
             raise UserError(f"{type(scheduler).__name__} needs an epoch's result: it can't have the interval step")
         if deterministic:
-            _be_deterministic()
+            be_deterministic()
         self.world = join_world(device)
         if sync_batchnorm and self.world.device.type == "cpu" and self.world.world_size > 1:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
@@ -297,14 +298,14 @@ class Trainer:
         require_monitor(best.monitor, data.tallies)
         self.metrics.require_mode(best)
         cadence = Cadence(settings, validates=val_data is not None, num_steps=data.train.num_steps)
-        scheduling = self._scheduling(best, data, settings.fit)
+        scheduling = scheduling_of_fit(self.scheduling, best, data, settings.fit, self.metrics, self._warn)
         require_same_settings(
             self.world, alike(settings, self._made_by, self.optimizer, scheduling, self.metrics.by_name)
         )
         update = Update(self.model, self.optimizer, self.precision, settings.fit, self._say)
         self.model.begin_fit()
         given = self._run_dir if run_dir is None else run_dir
-        folder = fit_folder(self.world, given, resume=self._resume, describe=self._description)
+        folder = fit_folder(self.world, given, resume=self._resume, job_text=self._job_text)
         with rng_kept(self.world.device), self.precision.in_force(), folder as run:
             ema = None if self.ema is None else Ema(self.net, self.ema)
             trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
@@ -328,32 +329,10 @@ class Trainer:
         val_tallies = [tally("val")] + [tally("ema")] * (self.ema is not None)
         return FitData(train, tally("train"), self._batches(val_data, training=False), val_tallies)
 
-    def _scheduling(self, best: Best, data: FitData, fit: Fit) -> Scheduling:
-        """The scheduler, which looks at what decides about the best epoch where it wasn't told what to look at."""
-        scheduling = replace(self.scheduling, monitor=self.scheduling.monitor or best.monitor)
-        if scheduling.scheduler is not None:
-            watched = scheduling.monitor
-            require_monitor(watched, data.tallies)
-            loss = "min" if watched.endswith("_loss") else None
-            known = best.mode if watched == best.monitor else loss or self.metrics.better(watched)
-            require_mode(scheduling.scheduler, watched, known)
-            check_length(scheduling.scheduler, scheduling.interval, fit, data.train.num_steps, self._warn)
-        return scheduling
-
     def draw(self, loop: Loop) -> None:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
-        run, progress = loop.saver.run, loop.progress
-        if not self.world.is_main or (run.plots.exists() and not progress.samples_done):
-            return  # what was over before is drawn
-        from .metrics.plots import draw
-
-        metrics = self.metrics.by_name.items()
-        confusions = [name for name, metric in metrics if type(metric).__name__.endswith("ConfusionMatrix")]
-        try:
-            draw(run.plots, progress.rows, progress.best.step, confusions)
-        except (OSError, ImportError) as error:
-            cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
-            say(f"{run}: can't draw plots/: {cause or error}; everything else is there")
+        if self.world.is_main:
+            draw_fit(loop.saver.run, loop.progress, self.metrics.by_name)
 
     def evaluate(self, data: Data) -> dict[str, Any]:
         """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""
@@ -407,12 +386,5 @@ class Trainer:
         fill_empty = training or self.model.forwards_together
         return batches_of(data, self.world, self.seed, self.micro_batch_size, fill_empty=fill_empty)
 
-    def _description(self, name: str) -> str:
+    def _job_text(self, name: str) -> str:
         return job_of(name, self.seed, self._class, self.optimizer, self.scheduling, self.metrics.by_name)
-
-
-def _be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches, which add in the order in which numbers arrive
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False

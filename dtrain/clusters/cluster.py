@@ -95,7 +95,7 @@ class QueuedJob(ABC):
     def is_over(self) -> bool: ...
 
     @abstractmethod
-    def describe(self) -> str:
+    def in_words(self) -> str:
         """Its state in plain words."""
 
 

@@ -22,7 +22,7 @@ from dtrain.monitoring.tracker_processes import TrackerProcesses
 from dtrain.run.folder import EXIT_INTERRUPTED, Row, RowReader, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat
 
-State = Literal["running", "finished", "failed", "stopped", "killed"]
+RunState = Literal["running", "finished", "failed", "stopped", "killed"]
 
 LOOK_EVERY_S = 0.1
 WRITE_EVERY_S = 1.0
@@ -98,7 +98,7 @@ class Keeper:
         # The current end of their logs belongs to the ranks that failed.
         self._outputs = [RankOutput(output.rank, self.run.rank_log(output.rank)) for output in self._outputs]
 
-    def finish(self, state: State, exit_code: int, error: dict[str, Any] | None = None) -> None:
+    def finish(self, state: RunState, exit_code: int, error: dict[str, Any] | None = None) -> None:
         """The ranks have ended: write and show the rest, and leave the upload to the trackers."""
         self._over.set()
         self._watching.join()

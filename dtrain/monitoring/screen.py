@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtrain.run.folder import Row
 from dtrain.run.heartbeat import Beat
+from dtrain.stderr import tolerated
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -94,25 +91,6 @@ class Screen:
             rate=f"{self._rate.samples_per_s:,.0f} samples/s",
             left=f"{duration(self._rate.seconds_left(beat))} left" if beat.steps_in_epoch else "",
         )
-
-
-def say(line: str) -> None:
-    """Print a line on stderr, without a Screen."""
-    with tolerated(sys.stderr):
-        print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def tolerated(file: TextIO) -> Iterator[None]:
-    """A run goes on although the file takes nothing; once its reader has gone (`| head`, a closed terminal), it leads
-    to nowhere."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EPIPE, errno.EIO):  # EIO: the terminal is closed
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, file.fileno())
-            os.close(nowhere)
 
 
 class Rate:

@@ -21,7 +21,7 @@ SKIPPED |= {"mlflow.db", "mlflow.db.lock"}
 TOO_LARGE = "too large"
 
 
-class Snapshot:
+class CodeSnapshot:
     """Fills a folder with copies of others, within limits on its size.
 
     Attributes:

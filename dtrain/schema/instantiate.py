@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
-from dtrain.names import collisions, describe, job_path, load_what_ranks_have, resolve
+from dtrain.names import collisions, format_error, job_path, load_what_ranks_have, resolve
 from dtrain.schema.job import Job, LoadedJob
 from dtrain.schema.metrics.logits import guesses_logits
 from dtrain.schema.metrics.monitor import monitor_problem
@@ -250,7 +250,7 @@ def _build(target: Target, where: str) -> tuple[object, list[Problem]]:
     try:
         return instantiate(target), []
     except (Exception, SystemExit) as error:  # a constructor's own checks; it may be the user's code
-        return None, [Problem(f"{target.target}: {describe(error)}", where)]
+        return None, [Problem(f"{target.target}: {format_error(error)}", where)]
 
 
 def build_metric(target: MetricTarget) -> Any:

@@ -15,12 +15,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtrain import signals
-from dtrain.monitoring.run_monitor import Keeper, State
-from dtrain.monitoring.screen import say, tolerated
+from dtrain.monitoring.run_monitor import Keeper, RunState
 from dtrain.run import node_disk
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.run.heartbeat import Heartbeat, Phase
 from dtrain.schema.packages import missing
+from dtrain.stderr import say, tolerated
 
 from ..machine.scratch import held_folder
 from ..rank import fork_server
@@ -72,7 +72,8 @@ def run_ranks(
         stack.enter_context(requests.handled())  # from here on: importing torch can take seconds
         try:
             with agent_log(run, node_rank):
-                agent = _supervisor(task, run, nodes, heartbeats, scratch, restarts, requests, keeper, quiet=quiet)
+                _prepare_torch(task, nodes)
+                agent = _supervisor(task, run, nodes, scratch, restarts, requests, keeper, quiet=quiet)
                 requests.agent = agent
                 gc.freeze()  # imports are a million objects, none of them garbage
                 gc.enable()
@@ -97,29 +98,9 @@ def _scratch_folder() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _supervisor(
-    task: Task,
-    run: RunDir,
-    nodes: Nodes | None,
-    heartbeats: Mapping[int, Heartbeat],
-    scratch: str,
-    restarts: int,
-    requests: StopRequests,
-    keeper: Keeper | None,
-    *,
-    quiet: bool,
-) -> Supervisor:
-    from .node_store import Endpoint
-    from .nodes import Nodes
-    from .slow_start import Beginning
-    from .supervisor import Restarts, Supervisor
+def _prepare_torch(task: Task, nodes: Nodes | None) -> None:
+    """What torch's agent and its ranks take from this process."""
     from .torch_elastic import start_ranks_by
-
-    def report_restart(error: root_cause.Error) -> None:
-        saved = ", from the last checkpoint" if task.is_job else ""  # how a script resumes is up to the script
-        _say(f"{root_cause.headline(error, run)}\nrestarting the ranks{saved}")
-        if keeper is not None:
-            keeper.restarted()
 
     # Its own handlers would kill at once, where ours ask for a checkpoint first. It needs at least one signal: one
     # that nobody sends.
@@ -131,15 +112,39 @@ def _supervisor(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if task.forked:
         start_ranks_by(fork_server.fork_rank)
+
+
+def _supervisor(
+    task: Task,
+    run: RunDir,
+    nodes: Nodes | None,
+    scratch: str,
+    restarts: int,
+    requests: StopRequests,
+    keeper: Keeper | None,
+    *,
+    quiet: bool,
+) -> Supervisor:
+    from .node_store import Endpoint
+    from .nodes import Nodes
+    from .slow_start import Beginning
+    from .supervisor import Restarts, Supervisor
+
+    def report_restart(error: root_cause.Error) -> None:
+        saved = ", from the last checkpoint" if task.is_job else ""  # how a script resumes is up to the script
+        _say(f"{root_cause.headline(error, run)}\nrestarting the ranks{saved}")
+        if keeper is not None:
+            keeper.restarted()
+
     return Supervisor(
         task,
         run,
         nodes or Nodes(Endpoint(), {}),
-        heartbeats,
+        requests.heartbeats,
         scratch,
         restarts=Restarts(restarts, report_restart),
         give_up=requests.is_overdue,
-        beginning=Beginning(heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
+        beginning=Beginning(requests.heartbeats, _say if not quiet else lambda line: None, is_job=task.is_job),
     )
 
 
@@ -155,7 +160,7 @@ class StopRequests:
         self.first: int | None = None
         self.agent: Supervisor | None = None  # once it is made
         self.are_over = False  # the ranks have ended: only the report is left
-        self._heartbeats = heartbeats
+        self.heartbeats = heartbeats
         self._is_job = is_job
         self._clock = AwakeClock()
         self._deadline = float("inf")
@@ -164,12 +169,12 @@ class StopRequests:
     @property
     def are_met(self) -> bool:
         """Whether ranks have stopped on request, with a checkpoint."""
-        return any(heartbeat.stopped for heartbeat in self._heartbeats.values())
+        return any(heartbeat.stopped for heartbeat in self.heartbeats.values())
 
     @property
     def are_heard(self) -> bool:
         """Whether the ranks check for a request: a job's do from the start, a script's once its Trainer runs."""
-        return self._is_job or any(heartbeat.read().epochs for heartbeat in self._heartbeats.values())
+        return self._is_job or any(heartbeat.read().epochs for heartbeat in self.heartbeats.values())
 
     def is_overdue(self) -> bool:
         """Whether the ranks should have stopped long ago. Called repeatedly while they run."""
@@ -177,7 +182,7 @@ class StopRequests:
             number, self._unsent = self._unsent, None
             self._signal_ranks(number)
         now = self._clock.now()
-        if any(heartbeat.read().phase == Phase.SAVING for heartbeat in self._heartbeats.values()):
+        if any(heartbeat.read().phase == Phase.SAVING for heartbeat in self.heartbeats.values()):
             self._deadline = max(self._deadline, now + GRACE_S)  # nobody knows how long the first one takes
         return now > self._deadline
 
@@ -198,7 +203,7 @@ class StopRequests:
             return
         self.first = number
         name, again = signal.Signals(number).name, "; repeat to end at once" if number == signal.SIGINT else ""
-        for heartbeat in self._heartbeats.values():
+        for heartbeat in self.heartbeats.values():
             heartbeat.stop = number
         if self.are_heard:
             _say(f"{name}: stopping at the next step, with a checkpoint{again}")
@@ -209,7 +214,7 @@ class StopRequests:
             else:
                 self._unsent = number
         if number != signal.SIGUSR2:  # sent by Slurm shortly before the time limit, which Slurm itself enforces
-            longest = max(heartbeat.read().stop_s for heartbeat in self._heartbeats.values())
+            longest = max(heartbeat.read().stop_s for heartbeat in self.heartbeats.values())
             self._deadline = self._clock.now() + GRACE_S + 3 * longest
 
     def _signal_ranks(self, number: int) -> None:
@@ -228,7 +233,7 @@ def _say(line: str) -> None:
 class End:
     """How a run ended, for status.json, the screen and the shell."""
 
-    state: State
+    state: RunState
     exit_code: int
     line: str = ""
     error: root_cause.Error | None = None

@@ -119,7 +119,7 @@ def _order(end: RankEnd) -> tuple[int, float, int]:
     return end.suspicion, end.record["time"] if end.record else 0.0, end.rank
 
 
-def describe(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str]) -> Error:
+def error_of(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str]) -> Error:
     """A rank's end as status.json's `error`.
 
     Args:

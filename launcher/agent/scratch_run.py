@@ -48,7 +48,7 @@ def run_request(
         RanksFailed: another exit code.
         KeyboardInterrupt: it was interrupted.
     """
-    task = Task(str(run), request.entrypoint, request.arguments, num_threads, is_module=True, is_job=True)
+    task = Task(str(run), "job", request.entrypoint, request.arguments, num_threads)
     with run.lock():
         code = run_ranks(task, num_ranks, run, quiet=True)
     if code == EXIT_INTERRUPTED:

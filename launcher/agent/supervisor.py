@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,6 +33,7 @@ from ..rank import flight_recorder
 from ..rank.entry import Task
 from . import root_cause
 from .nodes import Nodes, Rendezvous
+from .presence import Presence
 from .slow_start import Beginning
 from .torch_elastic import LocalAgent
 from .watchdog import Watchdog
@@ -44,47 +44,6 @@ _TERM_S = 1.0  # between the first signal and SIGKILL, for ranks of a failed job
 _KILL_S = 5.0  # for the kernel to end them
 _HEAR_S = 2.0  # for the other nodes to report how their ranks ended
 _MONITOR_S = 0.1
-_MISSED_S = 2.0  # a run folder that is missing for so long is gone
-_LOOK_EVERY_S = 0.5  # between checks: the file system may be shared by many
-
-
-class Presence:
-    """Notices that a file was removed, or moved with its folder. A file system may fail to find it for a moment.
-
-    A thread checks: a file system that hangs must not cut the agent off from its ranks and the other nodes.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file.absolute()
-        self._missed_since: float | None = None
-        threading.Thread(target=self._watch, name="dtrain-presence", daemon=True).start()
-
-    def is_gone(self) -> bool:
-        """Whether it has been missing for a while."""
-        since = self._missed_since
-        return since is not None and time.monotonic() - since > _MISSED_S
-
-    def stays_away(self) -> bool:
-        """Whether it is missing and does not reappear within a while."""
-        self._look()
-        while not self.is_gone() and self._missed_since is not None:
-            time.sleep(_MONITOR_S)
-        return self.is_gone()
-
-    def _watch(self) -> None:
-        while True:
-            self._look()
-            time.sleep(_LOOK_EVERY_S)
-
-    def _look(self) -> None:
-        try:
-            self._file.stat()
-        except FileNotFoundError:
-            self._missed_since = self._missed_since or time.monotonic()
-        except OSError:
-            pass
-        else:
-            self._missed_since = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +170,7 @@ class Supervisor(LocalAgent):
                 self._conclude(root_cause.lost_folder(self._run))
             else:
                 left = root_cause.left_early(found, ends, self._ended_at)
-                self._conclude(left or root_cause.describe(found, self._oom_kills, self._printed))
+                self._conclude(left or root_cause.error_of(found, self._oom_kills, self._printed))
         elif unmet := root_cause.left_unmet(self._beats(), self._exit_codes(), self._ended_at):
             self._take_down()
             self._conclude(unmet)

@@ -20,7 +20,7 @@ from dtrain.slurm.partition import parse_gpus
 
 from ..agent.subcommand import Subcommand, own_command
 from ..machine.devices import visible_gpus
-from .request import Request
+from .request import NodeOptions, Request
 
 # srun kills at SIGTERM; this signal it passes on unchanged, and the ranks save a checkpoint.
 _FOR_SRUN: Mapping[int, int] = {signal.SIGTERM: signal.SIGUSR2, signal.SIGHUP: signal.SIGUSR2}
@@ -37,13 +37,13 @@ def located(request: Request, nodes: int | None, *, started_by_srun: bool) -> Re
         UserError: the request does not match the tasks.
     """
     if not started_by_srun and not _is_part(nodes):
-        return replace(request, nodes=nodes or 1)
+        return replace(request, nodes=replace(request.nodes, count=nodes or 1))
     here = place(os.environ)
     if nodes is not None and nodes != len(here.hosts):
         raise UserError(f"--nodes {nodes}: srun started this on {len(here.hosts)} nodes; omit it, or use --nodes 1")
     if here.local_size > 1:
         request = _share(request, here)
-    return replace(request, nodes=here.tasks, node_rank=here.rank, place=here)
+    return replace(request, nodes=NodeOptions(here.tasks, here.rank, request.nodes.rendezvous, here))
 
 
 def _is_part(nodes: int | None) -> bool:
@@ -97,14 +97,14 @@ def _gpus_per_node(job: str) -> int:
 
 def _share(request: Request, here: Place) -> Request:
     """This task's share of its node's processes and GPUs."""
-    count = here.local_size
-    if request.gpus != "auto":
-        if int(request.gpus) % count:
+    count, asked = here.local_size, request.ranks.gpus
+    if asked != "auto":
+        if int(asked) % count:
             raise UserError(
-                f"--gpus {request.gpus} is per node, but srun started {count} tasks on this one: omit it, "
+                f"--gpus {asked} is per node, but srun started {count} tasks on this one: omit it, "
                 f"use --gpus {count}, or start one task per node"
             )
-        request = replace(request, gpus=str(int(request.gpus) // count))
+        request = replace(request, ranks=replace(request.ranks, gpus=str(int(asked) // count)))
     gpus, given = visible_gpus(), os.environ.get("SLURM_GPUS_ON_NODE")
     if given is not None and len(gpus) != int(given):  # Slurm shows each task its own
         return request

@@ -17,8 +17,8 @@ from dtrain.run.lock import Writer, has_ended
 from dtrain.run.sweep import Sweep
 
 from ..agent.root_cause import headline
-from .request import Request
-from .status import place, read_status
+from .request import RankOptions, Request
+from .status import position, read_status
 
 LOOK_EVERY_S = 0.1
 LOOK_AT_QUEUE_EVERY_S = 1.0
@@ -104,7 +104,7 @@ def _end(run: RunDir, writer: Writer, process: int, now: bool) -> None:
             _send(process, signal.SIGKILL)
         if time.monotonic() - said_at > SAY_EVERY_S:
             said_at = time.monotonic()
-            what = place(status) if is_running else "waiting for the upload to MLflow"
+            what = position(status) if is_running else "waiting for the upload to MLflow"
             print(f"{run} is {status.get('state')}: {what}", file=sys.stderr)
 
 
@@ -131,7 +131,7 @@ def _send(process: int, number: signal.Signals) -> None:
 
 def _say_outcome(run: RunDir) -> int:
     status = read_status(run)
-    where = f"in {place(status)}"
+    where = f"in {position(status)}"
     if status["state"] == "finished":
         print(f"{run} finished before it could stop")
         return 0
@@ -151,7 +151,7 @@ def _continuation(run: RunDir) -> str:
     """How to continue the run on as many ranks: a command, or words for a script, whose arguments are unknown."""
     is_job = re.search("^fit:", run.job.read_text(encoding="utf-8"), re.MULTILINE)
     if is_job:
-        return Request(str(run.job), gpus=str(run.ranks_of_checkpoint() or "auto")).continuation(run)
+        return Request((str(run.job),), RankOptions(str(run.ranks_of_checkpoint() or "auto"))).continuation(run)
     writer = run.last_writer()
     if writer is not None and writer.is_agent:
         return f"the original command, with --resume {shlex.join(['--run-dir', str(run)])}"

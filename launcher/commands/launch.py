@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from dtrain import __version__
 from dtrain.errors import UserError
 from dtrain.gpus import DEVICE_VARIABLE
-from dtrain.monitoring.screen import say
 from dtrain.monitoring.tracking_uri import hand_on
 from dtrain.names import hidden_modules, short
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.run.rank_request import Train
 from dtrain.schema.packages import require_for
+from dtrain.stderr import say
 
 from ..agent.agent import run_ranks
 from ..machine.devices import choose_processes, expected_ranks, num_processes, threads_per_rank
@@ -27,7 +27,7 @@ from ..rank.entry import Task
 from ..rank.fork_server import start_fork_server
 from ..rank.preparation import preload_for, prepare, resolved
 from ..rank.program import Program, find_module, find_program, find_script, refuse_other_program
-from .request import Request, check_nodes, choose_ranks
+from .request import Request, choose_ranks
 from .run_folder import fill, find_run, locked, nothing_left, whole_or_as_before
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 
 def launch(request: Request) -> int:
-    """Launch a job or a script on this machine; the exit code.
+    """Launch a job or a script on this machine; returns the exit code.
 
     Raises:
         UserError: the request is wrong; nothing was started or written.
     """
-    check_nodes(request)
+    request.nodes.check()
     if request.is_script:
         require_for()
         return _launch_script(request)
@@ -64,7 +64,7 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         return 0
     continues = request.resume and run.job.exists()
     code = run.code if continues else loaded.folder
-    ready = prepare(loaded, code, request.gpus, preload=request.preload and not request.dry_run)
+    ready = prepare(loaded, code, request.ranks.gpus, preload=request.ranks.preload and not request.dry_run)
     if request.dry_run:
         print(ready.job, end="")
         say(f"would train on {ready}, in {run}")
@@ -74,13 +74,12 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     train = Train(str(code.absolute()))
     task = Task(
         str(run),
+        "job",
         train.entrypoint,
         train.arguments,
         ready.num_threads,
         job.launch.hang_timeout_s,
-        is_module=True,
-        is_job=True,
-        forked=request.preload,
+        forked=request.ranks.preload,
     )
     return _start(request, run, task, ready.num_ranks, ready.job, None if continues else code, job.fit.restarts)
 
@@ -108,12 +107,12 @@ def _launch_program(
 ) -> int:
     device_asked = loaded.job.launch.device if loaded else "auto"
     if device_asked == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program goes by what it finds
-    preload = request.preload and not _sets_on_import(program)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the program finds none
+    preload = request.ranks.preload and not _sets_on_import(program)
     if preload and not request.dry_run:
-        modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.gpus))
+        modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.ranks.gpus))
         preload = start_fork_server(modules, threads, unless=lambda: _is_hidden(program))
-    num_ranks, device = choose_processes(request.gpus, device_asked)
+    num_ranks, device = choose_processes(request.ranks.gpus, device_asked)
     os.environ[DEVICE_VARIABLE] = device  # a job's ranks find it in job.yaml
     text = resolved(loaded.job, device) if loaded else None
     if request.dry_run:
@@ -122,10 +121,10 @@ def _launch_program(
         return 0
     task = Task(
         str(run),
+        "module" if program.is_module else "script",
         program.name,
         tuple(arguments),
         threads_per_rank(num_ranks),
-        is_module=program.is_module,
         folder=program.folder,
         forked=preload,
     )
@@ -142,7 +141,7 @@ def _sets_on_import(program: Program) -> bool:
 
 
 def _is_hidden(program: Program) -> bool:
-    """Whether a module beside the program has the name of one of Python's that is loaded by now."""
+    """Whether a module beside the program has the name of a standard library module that is already imported."""
     if hidden := hidden_modules(Path(program.folder), program.file):
         _say_fresh(f"{short(str(hidden[0]))} has the name of a standard library module that torch has imported")
     return bool(hidden)
@@ -164,19 +163,20 @@ def _start(
     origin: Path | None,
     restarts: int,
 ) -> int:
-    """Fill the run folder and run the ranks. Nothing was written before; `origin` is None for a run that goes on.
+    """Fill the run folder, to which nothing has been written yet, and run the ranks; returns the exit code.
 
     Args:
-        restarts: what the job says of them.
+        origin: the folder whose code the run gets; None for a run that continues.
+        restarts: how often the job wants its ranks restarted.
     """
-    restarts = restarts if request.max_restarts is None else request.max_restarts
-    show_ranks = choose_ranks(request.show_ranks, request.nodes * num_ranks)
+    restarts = restarts if request.ranks.max_restarts is None else request.ranks.max_restarts
+    show_ranks = choose_ranks(request.ranks.show, request.nodes.count * num_ranks)
     nodes = None
-    if request.nodes > 1:
+    if request.nodes.count > 1:
         from ..agent.nodes import Nodes
 
         common = {"the job": job or request.target, "--gpus": num_ranks, "dtrain's version": __version__}
-        nodes = Nodes(request.endpoint, common)
+        nodes = Nodes(request.nodes.endpoint, common)
     if nodes is not None and nodes.node_rank > 0:
         run, arguments = RunDir(nodes.from_first("run")), json.loads(nodes.from_first("arguments"))
         if not run.lock_file.exists():

@@ -1,4 +1,4 @@
-"""`dtrain logs`: what a rank has printed, byte by byte, so that it can be piped."""
+"""`dtrain logs`: a rank's output, byte for byte, so that it can be piped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOK_EVERY_S = 0.1
 
 
 def logs(path: str, rank: int, follow: bool) -> int:
-    """Print the rank's log to stdout as it stands, tracebacks included; with `follow`, until the run has ended.
+    """Print the rank's log to stdout, tracebacks included; with `follow`, also what is added until the run has ended.
 
     Raises:
         UserError: there is no run, or no log of this rank.
@@ -28,7 +28,7 @@ def logs(path: str, rank: int, follow: bool) -> int:
     log = Tail(run.rank_log(rank))
     try:
         while True:
-            # Asked before the log is read, so that nothing is added to it after the last look.
+            # Read before the log: to that of a run that has ended nothing is added.
             status = run.status() if follow else status
             has_ended = status.get("state") != "running"
             while new := log.read():
@@ -58,7 +58,7 @@ def _check_rank(run: RunDir, rank: int) -> None:
 
 
 def _write(text: bytes) -> None:
-    # To the descriptor: no buffer that is left over when the reader goes.
+    # Straight to the descriptor: nothing must be left in a buffer when the reader goes away.
     left = memoryview(text)
     while left:
         left = left[os.write(sys.stdout.fileno(), left) :]
@@ -67,6 +67,6 @@ def _write(text: bytes) -> None:
 def _pause() -> None:
     """Wait a moment; raises BrokenPipeError as soon as nobody reads stdout any more."""
     reader = select.poll()
-    reader.register(sys.stdout.fileno(), 0)  # asks for nothing but errors
+    reader.register(sys.stdout.fileno(), 0)  # errors only
     if reader.poll(LOOK_EVERY_S * 1000):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -1,4 +1,4 @@
-"""The folder of a run that is to begin or to go on: which one it is, what it begins with, and what a failure leaves."""
+"""The folder of a run that begins or continues: which one it is, what it gets, and what a failure leaves of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from dtrain.errors import Problem, UserError
 from dtrain.files import write_json, write_text
-from dtrain.monitoring.screen import say
 from dtrain.run.folder import RunDir
 from dtrain.run.provenance import environment
-from dtrain.run.snapshot import TOO_LARGE, Snapshot
+from dtrain.run.snapshot import TOO_LARGE, CodeSnapshot
+from dtrain.stderr import say
 
 from .request import Request
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def find_run(request: Request, name: str) -> RunDir:
-    """The run's folder, not made yet. A folder that holds anything is only for --resume."""
-    if request.node_rank > 0:  # node 0 says which it is, and looks after it
+    """The run's folder, which need not exist yet. One that is not empty is accepted only with --resume."""
+    if request.nodes.rank > 0:  # node 0 decides which it is, and checks it
         return RunDir(request.run_dir) if request.resume and request.run_dir else RunDir.new(name)
     if request.run_dir is None:
         return newest_unfinished(name) if request.resume else RunDir.new(name)
@@ -55,7 +55,7 @@ def newest_unfinished(name: str) -> RunDir:
 
 
 def is_done(run: RunDir, job: Job | ScriptJob) -> bool:
-    """Whether a run has nothing left to do; raises UserError where `job` is not the job that it began with."""
+    """Whether a run has nothing left to do; raises UserError if `job` is not the job that it began with."""
     from dtrain.schema.job import ScriptJob
     from dtrain.schema.loading import differences, load
 
@@ -78,7 +78,7 @@ def _is_longer(fit: Fit, before: Fit) -> bool:
 
 
 def nothing_left(request: Request, run: RunDir, job: Job | ScriptJob) -> bool:
-    """Whether the request is to resume a run that `is_done`, which is said."""
+    """Whether the request is to resume a run that `is_done`; if so, the user is told."""
     if not (request.resume and run.job.exists() and is_done(run, job)):
         return False
     say(f"{run} is finished; nothing to resume")
@@ -86,21 +86,21 @@ def nothing_left(request: Request, run: RunDir, job: Job | ScriptJob) -> bool:
 
 
 def fill(run: RunDir, origin: Path | None, job: str | None) -> None:
-    """Write what a run begins with: the code of the folder `origin`, where all comes from, and the job, if any."""
+    """Write what a run begins with: the code in the folder `origin`, its environment, and the job if there is one."""
     if origin is not None:
-        copy = Snapshot(run.code)
+        copy = CodeSnapshot(run.code)
         copy.add(origin)
         copy.add_modules()
         write_json(run.env, {**environment(origin), "left_out_of_code": list(copy.left_out)})
         if kept_out := [f"{name} ({why})" for name, why in copy.left_out.items() if why != TOO_LARGE]:
             say(f"{run.code} does not contain {', '.join(kept_out)}")
     if job is not None:
-        write_text(run.job, job)  # last: with it, the run is one that --resume can continue
+        write_text(run.job, job)  # last: --resume continues a run that has it
 
 
 @contextmanager
 def usable(folder: Path) -> Iterator[None]:
-    """Raise UserError where the file system refuses what is done with the folder."""
+    """Raise UserError if the file system refuses what the block does with the folder."""
     try:
         yield
     except OSError as error:
@@ -110,10 +110,10 @@ def usable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(run: RunDir) -> Iterator[bool]:
-    """The run's folder, made where there is none, with this process as its writer; whether it is new.
+    """Create the run's folder if there is none, and be its only writer in the block; yields whether it is new.
 
     Raises:
-        UserError: another process writes it; or it can't be made, and nothing of it is left.
+        UserError: another process writes to it; or it can't be created, and nothing is left of it.
     """
     with ExitStack() as held:
         with usable(run.path):
@@ -130,7 +130,7 @@ def locked(run: RunDir) -> Iterator[bool]:
 
 @contextmanager
 def whole_or_as_before(folder: Path, *files: Path, is_new: bool) -> Iterator[None]:
-    """Where the block fails, a folder that is new is gone again, and the files are as they were."""
+    """If the block fails, remove the folder if it is new, and restore the files to what they were."""
     before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
     try:
         with usable(folder):

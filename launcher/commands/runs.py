@@ -1,4 +1,4 @@
-"""`dtrain runs`: the runs of a folder, one line each."""
+"""`dtrain runs`: the runs in a folder, one line each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dtrain.monitoring.tracker import trackers
 from dtrain.run.folder import RunDir
 from dtrain.run.sweep import Sweep
 
-# In job.yaml as dtrain writes it. Reading it as YAML takes 3 ms a run.
+# In job.yaml as dtrain writes it. Parsing it as YAML would take 3 ms a run.
 _MONITOR = re.compile(r"^  early_stopping:\n    monitor: (\w+)$", re.MULTILINE)
 
 
 def runs(folder: str | None) -> int:
-    """Print the runs in the folder (by default runs/), the one that began last at the end, above the prompt.
+    """Print the runs in the folder (by default runs/), the one started last at the end, just above the prompt.
 
     Raises:
         UserError: there is no such folder.
@@ -37,7 +37,7 @@ def runs(folder: str | None) -> int:
 
 
 def print_runs(found: Iterable[RunDir]) -> None:
-    """A line for each, the one that began last at the end; for a sweep, one line for all of its runs."""
+    """Print a line for each run, the one started last at the end; a sweep has one line for all of its runs."""
     lines = [cells for _, cells in sorted(map(_look, found))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for cells in lines:
@@ -49,14 +49,14 @@ def _is_run(path: Path) -> bool:
         run = RunDir(path)
         is_begun = run.status_file.exists() or submitted_file(run) is not None
         return is_begun or Sweep.is_at(path) or Sweep.of(run) is not None
-    except OSError:  # a folder that may not be read
+    except OSError:  # a folder that we may not read
         return False
 
 
 def _look(run: RunDir) -> tuple[float, list[str]]:
-    """When the run began (the last time, if it was continued), and its line.
+    """When the run was started (for the last time, if it was continued), and its line.
 
-    Folder, state, place, result, age, and what is its own in a sweep.
+    The line has the folder, the state, how far the run is, its result and age, and its values in a sweep.
     """
     path = os.fsencode(run.path).decode(errors="backslashreplace")
     try:
@@ -82,7 +82,7 @@ def _look(run: RunDir) -> tuple[float, list[str]]:
         if state != "running":
             age += "".join(f", not all in {tracker.title}" for tracker in trackers() if tracker.outstanding(run))
         return began, [path, state, f"epoch {epoch}", f"step {step}", _result(run), age, point]
-    except Exception:  # whatever is wrong in one folder, the others are listed
+    except Exception:  # whatever is wrong in this folder: the others are still listed
         return 0.0, _damaged(path)
 
 
@@ -95,7 +95,7 @@ def _changed(file: Path) -> float:
 
 
 def _result(run: RunDir) -> str:
-    """The last epoch's monitored value, where the job names one, else its val_loss or train_loss."""
+    """The last epoch's monitored value if the job names one, else its val_loss or train_loss."""
     monitor = None
     with contextlib.suppress(OSError, ValueError):
         monitor = _MONITOR.search(run.job.read_text(encoding="utf-8"))

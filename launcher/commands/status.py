@@ -1,4 +1,4 @@
-"""`dtrain status`: how a run stands, in a few lines."""
+"""`dtrain status`: how a run is doing, in a few lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .runs import print_runs
 
 
 def status(path: str) -> int:
-    """Print state, place, last epoch and cause of failure.
+    """Print the run's state, how far it is, its last epoch, and why it failed if it did.
 
     Raises:
         UserError: there is no run in that folder.
@@ -44,7 +44,7 @@ def status(path: str) -> int:
 
 
 def read_status(run: RunDir) -> dict[str, Any]:
-    """How the run stands now.
+    """The run's status now.
 
     Raises:
         UserError: there is no run in that folder.
@@ -57,7 +57,7 @@ def read_status(run: RunDir) -> dict[str, Any]:
     return status
 
 
-def place(status: dict[str, Any]) -> str:
+def position(status: dict[str, Any]) -> str:
     """How far a run is, in words."""
     return f"{_in_fit(status)}epoch {status['epoch']}, step {status['step']}"
 
@@ -72,7 +72,7 @@ def _in_queue(job: Submitted) -> str:
         queued = job.look_up()
     except UserError as error:
         return str(error)
-    return "no longer in the queue" if queued is None else queued.describe()
+    return "no longer in the queue" if queued is None else queued.in_words()
 
 
 def _exit_code(code: int | None) -> str:

@@ -1,6 +1,6 @@
-"""`dtrain launch --slurm`: a run folder filled here, its job submitted, and, with --wait, followed to its end.
+"""`dtrain launch --slurm`: fill a run folder here, submit its job, and with --wait follow it to its end.
 
-Needs no torch: whether the model can be built, say, the node finds out (or `dtrain check`).
+Needs no torch: whether the model can be built, for example, is found out on the node (or by `dtrain check`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .run_folder import fill, find_run, locked, nothing_left, whole_or_as_before
 LOOK_EVERY_S = 2.0
 
 
-def submit_run(request: Request, cluster: Cluster) -> int:
-    """Submit the job or script, or with --dry-run print what would be submitted; the exit code.
+def submit_run(request: Request, cluster: Cluster, *, wait: bool) -> int:
+    """Submit the job or script, or with --dry-run print what would be submitted; returns the exit code.
 
     Raises:
         UserError: the request is wrong, or the cluster refuses it; nothing was submitted, and no new folder is left.
@@ -53,7 +53,7 @@ def submit_run(request: Request, cluster: Cluster) -> int:
         submitted_as = Submitted(cluster, cluster.submit(submission))
     note_submitted(run, cluster, submitted_as.job_id)
     print(f"run {run}\n{submitted_as}", file=sys.stderr)
-    if request.wait:
+    if wait:
         return follow(run, submitted_as)
     print(f"monitor with: dtrain status {run}; dtrain logs -f {run}; dtrain cancel {run}", file=sys.stderr)
     return 0
@@ -65,24 +65,25 @@ def show(submission: Submission) -> None:
 
 
 def submittable(request: Request) -> Submittable:
-    """What the command line asks for; raises UserError where that can't be."""
-    options = ["--show-ranks", request.show_ranks, *(["--no-preload"] * (not request.preload))]
-    if request.max_restarts is not None:
-        options += ["--max-restarts", str(request.max_restarts)]
+    """What the command line asks to submit; raises UserError if that is not possible."""
+    nodes, ranks = request.nodes.count, request.ranks
+    options = ["--show-ranks", ranks.show, *(["--no-preload"] * (not ranks.preload))]
+    if ranks.max_restarts is not None:
+        options += ["--max-restarts", str(ranks.max_restarts)]
     if not request.is_script:
         loaded = load(request.target, request.arguments)
-        hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job takes the environment along
+        hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job inherits the environment
         target = None
         if isinstance(loaded, LoadedScript):
             find_program(loaded)
             target = [str(loaded.path.absolute()), *request.arguments]
-        return submittable_job(loaded, request.nodes, request.gpus, options, target)
-    gpus = parse_gpus(request.gpus)
+        return submittable_job(loaded, nodes, ranks.gpus, options, target)
+    gpus = parse_gpus(ranks.gpus)
     program = find_module(request.target, os.getcwd()) if request.is_module else find_script(request.target)
     target = ["-m", program.name] if program.is_module else [str(program.file.absolute())]
     target += ["--", *request.arguments] if request.arguments else []
     name, folder = Path(program.name).stem, program.file.absolute().parent
-    return Submittable(name, None, folder, request.nodes, gpus, own_command(), options, target)
+    return Submittable(name, None, folder, nodes, gpus, own_command(), options, target)
 
 
 def submittable_job(
@@ -92,13 +93,13 @@ def submittable_job(
     options: Sequence[str] = (),
     target: Sequence[str] | None = None,
 ) -> Submittable:
-    """A job file as what is to be submitted; the rest as `Submittable` has it."""
+    """A job file as something to submit; for the other arguments see `Submittable`."""
     job = loaded.job
     return Submittable(job.name, job, loaded.folder, nodes, parse_gpus(gpus), own_command(), options, target)
 
 
 def parse_gpus(text: str) -> Gpus:
-    """--gpus; raises UserError where it is no number of GPUs."""
+    """Parse --gpus; raises UserError if it is not a number of GPUs."""
     gpus = Gpus.parse("1" if text == "auto" else text)
     if gpus is None:
         raise UserError(f"--gpus {text}: expected a number above 0, optionally with a type, such as a100:4")
@@ -106,19 +107,19 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def refuse_second(run: RunDir) -> None:
-    """Raise UserError where the run has a job that is queued or runs."""
+    """Raise UserError if the run already has a job that is queued or running."""
     if (job := submitted(run)) and (queued := job.look_up()) and not queued.is_over:
-        raise UserError(f"{run} already is {job}, {queued.describe()}; to stop it: dtrain cancel {run}")
+        raise UserError(f"{run} already is {job}, {queued.in_words()}; to stop it: dtrain cancel {run}")
 
 
 def mark_submitted(run: RunDir) -> None:
-    """A run that goes on has not ended any more."""
+    """In the status of a run that continues, replace how it ended before."""
     if status := read_json(run.status_file):
         write_json(run.status_file, {**status, "state": "submitted", "exit_code": None, "error": None})
 
 
 def follow(run: RunDir, job: Submitted) -> int:
-    """Show what the run prints until its job is over; the run's exit code."""
+    """Show what the run prints until its job is over; returns the run's exit code."""
     log, position, shown = job.cluster.log(run), 0, ""
     while True:
         queued = job.look_up()
@@ -130,13 +131,13 @@ def follow(run: RunDir, job: Submitted) -> int:
                 sys.stderr.flush()
         if queued is None or queued.is_over:
             break
-        if not queued.is_running and queued.describe() != shown:
-            shown = queued.describe()
+        if not queued.is_running and queued.in_words() != shown:
+            shown = queued.in_words()
             print(f"job {job.job_id}: {shown}", file=sys.stderr)
         time.sleep(LOOK_EVERY_S)
     status = run.status()
     if status.get("exit_code") is None:
-        ended = queued.describe() if queued is not None else f"no longer in {job.cluster.title}'s queue"
+        ended = queued.in_words() if queued is not None else f"no longer in {job.cluster.title}'s queue"
         print(f"job {job.job_id} ended ({ended}) before the run did: {log}", file=sys.stderr)
         return 1
     return int(status["exit_code"])

@@ -1,6 +1,6 @@
 """`dtrain sweep`: one job with several values, run here one after the other, or on a cluster as one array job.
 
-All run folders are filled at the start: what a sweep trains is what was there when it began.
+All run folders are filled at the start, so that later changes to the code do not reach a sweep that has begun.
 """
 
 from __future__ import annotations
@@ -29,29 +29,34 @@ from .submit import LOOK_EVERY_S, mark_submitted, refuse_second, show, submittab
 
 
 @dataclass(frozen=True)
+class ArrayOptions:
+    """How the runs are submitted to a cluster, as one array."""
+
+    cluster: Cluster
+    nodes: int  # for each run
+    max_parallel: int | None
+    wait: bool  # until all runs are over
+
+
+@dataclass(frozen=True)
 class SweepRequest:
     """The command line of `dtrain sweep`."""
 
     job: str
     overrides: tuple[str, ...]
-    gpus: str = "auto"
-    nodes: int = 1
-    run_dir: str | None = None
-    resume: bool = False
-    dry_run: bool = False
-    cluster: Cluster | None = None  # to which the runs are submitted; None: they run here
-    wait: bool = False
-    max_parallel: int | None = None
+    gpus: str
+    run_dir: str | None
+    resume: bool
+    dry_run: bool
+    array: ArrayOptions | None  # None: they run here, one after the other
 
 
 def sweep(request: SweepRequest) -> int:
-    """Run all points, or submit them; 0 if all runs have finished, or were submitted.
+    """Run all points, or submit them; returns 0 if all runs have finished, or were submitted.
 
     Raises:
         UserError: the request is wrong; nothing was started or written.
     """
-    if request.cluster is None and (request.nodes > 1 or request.wait or request.max_parallel):
-        raise UserError("--nodes, --wait and --max-parallel need --slurm: without it, the runs go one after the other")
     common, points = grid(request.overrides)
     loaded = [_load(request.job, [*common, *point]) for point in points]
     jobs = [each.job for each in loaded]
@@ -61,11 +66,11 @@ def sweep(request: SweepRequest) -> int:
         refuse_second(run)
     if request.dry_run:
         print("".join(f"{run.path.name}: {found.point(run)}\n" for run in left), end="")
-    if request.cluster is not None:
-        return _submit(request, request.cluster, found, loaded, left)
+    if request.array is not None:
+        return _submit(request, request.array, found, loaded, left)
     if request.dry_run:
         return 0
-    if request.resume:  # the launch sees to what may differ from before
+    if request.resume:  # each launch checks what may differ from before
         return _run(request, found, [(run, [request.job, *common, *found.points[int(run.path.name)]]) for run in left])
     with whole_or_as_before(found.folder, is_new=not RunDir(found.folder).exists()):
         _fill(found, loaded, left, is_new=True)
@@ -83,7 +88,7 @@ def _load(path: str, overrides: Sequence[str]) -> LoadedJob:
 
 
 def _folder(request: SweepRequest, job: Job) -> Path:
-    """The sweep's folder; one that holds anything is only for --resume."""
+    """The sweep's folder; one that is not empty is accepted only with --resume."""
     if request.resume:
         if request.run_dir is None:
             raise UserError("--resume needs --run-dir, the folder of the sweep")
@@ -118,7 +123,7 @@ def _fill(found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir], *, 
 
 
 def _run(request: SweepRequest, found: Sweep, runs: Sequence[tuple[RunDir, list[str]]]) -> int:
-    """One run with its job after the other: each a `dtrain launch`, which is asked what this process is asked."""
+    """Launch one run after the other; signals that ask this process to stop are passed on to the launch."""
     failed = False
     with Subcommand.passing_signals_on() as command:
         for count, (run, job) in enumerate(runs, 1):
@@ -147,17 +152,18 @@ def _continuation(request: SweepRequest, found: Sweep) -> str:
 
 
 def _submit(
-    request: SweepRequest, cluster: Cluster, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]
+    request: SweepRequest, options: ArrayOptions, found: Sweep, loaded: Sequence[LoadedJob], runs: Sequence[RunDir]
 ) -> int:
     """Submit the runs as one array."""
+    cluster = options.cluster
     if len({str(getattr(each.job, cluster.name)) + each.job.launch.device for each in loaded}) > 1:
         swept = f"{cluster.name} and launch.device"
         raise UserError(f"{swept} can't be swept with --{cluster.name}: all runs of an array request the same")
     if not runs:
         print(f"{found.folder} is finished; nothing to resume", file=sys.stderr)
         return 0
-    wanted = submittable_job(loaded[0], request.nodes, request.gpus)
-    array = Array([int(run.path.name) for run in runs], request.max_parallel)
+    wanted = submittable_job(loaded[0], options.nodes, request.gpus)
+    array = Array([int(run.path.name) for run in runs], options.max_parallel)
     submission = cluster.render(wanted, RunDir(found.folder), Path.cwd(), array)
     if request.dry_run:
         print()
@@ -173,7 +179,7 @@ def _submit(
     for run in runs:
         note_submitted(run, cluster, cluster.part(whole.job_id, int(run.path.name)))
     print(f"sweep {found.folder}, {len(runs)} runs\n{whole}", file=sys.stderr)
-    if request.wait:
+    if options.wait:
         return _follow(found)
     folder = found.folder
     print(f"monitor with: dtrain status {folder}; dtrain cancel {folder}", file=sys.stderr)

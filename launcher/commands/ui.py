@@ -1,4 +1,4 @@
-"""`dtrain ui`: MLflow's own pages on the runs recorded here."""
+"""`dtrain ui`: MLflow's own pages for the runs recorded here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USUAL_PORT = 5000
 
 
 def ui(tracking_uri: str | None, port: int | None) -> int:
-    """Serve the store until Ctrl-C, the address on stdout; of a store that has a server, only the address."""
+    """Serve the store until Ctrl-C, and print the address; if the store is a server itself, only print its address."""
     uri = resolve_tracking_uri(tracking_uri)
     if uri.startswith(("http://", "https://")):
         print(hide_password(uri))
@@ -57,12 +57,12 @@ def _is_free(port: int) -> bool:
 
 
 def _serve(uri: str, port: int) -> int:
-    # Either ends the server too. A shell starts what it runs in the background with SIGINT ignored.
+    # Either ends the server too. SIGINT is set as well, since a shell ignores it for what runs in the background.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     # One worker and no runners for MLflow's background jobs: 2 processes up in 5 s instead of 15 in 29 s.
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--workers", "1"]
-    # A session of its own: all its processes are ended together, by one signal to the group.
+    # In a session of its own, so that one signal to the group ends all of its processes.
     server = subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},

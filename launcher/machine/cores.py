@@ -14,7 +14,7 @@ _UNLIMITED = ("max", "-1")
 
 
 def usable_cores(proc: Path = Path("/proc/self")) -> int:
-    """What affinity, the CPU quotas of this process's control groups and Slurm allow, in whole cores; at least 1.
+    """Whole cores that the affinity, CPU quotas and Slurm allow this process; at least 1.
 
     Args:
         proc: this process's folder in /proc.
@@ -26,7 +26,7 @@ def usable_cores(proc: Path = Path("/proc/self")) -> int:
 
 
 def openmp_threads(value: str) -> int | None:
-    """The number in OMP_NUM_THREADS, the first where it is a list for nested regions; None where OpenMP ignores it."""
+    """The number in OMP_NUM_THREADS, the first of a list for nested regions; None if OpenMP ignores it."""
     words = [word.strip() for word in value.split(",")]
     if not all(word.isascii() and word.isdecimal() and 0 < int(word) < 1 << 31 for word in words):
         return None
@@ -34,7 +34,7 @@ def openmp_threads(value: str) -> int | None:
 
 
 def drop_openmp_mistake(environment: MutableMapping[str, str]) -> None:
-    """Take OMP_NUM_THREADS out where it says nothing, as OpenMP does, which warns of it too."""
+    """Remove an OMP_NUM_THREADS that is not a number, with a warning: OpenMP would ignore it too."""
     value = environment.get("OMP_NUM_THREADS")
     if value is not None and openmp_threads(value) is None:
         del environment["OMP_NUM_THREADS"]
@@ -43,7 +43,7 @@ def drop_openmp_mistake(environment: MutableMapping[str, str]) -> None:
 
 
 def _quotas(proc: Path) -> Iterator[float]:
-    """Of each group with a quota that this process is in, in cores: man 7 cgroups, of version 1 and 2."""
+    """The CPU quotas of this process's control groups, in cores; for versions 1 and 2, see man 7 cgroups."""
     for folder, mount in _groups(proc):
         for group in (folder, *folder.parents):
             with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How many processes on which devices, and how many threads each."""
+"""How many processes a launch starts, on which device, and with how many threads each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Literal
 
 from dtrain import gpus as here
 from dtrain.errors import UserError
-from dtrain.monitoring.screen import say
+from dtrain.stderr import say
 
 from .cores import usable_cores
 
-CROWD = 4  # processes a core, above which it is said
+CROWD = 4  # processes per core, above which there is a warning
 
 
 def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"]]:
     """How many processes on which device: never more than there are GPUs, unless there are none at all.
 
-    Where ranks are forked, not before the server that forks them: it looks for a driver.
+    If ranks are to be forked, call this only after starting the fork server: it looks for a driver.
     """
     asked = None if gpus == "auto" else int(gpus)
     if device == "cpu":
@@ -47,7 +47,7 @@ def choose_processes(gpus: str, device: str) -> tuple[int, Literal["cpu", "cuda"
 
 
 def _num_named(visible: str) -> int:
-    """How many devices a list names: CUDA stops at -1."""
+    """How many devices a list names; CUDA stops reading at -1."""
     names = [name.strip() for name in visible.split(",") if name.strip()]
     return names.index("-1") if "-1" in names else len(names)
 
@@ -58,7 +58,7 @@ def num_processes(count: int, device: str) -> str:
 
 
 def _on_cpu(num_ranks: int) -> tuple[int, Literal["cpu"]]:
-    """So many processes; said where far more of them than cores are to take turns."""
+    """That many processes, with a warning if there are far more of them than cores."""
     cores = usable_cores()
     if num_ranks > CROWD * cores:
         many = num_processes(num_ranks, "CPU")
@@ -79,14 +79,14 @@ def _why_no_gpu() -> str:
 
 
 def expected_ranks(gpus: str) -> int:
-    """`choose_processes`, as far as it can be told without the seconds that torch takes to import."""
+    """How many processes `choose_processes` is likely to choose, without the seconds that importing torch takes."""
     if gpus != "auto":
         return int(gpus)
     return max(1, len(visible_gpus()))
 
 
 def visible_gpus() -> list[str]:
-    """The names by which CUDA_VISIBLE_DEVICES can tell them apart, without torch."""
+    """The visible GPUs, by names that CUDA_VISIBLE_DEVICES accepts; found without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name not in here.HIDDEN]

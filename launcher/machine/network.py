@@ -1,4 +1,4 @@
-"""Which of this host's network interfaces has an address."""
+"""Finds the network interface of this host that has a given address."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_loopback(address: str) -> bool:
 
 
 def interface_with(address: str) -> str | None:
-    """The interface's name; None where no interface has it as its first one."""
+    """The name of the interface whose first address this is; None if there is none."""
     if is_loopback(address):
         return "lo"
     wanted = ipaddress.ip_address(address)
@@ -28,7 +28,7 @@ def interface_with(address: str) -> str | None:
         return next((name for digits, *_, name in rows if digits == wanted.packed.hex()), None)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has none
+            with suppress(OSError):  # it has no address
                 answer = fcntl.ioctl(asked, _SIOCGIFADDR, _NAME.pack(name.encode()))
                 if _ADDRESS.unpack(answer)[0] == wanted.packed:
                     return name

@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
-    """The running child processes of a process, the oldest first."""
+    """The running child processes of a process, oldest first."""
     return sorted(child for child, parent, _ in _all() if parent == pid)
 
 
 def kill_sessions(sessions: Collection[int]) -> None:
-    """SIGKILL to all processes of those sessions."""
+    """Send SIGKILL to all processes in these sessions."""
     for pid, _, session in _all():
         if session in sessions:
             with suppress(ProcessLookupError):
@@ -43,11 +43,11 @@ def oom_kills() -> int:
 
 
 def _all() -> Iterator[tuple[int, int, int]]:
-    """Process, parent and session of each."""
+    """The ids of all processes, each with its parent and session."""
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             with suppress(OSError, IndexError):
-                # The name, in parentheses, may hold anything.
+                # The name, in parentheses, may contain anything.
                 fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
                 yield int(entry), int(fields[1]), int(fields[3])
 

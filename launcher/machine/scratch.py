@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dtrain.run import node_disk
 
-# By kind, the age at which an unheld folder is removed. Logs of what failed outside a run are there to be read.
+# By kind, the age at which a folder that nobody holds is removed. Logs of failures outside a run are kept to be read.
 _KEPT_S = {"scratch": 60.0, "aside": 86400.0, "node": 86400.0}
 _NAME = re.compile(rf"dtrain-({'|'.join(_KEPT_S)})-[a-z0-9_]{{8,16}}")
 
@@ -27,7 +27,7 @@ def held_folder(kind: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"dtrain-{kind}-"))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # without locks nobody else removes it, see `_remove_unheld`
+        with suppress(OSError):  # without locks no other command removes it, see `_remove_unheld`
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield folder
     finally:
@@ -35,7 +35,7 @@ def held_folder(kind: str) -> Iterator[Path]:
 
 
 def remove_left_behind(root: Path) -> None:
-    """Remove such folders of this user's that no process holds: their commands have been killed, or have failed."""
+    """Remove this user's scratch folders that no process holds: their commands were killed, or have failed."""
     for folder in root.glob("dtrain-*"):
         if match := _NAME.fullmatch(folder.name):
             with suppress(OSError):  # it is held, or another command is removing it

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from dtrain import signals
 from dtrain.errors import ResumeError, UserError
@@ -42,22 +42,24 @@ TORCHRUN_HANDLES = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 @dataclass(frozen=True)
 class Task:
-    """What each rank runs: a script by its path, or a module by its name, as `python` and `python -m` do.
+    """What each rank runs: a job's worker, or a user's script or module, as `python` and `python -m` do.
 
-    `folder` goes first on sys.path; a job's worker has none, and finds its modules itself. It also responds to
-    a request to stop from its start, where a script does so only once its Trainer runs. `forked`: from the fork
-    server, otherwise in an interpreter of its own.
+    A job's worker, which is a module of dtrain's, responds to a request to stop from its start, a script only once its
+    Trainer runs.
     """
 
     run_dir: str
-    program: str
+    kind: Literal["job", "script", "module"]
+    program: str  # the script's path, or the module's name
     arguments: tuple[str, ...]
     num_threads: int
     hang_timeout_s: float = HANG_TIMEOUT_S
-    is_module: bool = False
-    is_job: bool = False
-    folder: str | None = None
-    forked: bool = True
+    folder: str | None = None  # first on sys.path; a job's worker has none, and finds its modules itself
+    forked: bool = True  # from the fork server; else in an interpreter of its own
+
+    @property
+    def is_job(self) -> bool:
+        return self.kind == "job"
 
     def command(self) -> list[str]:
         """The arguments for python, for a rank of this process.
@@ -140,8 +142,8 @@ def execute(task: Task, arguments: Sequence[str]) -> None:
     sys.modules["__main__"] = module
     if "multiprocessing" in sys.modules:  # which makes this alias when it is imported
         sys.modules["__mp_main__"] = module
-    sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.is_module else []), task.program, *arguments]
-    if task.is_module:
+    sys.orig_argv[:] = [sys.executable, "-u", *(["-m"] if task.kind != "script" else []), task.program, *arguments]
+    if task.kind != "script":
         sys.argv[:] = ["-m", *arguments]
         cpython.run_module_as_main(task.program)
         return

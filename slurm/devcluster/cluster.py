@@ -3,16 +3,16 @@
     python slurm/devcluster/cluster.py up|down|kill-node NODE|start-node NODE [--folder .devcluster]
 
 Brings up munge, slurmctld and two slurmd, `node0` and `node1`, each with 4 CPUs and 2 GPUs. Slurm counts the GPUs and
-binds them (CUDA_VISIBLE_DEVICES), but they are only /dev/null by another name. Partitions: `gpu` (default, at most an
-hour), `short` (2 minutes) and `preemptable` (its jobs are requeued when another partition needs the room). Everything
-lies in one folder, and the ports are free ones, so that several clusters can run side by side. After `up`,
+binds them (CUDA_VISIBLE_DEVICES), but they are only /dev/null under another name. Partitions: `gpu` (default, at most
+an hour), `short` (2 minutes) and `preemptable` (its jobs are requeued when another partition needs the nodes).
+Everything lies in one folder, and the ports are free ones, so several clusters can run side by side. After `up`,
 
     source .devcluster/env.sh
 
-makes sbatch, squeue and all the others speak to this cluster. No accounting: sacct does not answer.
+makes sbatch, squeue and the other commands talk to this cluster. It has no accounting, so sacct fails.
 
 Needs root (for device files, and to install what is missing) and Debian's packages slurm-wlm and munge, or Ubuntu's.
-Exit codes: 0 done, 1 failed, 2 wrong request, 3 this machine lacks what is needed.
+Exit codes: 0 done, 1 failed, 2 bad request, 3 this machine lacks what is needed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ NODES = ("node0", "node1")
 CPUS, GPUS = 4, 2  # of each node
 PATIENCE_S = 60
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-PORTS = range(20000, 30000)  # below those that the system gives to outgoing connections
+PORTS = range(20000, 30000)  # below those that the system uses for outgoing connections
 NULL_DEVICE = os.makedev(1, 3)
-# Slurm's longest socket is FOLDER/node0/spool/node0_JOB.4294967291, in the 107 bytes that Linux has for one.
+# Slurm's longest socket path is FOLDER/node0/spool/node0_JOB.4294967291, and Linux allows 107 bytes.
 LONGEST_FOLDER = 107 - len("/node0/spool/node0_1234567.4294967291")
 
 
@@ -62,12 +62,12 @@ class Unavailable(ClusterError):
 
 
 class Cluster:
-    """The cluster of one folder, whether it runs or not.
+    """The cluster in a folder, whether it is running or not.
 
-    Each daemon has a folder of its own there, with a slurm.conf (a link) of its own. Slurm hands the path of the one
-    that a daemon was started with on to all that it starts: slurmstepd, batch scripts, tasks and theirs. So a process
-    of the cluster is one with such a path as its SLURM_CONF, and which path says to which node it belongs. Those that
-    only use the cluster have the path of env.sh.
+    Each daemon has a folder of its own there, with its own slurm.conf (a link). Slurm passes the path that a daemon was
+    started with on to everything that the daemon starts: slurmstepd, batch scripts, tasks and their children. So a
+    process with such a path as its SLURM_CONF belongs to the cluster, and the path tells to which node. Processes that
+    only use the cluster have the path in env.sh.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class Cluster:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def up(self) -> None:
-        """Bring up what does not run. The cluster starts empty unless its controller was running."""
+        """Start what is not running. The cluster starts empty unless its controller was running."""
         require_slurm()
         if not self._processes("controller"):
             self._lay_out()
@@ -88,12 +88,12 @@ class Cluster:
             self._wait_for_node(node)
 
     def down(self) -> None:
-        """End all that runs, jobs included, at once. The logs stay."""
+        """Kill everything that is running, jobs included. The logs remain."""
         for name in ("controller", *NODES, "munge"):
             self._kill(name)
 
     def kill_node(self, node: str) -> None:
-        """Let the node die, with all that its jobs run there, and tell Slurm, which else would wait for it a while."""
+        """Kill the node with all that its jobs run there, and tell Slurm, which would otherwise wait for it a while."""
         self._kill(node)
         down = ["scontrol", "update", f"nodename={node}", "state=down", "reason=killed"]
         done = self._ask(down)
@@ -101,7 +101,7 @@ class Cluster:
             raise ClusterError(f"`{shlex.join(down)}` failed: {done.stderr.strip()}")
 
     def start_node(self, node: str) -> None:
-        """Start its slurmd if it does not run, and wait until the node takes jobs."""
+        """Start its slurmd if it is not running, and wait until the node accepts jobs."""
         if not self._processes("controller"):
             raise BadRequest(f"no cluster runs in {self.folder}: start it with `up`")
         self._start_slurmd(node)
@@ -109,7 +109,7 @@ class Cluster:
 
     def _start_slurmd(self, node: str) -> None:
         if not any(comm == "slurmd" for _, comm in self._processes(node)):
-            self._kill(node)  # jobs whose slurmd has died alone
+            self._kill(node)  # the jobs of a slurmd that has died alone
             self._start(node, ["slurmd", "-D", "-f", str(self._conf(node)), "-N", node])
 
     def _wait_for_node(self, node: str) -> None:
@@ -119,7 +119,7 @@ class Cluster:
         return self.folder / name / "slurm.conf"
 
     def _lay_out(self) -> None:
-        """A new folder, in place of what an earlier cluster left there."""
+        """Create the folder, in place of what an earlier cluster left there."""
         folder = str(self.folder)
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "controller").is_dir():
             raise BadRequest(f"{folder} holds something else than a cluster: choose another --folder")
@@ -172,7 +172,7 @@ class Cluster:
             )
 
     def _wait(self, condition: Callable[[], bool], name: str) -> None:
-        """Wait for a daemon to serve."""
+        """Wait until a daemon answers."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             has_ended = name in self._started and self._started[name].poll() is not None
@@ -195,16 +195,16 @@ class Cluster:
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     def _processes(self, name: str) -> list[tuple[int, str]]:
-        """The ids and names of the processes of a daemon and of all that it started."""
+        """The ids and names of a daemon's processes, those that it started included."""
         return [(pid, comm) for pid, comm in running() if self._owns(name, pid)]
 
     def _owns(self, name: str, pid: int) -> bool:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended in the meantime
             return f"SLURM_CONF={self._conf(name)}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         return False
 
     def _kill(self, name: str) -> None:
-        """SIGKILL to all processes of a daemon, until none is left."""
+        """Send SIGKILL to all processes of a daemon until none is left."""
         deadline = time.monotonic() + PATIENCE_S
         while found := self._processes(name):
             if time.monotonic() > deadline:
@@ -213,7 +213,7 @@ class Cluster:
                 with suppress(ProcessLookupError):
                     handle = os.pidfd_open(pid)
                     try:
-                        if self._owns(name, pid):  # still: the number may be another's by now
+                        if self._owns(name, pid):  # still: its id may have been reused
                             signal.pidfd_send_signal(handle, signal.SIGKILL)
                     finally:
                         os.close(handle)
@@ -229,7 +229,7 @@ def running() -> Iterator[tuple[int, str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports that nobody is listening on."""
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         with suppress(OSError), socket.socket() as probe:
@@ -244,7 +244,7 @@ def require_slurm() -> None:
     """Install what is missing.
 
     Raises:
-        Unavailable: That can't be done here.
+        Unavailable: that can't be done here.
     """
     if not missing():
         return
@@ -255,7 +255,7 @@ def require_slurm() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one installation at a time
         for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]):
             if missing():
-                # RUNLEVEL=1: nothing of it is to be started by itself.
+                # RUNLEVEL=1 keeps the packages from starting their services.
                 environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
                 command = [apt_get, "-o", "DPkg::Lock::Timeout=300", *arguments]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)

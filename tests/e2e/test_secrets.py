@@ -16,7 +16,7 @@ from dtrain.monitoring.tracking_uri import hand_on, resolve_tracking_uri
 from dtrain.redact import hide_in_command, hide_in_job, hide_password
 from dtrain.run.folder import RunDir
 from dtrain.run.provenance import environment
-from dtrain.run.snapshot import MAX_FILE, Snapshot
+from dtrain.run.snapshot import MAX_FILE, CodeSnapshot
 from dtrain.schema.job import Job
 from dtrain.schema.loading import dump_job
 
@@ -108,7 +108,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_copy_of_the_code_has_no_secrets(folder: Path, tmp_path: Path):
-    copy = Snapshot(tmp_path / "copy")
+    copy = CodeSnapshot(tmp_path / "copy")
     copy.add(folder)
     assert {path.name for path in copy.folder.iterdir()} == {"net.py", "again.py", "job.yaml", "tokenizer.json"}
     assert (copy.folder / "job.yaml").read_text() == 'uri: "https://***@mlflow.example/x"\n'
@@ -166,7 +166,7 @@ def test_modules_from_elsewhere_are_copied_whole_or_not_at_all(
             __import__("linked"),
             __import__("single"),
         )
-        copy = Snapshot(tmp_path / "copy")
+        copy = CodeSnapshot(tmp_path / "copy")
         copy.add(folder)
         copy.add_modules()
     finally:

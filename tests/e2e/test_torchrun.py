@@ -575,11 +575,11 @@ DRIVER = """
 import sys
 
 from dtrain.launcher.commands import launch
-from dtrain.launcher.commands.request import Request
+from dtrain.launcher.commands.request import RankOptions, Request
 from dtrain.launcher.rank import preparation
 
 preparation.PRELOAD = (*preparation.PRELOAD, *sys.argv[1:])
-assert launch.launch(Request("train.py", gpus="1", run_dir="run")) == 0
+assert launch.launch(Request(("train.py",), RankOptions("1"), run_dir="run")) == 0
 import torch
 
 print(torch.cuda.is_initialized())

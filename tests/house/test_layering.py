@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -21,6 +22,7 @@ TOP = ("dtrain", "launcher", "slurm", "trainer")
 
 MOST_FILES = 15
 MOST_LINES = 400
+MOST_PARAMETERS = 8
 
 # For each folder, the folders that it may import; from the lowest level to the highest.
 CONTRACT = ("dtrain", "dtrain/run", "dtrain/schema/metrics", "dtrain/schema", "dtrain/clusters", "dtrain/monitoring")
@@ -41,6 +43,7 @@ MAY_IMPORT = {
     "launcher": (*CONTRACT, "launcher/machine", "launcher/rank", "launcher/commands"),
     "trainer/distributed": CONTRACT,
     "trainer/data": (*CONTRACT, "trainer/distributed"),
+    "trainer/streams": (*CONTRACT, "trainer/distributed", "trainer/data"),
     "trainer/model": (*CONTRACT, "trainer/distributed", "trainer/data"),
     "trainer/checkpoint": (*CONTRACT, "trainer/distributed", "trainer/data", "trainer/model"),
     "trainer/checks": (*CONTRACT, "trainer/distributed", "trainer/data", "trainer/model", "trainer/checkpoint"),
@@ -49,7 +52,7 @@ MAY_IMPORT = {
     "trainer/strategies": (*CONTRACT, *BASE, "trainer/loss"),
     "trainer/optimization": (*CONTRACT, *BASE, "trainer/loss", "trainer/strategies"),
     "trainer/fit": (*CONTRACT, *PARTS),
-    "trainer": (*CONTRACT, *PARTS, "trainer/fit"),
+    "trainer": (*CONTRACT, *PARTS, "trainer/streams", "trainer/fit"),
     "trainer/tracking": CONTRACT,
     "trainer/entrypoints": (*CONTRACT, *PARTS, "trainer/fit", "trainer"),
 }
@@ -185,6 +188,31 @@ def test_no_folder_has_too_many_files():
 def test_no_file_is_too_long():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for top in TOP for path in files(top)}
     assert not {path: length for path, length in lengths.items() if length > MOST_LINES}
+
+
+def parameters(node: ast.AST) -> list[str]:
+    """Of a function, or of a class whose fields are its constructor's parameters."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        found = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        return [each.arg for each in found if each.arg not in ("self", "cls")]
+    if isinstance(node, ast.ClassDef) and {"dataclass", "NamedTuple"} & set(
+        re.findall(r"\w+", " ".join(map(ast.unparse, [*node.decorator_list, *node.bases])))
+    ):
+        return [ast.unparse(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
+    return []
+
+
+def test_nothing_takes_too_many_parameters():
+    """But what others name them for: the schema, the command line, the bytes that ranks share with their agent."""
+    wide = {
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for top in TOP
+        for path in files(top)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if len(parameters(node)) > MOST_PARAMETERS
+    }
+    of_trainer = {f"trainer/trainer.py: {name}" for name in ("__init__", "fit")}
+    assert wide == {*of_trainer, "launcher/cli.py: launch", "launcher/cli.py: sweep", "dtrain/run/heartbeat.py: Beat"}
 
 
 def test_trainer_is_handed_on_lazily():

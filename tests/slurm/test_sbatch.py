@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from dtrain.clusters.cluster import Array, Gpus
+from dtrain.clusters.cluster import Array, Gpus, Submittable
 from dtrain.errors import UserError
 from dtrain.launcher.agent.subcommand import own_command
 from dtrain.launcher.commands.allocation import located
-from dtrain.launcher.commands.request import Request
+from dtrain.launcher.commands.request import RankOptions, Request
+from dtrain.schema.job import ScriptJob
 from dtrain.schema.loading import load
 from dtrain.schema.sbatch import unknown_to
 from dtrain.schema.sections import Slurm
@@ -25,16 +26,25 @@ from dtrain.slurm.command import outside_a_job
 from dtrain.slurm.environment import Place, cpus, expand, is_task, place
 from dtrain.slurm.jobs import SlurmJob, look_up
 from dtrain.slurm.partition import cpus_beside
-from dtrain.slurm.render import Batch, probe, render
+from dtrain.slurm.render import BatchScript, probe, render
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN, FOLDER = Path("/data/runs/digits-1"), Path("/home/me/thesis")
 
 
-def rendered(slurm: Slurm, *, run: Path = RUN, gpus: str = "4", **others: Any) -> Batch:
+def submittable(
+    name: str = "digits", job: ScriptJob | None = None, nodes: int = 1, gpus: str = "1", **others: Any
+) -> Submittable:
     size = Gpus.parse(gpus)
     assert size is not None
-    return render("digits", slurm, run, FOLDER, 2, size, dtrain=["/opt/dtrain"], **others)
+    return Submittable(name, job, FOLDER, nodes, size, ["/opt/dtrain"], **others)
+
+
+def rendered(
+    slurm: Slurm, *, run: Path = RUN, array: Array | None = None, cpus: int | None = None, **job: Any
+) -> BatchScript:
+    wanted = submittable(**{"nodes": 2, "gpus": "4", **job})
+    return render(wanted, slurm, run, FOLDER, dtrain=["/opt/dtrain"], array=array, cpus=cpus)
 
 
 # By name: the section, and what else is asked for.
@@ -57,7 +67,10 @@ JOBS = {
         ),
         {"gpus": "a100:4"},
     ),
-    "cpu": (Slurm(), {"on_cpu": True}),
+    "cpu": (
+        Slurm(),
+        {"job": ScriptJob.model_validate({"name": "digits", "script": "train.py", "launch": {"device": "cpu"}})},
+    ),
     "gpus": (Slurm.model_validate({"gres": ["lscratch:100", "nic:2"], "dtrain": "/nodes/dtrain"}), {"cpus": 32}),
     "pyxis": (
         Slurm.model_validate(
@@ -116,7 +129,7 @@ def test_data_stays_data(text, tmp_path):
     run = tmp_path / text
     run.mkdir()
     slurm = Slurm.model_validate({"comment": text, "env": {"VALUE": text}, "container": text})
-    submission = render(text, slurm, run, tmp_path, 1, Gpus(1), dtrain=[text], options=[text], target=[text])
+    submission = render(submittable(text, options=[text], target=[text]), slurm, run, tmp_path, dtrain=[text])
     assert f"--comment={text}" in submission.arguments
     assert f"--job-name={text}" in submission.arguments
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
@@ -149,7 +162,7 @@ def test_starts_that_save_nothing_are_not_requeued_for_ever(tmp_path):
     for folder in ("run", "elsewhere"):
         (tmp_path / folder / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "fits.json").write_text(json.dumps({"fits": ["../elsewhere"]}, indent=2))
-    script = render("digits", Slurm(), tmp_path / "run", tmp_path, 1, Gpus(1), dtrain="dtrain").script
+    script = render(submittable(), Slurm(), tmp_path / "run", tmp_path, dtrain="dtrain").script
 
     def start() -> str:
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
@@ -241,8 +254,8 @@ def test_the_part_of_one_of_two_tasks_on_a_node(visible, on_node, asked, gpus, o
     for name, value in {**TASK, **here, "CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    found = located(Request("job.yaml", gpus=asked), None, started_by_srun=False)
-    assert (found.nodes, found.node_rank, found.gpus) == (5, 1, gpus)
+    found = located(Request(("job.yaml",), RankOptions(asked)), None, started_by_srun=False)
+    assert (found.nodes.count, found.nodes.rank, found.ranks.gpus) == (5, 1, gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
 
 
@@ -250,12 +263,12 @@ def test_what_does_not_fit_the_tasks(monkeypatch):
     for name, value in {**TASK, "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--gpus 3 is per node, but srun started 2 tasks on this one"):
-        located(Request("job.yaml", gpus="3"), None, started_by_srun=False)
+        located(Request(("job.yaml",), RankOptions("3")), None, started_by_srun=False)
     with pytest.raises(UserError, match="--nodes 2: srun started this on 3"):
-        located(Request("job.yaml"), 2, started_by_srun=False)
+        located(Request(("job.yaml",)), 2, started_by_srun=False)
     with pytest.raises(UserError, match="2 tasks on a node with 1 GPUs: start one per GPU, or one per node"):
-        located(Request("job.yaml"), None, started_by_srun=False)
-    assert located(Request("job.yaml"), 1, started_by_srun=False).nodes == 1
+        located(Request(("job.yaml",)), None, started_by_srun=False)
+    assert located(Request(("job.yaml",)), 1, started_by_srun=False).nodes.count == 1
 
 
 # What scontrol prints of a node: Slurm 21.08 without CPUEfctv.
@@ -344,8 +357,8 @@ def test_python_in_a_container_does_not_look_outside():
     ],
 )
 def test_why_a_job_waits(reason, says):
-    assert SlurmJob("7", "PENDING", reason, "", "N/A").describe() == says
-    soon = SlurmJob("7", "PENDING", reason, "", "2026-11-22T01:30:00").describe()
+    assert SlurmJob("7", "PENDING", reason, "", "N/A").in_words() == says
+    soon = SlurmJob("7", "PENDING", reason, "", "2026-11-22T01:30:00").in_words()
     assert soon == f"{says}; expected to start 2026-11-22 01:30:00"
 
 
@@ -447,5 +460,5 @@ def test_a_job_that_has_left_the_queue_is_looked_up_in_the_accounts(tmp_path, mo
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = look_up("7")
     assert found.is_over
-    assert found.describe() == "cancelled on node[0-1]"
+    assert found.in_words() == "cancelled on node[0-1]"
     assert look_up("8") is None

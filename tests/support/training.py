@@ -25,6 +25,7 @@ from dtrain.trainer.checkpoint.manager import saved
 from dtrain.trainer.checkpoint.manifest import read_manifest
 from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.data.sharding import shuffled
+from dtrain.trainer.data.workers import Processes
 from dtrain.trainer.distributed.stop import Stopped
 from dtrain.trainer.fit.cadence import Cadence
 from dtrain.trainer.fit.loop import Loop
@@ -67,8 +68,9 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
     trainer = Trainer(**job["trainer"], device="cpu")
     train, val = job["train"], job.get("val")  # loaders as they are, else datasets
     if "batch_size" in job:
-        train = Source(train, job["batch_size"], shuffle=True, workers=job.get("workers", 0))
-        val = None if val is None else Source(val, job["batch_size"], shuffle=False, workers=job.get("workers", 0))
+        processes = Processes(job.get("workers", 0))
+        train = Source(train, job["batch_size"], shuffle=True, processes=processes)
+        val = None if val is None else Source(val, job["batch_size"], shuffle=False, processes=processes)
     try:
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.files import refusal
 from dtrain.run.folder import RunDir
+from dtrain.stderr import say
 
 K = TypeVar("K", bound=Hashable)
 
@@ -140,9 +140,3 @@ class Disk:
         with contextlib.suppress(OSError):
             return f"the last good checkpoint is {self._run.latest.read_text().strip()}"
         return "there is no checkpoint yet"
-
-
-def say(line: str) -> None:
-    """Print a line for the user. It may go to a file on the same full disk."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,19 +29,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtrain import __version__
-from dtrain.errors import Problem, ResumeError, first_line
+from dtrain.errors import Problem, ResumeError
 from dtrain.files import hidden_name, write_atomic, write_text
 from dtrain.run.folder import RunDir
 from dtrain.schema.interval import Interval
 from dtrain.schema.sections import Checkpoint
+from dtrain.stderr import say
 
 from ..distributed.world import World, collective_timeout
 from ..model.learned_loss import beside
-from .background import Copies, Disk, say
-from .codec import TEXT, flatten, unflatten
-from .manifest import FORMAT, Damaged, Unusable, read_manifest, verify
-
-T = TypeVar("T")
+from .background import Copies, Disk
+from .codec import TEXT, flatten
+from .manifest import FORMAT, Damaged, Unusable
+from .reader import CheckpointReader, Misfit, Snapshot
 
 _NAME = re.compile(r"step-(\d+)(-row)?(?:-epoch-(\d+))?")
 
@@ -65,16 +65,6 @@ class Moment:
     def name(self) -> str:
         row, epoch = "-row" * self.has_row, f"-epoch-{self.epoch:04d}" * (self.epoch > 0)
         return f"step-{self.step:09d}{row}{epoch}"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A checkpoint's content, as one rank needs it."""
-
-    path: Path
-    world_size: int  # of the run that saved it
-    shared: dict[str, Any]
-    ranks: dict[int, dict[str, Any]]  # at the same world size this rank's own state, otherwise every rank's
 
 
 class Checkpoints:
@@ -101,7 +91,7 @@ class Checkpoints:
         self._keep = settings.keep
         self._milestones = Interval.of(settings.keep_every)
         self._disk = disk
-        self._room = room
+        self._reader = CheckpointReader(world, lambda: self._job, room)
         # A separate group, since its messages are in flight while the training sends others.
         alone = world.world_size == 1
         self._group = (
@@ -216,7 +206,7 @@ class Checkpoints:
 
     # -- continuing ------------------------------------------------------------------------------
 
-    def load(self, misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot | None:
+    def load(self, misfit: Misfit) -> Snapshot | None:
         """The newest checkpoint that is complete and matches this run; None if there is none.
 
         Each skipped one is reported; damaged ones are renamed and kept. What killed runs
@@ -233,7 +223,7 @@ class Checkpoints:
         found = None
         while names and found is None:
             path = self._run.checkpoints / names.pop()
-            found, problem = self._try(path, misfit)
+            found, problem = self._reader.read(path, misfit)
             if problem is not None:
                 problems[path.name] = problem
         if problems and found is None:
@@ -253,58 +243,6 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         return [path.name for path in saved(self._run)]
-
-    def _try(
-        self, path: Path, misfit: Callable[[dict[str, Any]], str | None]
-    ) -> tuple[Snapshot | None, Unusable | None]:
-        index, problem = self._agreed(functools.partial(self._check, path))
-        if index is None:
-            return None, problem
-        return self._agreed(functools.partial(self._read, path, index, misfit))
-
-    def _check(self, path: Path) -> dict[str, Any]:
-        """The checkpoint's index, after a look at this rank's share of its bytes."""
-        index, sums = read_manifest(path)
-        if self._world.is_main and index["job"] != self._job:
-            raise Unusable(f"index.json: a checkpoint of another job, {index['job']}; this one is {self._job}")
-        share = sorted(sums)[self._world.rank :: self._world.world_size]
-        verify(path, sums, share, index["files"])
-        return index
-
-    def _read(self, path: Path, index: dict[str, Any], misfit: Callable[[dict[str, Any]], str | None]) -> Snapshot:
-        from . import storage
-
-        size = index["world_size"]
-        ranks = [self._world.rank] if size == self._world.world_size else range(size)
-        prefixes = {rank: f"rank-{rank}/" for rank in ranks}
-        wanted = [n for n in index["tensors"] if not n.startswith("rank-") or n.startswith(tuple(prefixes.values()))]
-        tensors = {}
-        for name in wanted:
-            described = index["tensors"][name]
-            room = self._room(name, storage.empty_tensor(described, "meta"))
-            tensors[name] = storage.empty_tensor(described) if room is None else room
-        storage.load(path, index, tensors)
-        own = {rank: unflatten(tensors, prefix) for rank, prefix in prefixes.items()}
-        snapshot = Snapshot(path, size, unflatten(tensors), own)
-        if problem := misfit(snapshot.shared):
-            raise Unusable(problem)
-        return snapshot
-
-    def _agreed(self, function: Callable[[], T]) -> tuple[T | None, Unusable | None]:
-        """The function's result, if no rank has a problem. All ranks take part."""
-        result, problem = None, None
-        try:
-            result = function()
-        except Unusable as error:
-            problem = error
-        except OSError as error:
-            problem = Unusable(f"can't be read: {error.strerror}")
-        except MemoryError:
-            raise
-        except Exception as error:  # what is in the files may be anything
-            problem = Damaged(f"its content is invalid: {type(error).__name__}: {first_line(error)}")
-        problems = [each for each in self._world.gather(problem) if each is not None]
-        return (None, problems[0]) if problems else (result, None)
 
     def _settle_on(self, path: Path, problems: Mapping[str, Unusable]) -> None:
         """Report what was skipped, and make `latest` name what was not. Rank 0 only."""

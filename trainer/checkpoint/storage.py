@@ -64,7 +64,7 @@ def save(
     Raises:
         OSError: a rank could not write; on all ranks.
     """
-    writer = Writer(folder, about, attached)
+    writer = RankFilesWriter(folder, about, attached)
     try:
         dcp_save(
             {"tensors": tensors},
@@ -89,7 +89,7 @@ def load(folder: Path, index: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp_load(tensors, storage_reader=Reader(folder, index), planner=planner, no_dist=True)
+        dcp_load(tensors, storage_reader=RankFilesReader(folder, index), planner=planner, no_dist=True)
     except CheckpointException as failures:
         [(error, _)] = failures.failures.values()
         raise error from None
@@ -122,7 +122,7 @@ class Planner(DefaultSavePlanner):
         super().set_up_planner(state_dict["tensors"], storage_meta, is_coordinator)
 
 
-class Writer(StorageWriter):
+class RankFilesWriter(StorageWriter):
     """Fills a hidden folder, and gives it its name when all of it is on disk."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any], attached: Mapping[str, Path]) -> None:
@@ -190,8 +190,8 @@ class Writer(StorageWriter):
         return True
 
 
-class Reader(StorageReader):
-    """Reads what Writer wrote."""
+class RankFilesReader(StorageReader):
+    """Reads what RankFilesWriter wrote."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self._paths = {name: folder / name for name in index["files"]}

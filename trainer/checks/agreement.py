@@ -16,13 +16,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
+from dtrain.stderr import say
 
-from ..checkpoint.background import say
 from ..data.indexed import Source
 from ..distributed.world import World
 from .fingerprint import Traits, plain, tensor_digest, tensor_trait, traits_of
-
-_OF_RANK = ("workers",)  # fields of a Source that each rank may have to itself
 
 
 def require_same_data(world: World, data: Any) -> None:
@@ -40,9 +38,9 @@ def require_same_data(world: World, data: Any) -> None:
 def _of_data(data: Any) -> Traits:
     if not isinstance(data, Source):
         return {"loader": ("a loader of its own", "")}
+    # Each rank may have as many loading processes as it likes.
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    own = {name: value for name, value in fields.items() if name not in _OF_RANK}
-    traits = {name: plain(value) for name, value in own.items() if isinstance(value, bool | int | str)}
+    traits = {name: plain(value) for name, value in fields.items() if isinstance(value, bool | int | str)}
     if data.is_stream:
         return traits | {"dataset": (type(data.dataset).__name__, type(data.dataset).__qualname__)}
     return {"samples": plain(data.num_samples), **traits, **traits_of(data.dataset)}

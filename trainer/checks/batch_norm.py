@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..checkpoint.background import say
+from dtrain.stderr import say
+
 from ..distributed.torch_private import BATCH_NORMS
 from ..distributed.world import World
 

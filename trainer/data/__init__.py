@@ -1,6 +1,6 @@
-"""From a dataset, stream or loader to each rank's batches."""
+"""From a dataset to each rank's batches."""
 
-from .batch_tensors import to_device
 from .indexed import Source
+from .transfer import to_device
 
 __all__ = ["Source", "to_device"]

@@ -8,7 +8,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from dtrain.errors import UserError
 
-from .sampler import length
+from .sampler import Sampling, length
 from .workers import Processes
 
 
@@ -25,6 +25,7 @@ def source_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
     if loader.timeout and not loader.num_workers:
         raise UserError("the DataLoader's timeout is for loading processes, but its num_workers is 0")
     processes = Processes(
+        loader.num_workers,
         loader.timeout,
         loader.worker_init_fn,
         loader.multiprocessing_context,
@@ -34,10 +35,8 @@ def source_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
     return {
         "dataset": loader.dataset,
         "shuffle": False,
-        "workers": loader.num_workers,
-        "collate": loader.collate_fn,
-        "generator": loader.generator,
         "processes": processes,
+        "collate": loader.collate_fn,
         **_batches(loader),
     }
 
@@ -45,23 +44,26 @@ def source_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
 def _batches(loader: DataLoader[Any]) -> dict[str, Any]:
     batches: Any = loader.batch_sampler
     if isinstance(loader.dataset, IterableDataset):
-        return {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        sampling = Sampling(generator=loader.generator)
+        return {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "sampling": sampling}
     if batches is None:
-        return {"batch_size": None, **_order(loader.sampler, loader.dataset)}
+        return {"batch_size": None, **_order(loader.sampler, loader)}
     if not _is_torchs(batches, BatchSampler):
-        return {"batch_size": None, "batch_sampler": batches}
-    order = _order(batches.sampler, loader.dataset)
+        return {"batch_size": None, "sampling": Sampling(batch_sampler=batches, generator=loader.generator)}
+    order = _order(batches.sampler, loader)
     return {"batch_size": batches.batch_size, "drop_last": batches.drop_last, **order}
 
 
-def _order(sampler: Any, dataset: Any) -> dict[str, Any]:
+def _order(sampler: Any, loader: DataLoader[Any]) -> dict[str, Any]:
     """`shuffle` in place of a sampler of torch's that goes through the whole dataset once; else the sampler."""
+    dataset, generator = loader.dataset, loader.generator
     if _is_torchs(sampler, SequentialSampler) and len(sampler) == length(dataset):
-        return {}
+        return {"sampling": Sampling(generator=generator)}
     is_shuffle = _is_torchs(sampler, RandomSampler) and not sampler.replacement
     if is_shuffle and sampler.num_samples == len(sampler.data_source) == length(dataset):
-        return {"shuffle": True} | ({} if sampler.generator is None else {"generator": sampler.generator})
-    return {"sampler": sampler}
+        own = sampler.generator
+        return {"shuffle": True, "sampling": Sampling(generator=generator if own is None else own)}
+    return {"sampling": Sampling(sampler, generator=generator)}
 
 
 def _iterates_itself(loader: DataLoader[Any]) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, default_convert
 
 from dtrain.errors import ResumeError, UserError
@@ -15,37 +14,34 @@ from dtrain.errors import ResumeError, UserError
 from ..distributed.seeds import derive_seed, loading_apart
 from ..distributed.world import World
 from . import permutation
-from .batch_tensors import num_collated, to_device
+from .batch_samples import num_collated
 from .dataloader import source_arguments
-from .sampler import draw_batches, draw_samples, length
+from .sampler import Sampling, draw_batches, draw_samples, length
 from .samples import SampleReading
 from .sharding import ListedShard, Order, Shard, in_order, index_batches, shuffled
-from .workers import DEFAULT, Loader, Processes
+from .transfer import to_device
+from .workers import Loader, Processes
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples, and how they are to be read."""
+    """Samples, and how they are read. The names are a DataLoader's."""
 
     dataset: Dataset[Any]
-    batch_size: int | None  # samples per optimizer step, over all ranks; None: see `is_ready` and `batch_sampler`
-    shuffle: bool  # without meaning for a stream
-    workers: int = 0  # loading processes per rank
+    batch_size: int | None  # samples per optimizer step, over all ranks; None: see `is_ready` and `Sampling`
+    shuffle: bool  # without meaning for a stream, or where a sampler draws the order
+    processes: Processes = field(default_factory=Processes)
     collate: Callable[[Any], Any] | None = None
-    sampler: Iterable[Any] | None = None  # draws the order, instead of `shuffle`
-    batch_sampler: Iterable[Sequence[Any]] | None = None  # draws the batches, instead of `batch_size` and `shuffle`
+    sampling: Sampling = field(default_factory=Sampling)
     drop_last: bool = False  # drop an epoch's last batch if it is short
-    generator: torch.Generator | None = None  # its seed counts in addition to the run's
-    processes: Processes = DEFAULT
 
     def __post_init__(self) -> None:
-        name = type(self.dataset).__name__
-        sampler = self.sampler if self.batch_sampler is None else self.batch_sampler
+        name, sampler = type(self.dataset).__name__, self.sampling.chosen_by
         if self.is_stream:
             if sampler is not None:
                 raise UserError(f"{name} is a stream, from which a sampler can't choose")
             return
-        for each in (sampler, getattr(self.batch_sampler, "sampler", None)):
+        for each in self.sampling.samplers:
             if isinstance(each, DistributedSampler) or hasattr(each, "num_replicas"):
                 raise UserError(
                     f"{type(each).__name__} gives each rank its part, which dtrain already does; use shuffle=True"
@@ -73,7 +69,7 @@ class Source:
     @property
     def is_ready(self) -> bool:
         """Whether the dataset gives batches in place of samples; see `ready`."""
-        return self.batch_size is None and self.batch_sampler is None
+        return self.batch_size is None and self.sampling.batch_sampler is None
 
     @property
     def is_regular(self) -> bool:
@@ -83,22 +79,20 @@ class Source:
     @property
     def is_shuffled(self) -> bool:
         """Whether its order is ours: a permutation for each epoch."""
-        return self.shuffle and self.sampler is None and self.batch_sampler is None and not self.is_stream
+        return self.shuffle and self.sampling.chosen_by is None and not self.is_stream
 
     @property
     def num_samples(self) -> int | None:
         """Samples in an epoch; with a batch sampler, batches. None if unknown."""
-        return length(next(each for each in (self.batch_sampler, self.sampler, self.dataset) if each is not None))
+        return length(self.dataset if self.sampling.chosen_by is None else self.sampling.chosen_by)
 
     def seed(self, seed: int, world: World) -> int:
         """What order and draws follow from: the run's seed, and what a generator that was given was seeded with.
 
         All ranks take part: rank 0's counts.
         """
-        samplers = (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None))
-        given = [self.generator, *(getattr(each, "generator", None) for each in samplers)]
-        seeds = [each.initial_seed() for each in given if isinstance(each, torch.Generator)]
-        return derive_seed("generator", seed, world.from_main(seeds[0])) if seeds else seed
+        given = self.sampling.initial_seed
+        return seed if given is None else derive_seed("generator", seed, world.from_main(given))
 
 
 @dataclass(frozen=True)
@@ -170,9 +164,9 @@ class IndexedBatches:
         self._micro_batch_size = micro_batch_size
         self._fill_empty = fill_empty
         self._reading = SampleReading(source.dataset, source.collate, source.processes.worker_init_fn)
-        self._loader = Loader(self._reading, source.workers, source.processes, world, seed)
+        self._loader = Loader(self._reading, source.processes, world, seed)
         # Of the epoch, and before the first one where that is known already.
-        samples = source.num_samples if source.batch_sampler is None else None
+        samples = source.num_samples if source.sampling.batch_sampler is None else None
         self.shard = None if samples is None else self._shard(samples)
 
     @property
@@ -249,11 +243,11 @@ def order_of(source: Source, seed: int, epoch: int, world: World) -> tuple[Order
 
     All ranks take part where a sampler of the user's own draws it.
     """
-    if source.batch_sampler is not None:
-        drawn, ends = draw_batches(source.batch_sampler, seed, epoch, world)
+    if source.sampling.batch_sampler is not None:
+        drawn, ends = draw_batches(source.sampling.batch_sampler, seed, epoch, world)
         return drawn.__getitem__, len(drawn), ends
-    if source.sampler is not None:
-        drawn = draw_samples(source.sampler, seed, epoch, world)
+    if source.sampling.sampler is not None:
+        drawn = draw_samples(source.sampling.sampler, seed, epoch, world)
         return drawn.__getitem__, len(drawn), ()
     samples = source.num_samples
     assert samples is not None  # see Source

@@ -12,10 +12,11 @@ from dtrain.errors import UserError
 
 from ..distributed.seeds import derive_seed, seed_loading
 from ..distributed.world import World
-from .batch_tensors import num_rows, num_samples, take_rows, to_device
+from .batch_samples import num_rows, num_samples, take_rows
 from .indexed import Batch, MicroBatch, Source, order_of
 from .loading_failures import reading
 from .sharding import Indices, Shard, index_batches
+from .transfer import to_device
 from .workers import Loader, Reading
 
 
@@ -91,7 +92,7 @@ class ReadyBatches:
         self._seed = seed
         name = type(source.dataset).__name__
         cutter = Cutter(name, world.rank, world.world_size, micro_batch_size, fill_empty)
-        self._loader = Loader(ReadyReading(source, cutter), source.workers, source.processes, world, seed)
+        self._loader = Loader(ReadyReading(source, cutter), source.processes, world, seed)
 
     @property
     def num_steps(self) -> int | None:

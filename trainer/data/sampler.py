@@ -1,9 +1,10 @@
-"""What a user's sampler draws for an epoch: drawn on rank 0, the same on all ranks."""
+"""A user's samplers, and what they draw for an epoch: drawn on rank 0, the same on all ranks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from typing import Any
 
@@ -17,6 +18,31 @@ from ..distributed.seeds import derive_seed, loading_apart, seed_loading
 from ..distributed.world import World
 
 MOST = 10**7  # samples, or batches, of an epoch whose sampler says no length: it may have no end
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What draws an epoch's order in place of a permutation of ours, by a DataLoader's own names."""
+
+    sampler: Iterable[Any] | None = None
+    batch_sampler: Iterable[Sequence[Any]] | None = None  # draws the batches too
+    generator: torch.Generator | None = None  # its seed counts in addition to the run's
+
+    @property
+    def chosen_by(self) -> Iterable[Any] | None:
+        """The sampler or batch sampler that chooses an epoch's samples; None: all of them are taken."""
+        return self.sampler if self.batch_sampler is None else self.batch_sampler
+
+    @property
+    def samplers(self) -> tuple[Any, ...]:
+        """All samplers that take part, None for those that there are not."""
+        return self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None)
+
+    @property
+    def initial_seed(self) -> int | None:
+        """What the first generator that was given was seeded with."""
+        given = [self.generator, *(getattr(each, "generator", None) for each in self.samplers)]
+        return next((each.initial_seed() for each in given if isinstance(each, torch.Generator)), None)
 
 
 def length(sized: Any) -> int | None:

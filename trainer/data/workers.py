@@ -26,14 +26,12 @@ from .torch_data_private import WorkerInfo, end_by_kill, show
 class Processes:
     """A DataLoader's settings for its processes, by its own names. Order is kept whatever `in_order` is."""
 
+    num_workers: int = 0  # of each rank
     timeout: float = 0
     worker_init_fn: Callable[[int], None] | None = None
     multiprocessing_context: Any = None
     prefetch_factor: int | None = None
     persistent_workers: bool = False
-
-
-DEFAULT = Processes()
 
 
 class Reading(Dataset[Any]):
@@ -84,8 +82,8 @@ class Loader:
         seed: of what torch seeds a loading process with at its start, beside epoch and rank.
     """
 
-    def __init__(self, reading: Reading, workers: int, processes: Processes, world: World, seed: int) -> None:
-        self._workers = workers
+    def __init__(self, reading: Reading, processes: Processes, world: World, seed: int) -> None:
+        workers = self._workers = processes.num_workers
         self._requests = Requests()
         self._seed = seed
         self._rank = world.rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -113,3 +114,11 @@ def rng_kept(device: torch.device) -> Iterator[None]:
     state = rng_state(device)
     yield
     set_rng_state(state, device)
+
+
+def be_deterministic() -> None:
+    """Have CUDA use only kernels that give the same bits each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches, which add in the order in which numbers arrive
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -27,6 +27,7 @@ from dtrain.run.rank_request import Evaluate
 from dtrain.schema.job import Job
 
 from ..data.indexed import Source
+from ..data.workers import Processes
 from ..trainer import Trainer
 from .train import begin, build_source, build_trainer
 
@@ -53,7 +54,7 @@ def source_of(job: Job, data: str) -> Source:
     target = {"train": job.data.train, "val": job.data.val}.get(data)
     if target is not None:
         return build_source(job, target, training=False)
-    return Source(Rows(Path(data)), job.data.batch_size, shuffle=False, workers=job.data.workers)
+    return Source(Rows(Path(data)), job.data.batch_size, shuffle=False, processes=Processes(job.data.workers))
 
 
 class Rows(Dataset[Tensor]):

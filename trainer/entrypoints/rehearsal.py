@@ -73,8 +73,9 @@ def beginning(source: Source) -> Source:
     samples = BATCHES * source.batch_size + source.batch_size // 2 + 1
     if source.is_stream:
         return replace(source, dataset=FirstOfStream(source.dataset, samples))
-    if source.sampler is not None:
-        return replace(source, sampler=First(source.sampler, samples))
+    if source.sampling.sampler is not None:
+        first = First(source.sampling.sampler, samples)
+        return replace(source, sampling=replace(source.sampling, sampler=first))
     samples = min(len(cast(Sized, source.dataset)), samples)
     return replace(source, dataset=Subset(source.dataset, range(samples)))
 

@@ -29,6 +29,8 @@ from dtrain.schema.strategies import STRATEGIES
 
 from ..checks.arguments import OF_THE_RUN, require_model
 from ..data.indexed import Source
+from ..data.sampler import Sampling
+from ..data.workers import Processes
 from ..distributed.seeds import derive_seed, rng_kept, seed_everything
 from ..distributed.stop import Stopped
 from ..distributed.world import own_device
@@ -173,14 +175,15 @@ def build_source(job: Job, target: Target, *, training: bool) -> Source:
         )
         raise UserError(Problem(message, "data.train" if training else "data.val"))
     sampler: Any = instantiate(job.data.sampler, dataset) if training and job.data.sampler else None
-    return Source(dataset, job.data.batch_size, training and job.data.shuffle, job.data.workers, collate, sampler)
+    shuffle, processes = training and job.data.shuffle, Processes(job.data.workers)
+    return Source(dataset, job.data.batch_size, shuffle, processes, collate, Sampling(sampler))
 
 
 def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:
     """The metrics that run on training too: as asked, else those that do not keep all samples."""
     if not metrics:
         return []
-    from ..metrics.metric_set import as_metrics, keeps_samples
+    from ..metrics.given_metrics import as_metrics, keeps_samples
 
     asked = {name: target.train for name, target in job.metrics.items()}
     made = as_metrics(metrics)

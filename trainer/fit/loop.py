@@ -13,8 +13,8 @@ from typing import NoReturn
 from dtrain.run.folder import Row, RunDir
 from dtrain.run.heartbeat import Heartbeat, Phase
 from dtrain.schema.metrics.monitor import covers
+from dtrain.stderr import say
 
-from ..checkpoint.background import say
 from ..checks.arguments import Settings
 from ..checks.batch_norm import warn_of_small_shares
 from ..checks.optimizer_kinds import start_training, stop_training

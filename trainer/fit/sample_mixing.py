@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.batch_tensors import num_collated, to_device
+from ..data.batch_samples import num_collated
 from ..data.indexed import Data, MicroBatch, Source
 from ..data.sampler import length
 from ..data.samples import SampleReading
 from ..data.sharding import Shard, index_batches
+from ..data.transfer import to_device
 from ..data.workers import Loader
 from ..distributed.seeds import derive_seed
 from ..distributed.world import World
@@ -95,8 +96,8 @@ def _read(source: Source, world: World, seed: int) -> Iterator[MicroBatch]:
         for request in index_batches(shard, chosen.__getitem__, key, 0, fill_empty=False)
     ]
     reading = SampleReading(source.dataset, source.collate, source.processes.worker_init_fn)
-    processes = replace(source.processes, persistent_workers=False)
-    loader = Loader(reading, min(1, source.workers), processes, world, seed)
+    processes = replace(source.processes, num_workers=min(1, source.processes.num_workers), persistent_workers=False)
+    loader = Loader(reading, processes, world, seed)
     for request, data in zip(requests, loader.read(requests, 1), strict=True):
         if count := num_collated(data, len(request)):
             yield MicroBatch(to_device(data, world.device), count, 1, is_regular=False)

@@ -12,7 +12,8 @@ from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import Phase
 
 from ..checkpoint.background import GRACE_S, Background, Disk
-from ..checkpoint.manager import Checkpoints, Moment, Snapshot, restore_best
+from ..checkpoint.manager import Checkpoints, Moment, restore_best
+from ..checkpoint.reader import Snapshot
 from ..checkpoint.results import Results
 from ..checks.arguments import Settings
 from ..checks.optimizer_kinds import judged

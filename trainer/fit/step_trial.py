@@ -7,8 +7,9 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.background import say
-from ..data.batch_tensors import ways_to_take
+from dtrain.stderr import say
+
+from ..data.batch_samples import ways_to_take
 from ..data.indexed import MicroBatch
 from ..distributed.seeds import rng_kept
 from ..loss.loss_trial import Pairs, standing_still, try_step

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import UserError, first_line
+from dtrain.stderr import say
 
-from ..checkpoint.background import say
-from ..data.batch_tensors import Take, is_by_rows, join, map_tensors, take, tensors, ways_to_take
+from ..data.batch_samples import Take, is_by_rows, join, take, ways_to_take
+from ..data.batch_tensors import map_tensors, tensors
 from ..distributed.seeds import rng_kept
 
 FINE, COARSE = 1e-3, 2e-2  # tolerance of a sum; the latter with 16 bits, and on GPUs, whose TF32 has 10

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dtrain.errors import UserError, among, first_line
 
-from ..data.batch_tensors import tensors, ways_to_take
+from ..data.batch_samples import ways_to_take
+from ..data.batch_tensors import tensors
 from ..data.indexed import MicroBatch
 from ..distributed.torch_versions import is_of_device
 from .loss_trial import Pairs, try_loss

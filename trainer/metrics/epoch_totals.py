@@ -12,7 +12,7 @@ from dtrain.errors import UserError, among
 from dtrain.schema.metrics.values import Result
 
 from ..loss.step import Outcome
-from .reduce import State, Value
+from .reduce import LocalState, Value
 
 if TYPE_CHECKING:  # metrics need torchmetrics, whose import a job without metrics does not pay for
     from .metric_set import MetricSet
@@ -73,10 +73,10 @@ class Tally:
         """This rank's mean loss so far. Waits for the device: don't call it every step."""
         return float(self._loss / self._weight)
 
-    def states(self) -> list[State]:
+    def states(self) -> list[LocalState]:
         """The states for the epoch's synchronisation."""
         metrics = [] if self.metrics is None else self.metrics.states()
-        return [State(self._loss, "sum"), State(self._weight, "sum"), *metrics]
+        return [LocalState(self._loss, "sum"), LocalState(self._weight, "sum"), *metrics]
 
     def finish(self, reduced: Sequence[Value]) -> dict[str, Any]:
         """The values to report, from the states of all ranks: PHASE_loss and PHASE_<metric>. Rank 0 only."""

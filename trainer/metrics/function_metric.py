@@ -12,7 +12,8 @@ from torchmetrics import Metric
 
 from dtrain.errors import UserError, first_line
 
-from ..data.batch_tensors import is_by_rows, map_tensors, merge_members, num_samples
+from ..data.batch_samples import is_by_rows, num_samples
+from ..data.batch_tensors import map_tensors, merge_members
 from ..loss.step import describe
 
 

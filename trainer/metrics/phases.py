@@ -15,7 +15,7 @@ from .early_stopping import Best
 from .epoch_totals import Tally
 
 if TYPE_CHECKING:
-    from .metric_set import AnyMetric, Given
+    from .given_metrics import AnyMetric, Given
 
 
 class PhaseMetrics:
@@ -41,7 +41,7 @@ class PhaseMetrics:
         self._in_training = in_training
         self.by_name: dict[str, AnyMetric] = {}
         if given is not None and len(given):
-            from .metric_set import as_metrics  # torchmetrics takes a second or two to import
+            from .given_metrics import as_metrics  # torchmetrics takes a second or two to import
 
             self.by_name = as_metrics(given)
             if "loss" in self.by_name:
@@ -53,7 +53,8 @@ class PhaseMetrics:
         """A tally for the phase's epochs, with its own copies of the metrics."""
         if not self.by_name:
             return Tally(phase, self._device)
-        from .metric_set import MetricSet, keeps_samples
+        from .given_metrics import keeps_samples
+        from .metric_set import MetricSet
 
         chosen, names = self._in_training, list(self.by_name)
         if phase == "train":

@@ -32,7 +32,7 @@ Header = list[Part]  # for each state a rank's part, with meta tensors: of the s
 
 
 @dataclass
-class State:
+class LocalState:
     """What one rank knows of a value that belongs to all of them.
 
     Attributes:
@@ -54,7 +54,7 @@ class State:
     batches: Sequence[int] = ()
 
 
-def reduce_states(states: Sequence[State], group: dist.ProcessGroup | None = None) -> list[Value] | None:
+def reduce_states(states: Sequence[LocalState], group: dist.ProcessGroup | None = None) -> list[Value] | None:
     """The value of each state over all ranks, on rank 0 of the group; None on the others.
 
     All ranks of the group take part, with the same states in the same order. A world of one, or none, gets
@@ -81,7 +81,7 @@ def reduce_states(states: Sequence[State], group: dist.ProcessGroup | None = Non
     return [merged[i] for i in range(len(states))]
 
 
-def _contribution(state: State) -> Part:
+def _contribution(state: LocalState) -> Part:
     if isinstance(state.value, Tensor):
         return Part([0], [state.value]) if state.updated or state.reduction == "sum" else Part([], [])
     return Part(state.batches or [0] * len(state.value), state.value)
@@ -106,7 +106,7 @@ def _exchange(parts: Sequence[Part], group: dist.ProcessGroup | None) -> list[He
 
 
 def _reduce_sums(
-    states: Sequence[State], headers: Sequence[Header], device: torch.device, group: dist.ProcessGroup | None
+    states: Sequence[LocalState], headers: Sequence[Header], device: torch.device, group: dist.ProcessGroup | None
 ) -> dict[int, Tensor]:
     """The sums by position, valid on rank 0: a reduce for int64, one for float64. All ranks take part."""
     agreed: dict[torch.dtype, dict[int, tuple[torch.dtype, torch.Size]]] = defaultdict(dict)
@@ -136,7 +136,7 @@ def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _tensor(state: State) -> Tensor:
+def _tensor(state: LocalState) -> Tensor:
     if isinstance(state.value, Tensor):
         return state.value.detach()
     raise TypeError(f"a list cannot be reduced by {state.reduction!r}: use stack")
@@ -162,7 +162,7 @@ def _gather(
         _pack([tensor for part in parts for tensor in tensors(part.pieces)], buffer)
         dist.gather(buffer, received, group=group, group_dst=0)
     unpacked = [_unpack(*pair) for pair in zip(received or [], headers, strict=False)]
-    return [list(in_order([rank[i] for rank in unpacked]).pieces) for i in range(len(parts))]
+    return [list(by_batch([rank[i] for rank in unpacked]).pieces) for i in range(len(parts))]
 
 
 def _pack(packed_tensors: Sequence[Tensor], buffer: Tensor) -> None:
@@ -183,14 +183,14 @@ def _unpack(buffer: Tensor, header: Header) -> list[Part]:
     return [Part(part.batches, map_tensors(filled, part.pieces)) for part in header]
 
 
-def in_order(parts: Sequence[Part]) -> Part:
+def by_batch(parts: Sequence[Part]) -> Part:
     """The parts of ranks 0, 1, ... as one, in the order of a single process: batch by batch."""
     pairs = [pair for part in parts for pair in zip(part.batches, part.pieces, strict=True)]
     pairs.sort(key=lambda pair: pair[0])  # stable: in each batch, rank by rank
     return Part([batch for batch, _ in pairs], [piece for _, piece in pairs])
 
 
-def _merged(state: State, pieces: list[Any]) -> Value:
+def _merged(state: LocalState, pieces: list[Any]) -> Value:
     if isinstance(state.value, list):
         return pieces
     if len(pieces) < 2:

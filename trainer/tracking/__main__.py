@@ -1,4 +1,4 @@
-"""`python -m dtrain.trainer.tracking RUN`: MLflow's tracker. By hand, it completes the copy of a run long over."""
+"""`python -m dtrain.trainer.tracking RUN`: MLflow's tracker. Run by hand, it completes the copy of an old run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Follows a run folder: sends what is new to a mirror, until the run has ended and the mirror is complete.
+"""Follows a run folder and sends what is new to a mirror, until the run has ended and the mirror is complete.
 
-The folder is the truth and the mirror the copy: after any error the mirror is made anew, asks what is there, and sends
-the rest. Whoever starts a tracker has written status.json before: a run without one, or with a final state, has ended.
+The folder is the truth, the mirror a copy: after any error a new mirror is made, which asks what is already there and
+sends the rest. status.json is written before a tracker starts: a run without one, or with a final state, has ended.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Status = Callable[[], dict[str, Any]]
 
 
 class Mirror(Protocol):
-    """The copy of a run. Making it continues the copy that there is."""
+    """The copy of a run. A new one continues the copy that already exists."""
 
     def update(self, final: str | None) -> None:
-        """Send what the folder has and the copy has not; close it where `final` tells the run's last state."""
+        """Send what the copy lacks; close the copy if `final` gives the run's final state."""
 
 
 def ignore_what_a_cluster_sends() -> None:
-    """A cluster signals every process of a job; this one has yet to report how the others ended."""
+    """A cluster signals every process of a job; this one still has to report how the others ended."""
     for number in signals.TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     signals.let_through()
@@ -54,7 +54,7 @@ def follow(
     retry_s: float = RETRY_S,
     give_up_s: float = GIVE_UP_S,
 ) -> int:
-    """Mirror the run until it has ended: 0 when the mirror has all of it, 1 when it could not be made so.
+    """Mirror the run until it has ended; returns 0 if the mirror is complete, 1 if it could not be completed.
 
     Args:
         where: the copy's place, for messages.
@@ -64,13 +64,13 @@ def follow(
     failing = False
     give_up_at = math.inf
     while True:
-        final = final_state(now := status())  # before the rows are read: none are added after it
+        final = final_state(now := status())  # read before the rows: none are added after a final state
         give_up_at = min(give_up_at, time.monotonic() + give_up_s) if final else math.inf
         try:
             mirror = mirror or mirrored()
             mirror.update(final)
-        except Exception as error:  # whatever the other side, the network or the disk raise
-            mirror = None  # the failed request may have arrived: ask anew what is there
+        except Exception as error:  # whatever the server, the network or the disk cause
+            mirror = None  # the failed request may have arrived after all: ask again what is there
             if time.monotonic() >= give_up_at:
                 _report(where, error, f"gave up; to finish the upload: python -m {tracker.module} {run}")
                 return 1
@@ -86,13 +86,13 @@ def follow(
 
 
 def wait_for_first_step(status: Status) -> None:
-    """Importing a tracker's library takes seconds of CPU, which the ranks need until then."""
+    """Importing a tracker's library takes seconds of CPU time, which the ranks need until their first step is done."""
     while not final_state(now := status()) and now.get("step", 0) < 1:
         time.sleep(POLL_S)
 
 
 def final_state(status: dict[str, Any]) -> str | None:
-    """The state where it is final; a run without a status, its folder deleted, was killed."""
+    """The state if it is final, else None. A run without a status, whose folder was deleted, counts as killed."""
     state = status.get("state", "killed")
     return state if state in FINAL else None
 
@@ -104,7 +104,7 @@ def _report(where: str, error: Exception, outcome: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the file's lock, waiting for it; a file system that has no locks goes without."""
+    """Wait for the file's lock and hold it in the block; on a file system without locks, do without."""
     with path.open("a") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,7 +1,6 @@
-"""MLflow's copy of a run.
+"""MLflow's copy of a run, made by a process of its own.
 
-A process of its own, so that a slow or dead server never holds up training, and a run whose processes were all killed
-is still closed in MLflow.
+So a slow or dead server never holds up training, and a run whose processes were all killed is still closed in MLflow.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"
 # MLflow's limits (mlflow/utils/validation.py); beyond them it refuses the whole batch.
 MAX_KEY, MAX_PARAM_VALUE, MAX_BATCH = 250, 6000, 100
 
-# What the user has set stays.
+# For what the user has not set.
 MLFLOW_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # follow() tries again itself; MLflow's own 7 take minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # follow() retries by itself; MLflow's own 7 retries take minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
-# Has MLflow show its pages for training, not those for language models.
+# Makes MLflow show its pages for training, not those for language models.
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
 
@@ -70,7 +69,7 @@ def main() -> int:
 
 
 def follow_run(run: RunDir, status: Status, **limits: float) -> int:
-    """`follow` into the store that is meant; 0 when it has all of the run."""
+    """`follow` into the store that the job or the environment names; returns 0 if it has all of the run."""
     wait_for_first_step(status)
     uri = _tracking_uri(run)
     return follow(run, status, tracker, f"MLflow at {uri}", lambda: MlflowRun(run, uri), **limits)
@@ -86,17 +85,17 @@ def _read_job(run: RunDir) -> dict[str, Any]:
 
 
 class MlflowRun:
-    """The copy of a run in MLflow. Constructing it continues mlflow.json's MLflow run, or creates one.
+    """The copy of a run in MLflow: the MLflow run that mlflow.json names, continued, or else a new one.
 
-    The runs of a sweep share a parent, which is open as long as one of them runs. A script's run is the parent of its
-    later fits, which are copied along.
+    The runs of a sweep share a parent, which stays open as long as one of them runs. A script's run is the parent of
+    its later fits, which are copied along with it.
 
     Args:
-        script: that of the script's run, for one of its fits.
+        script: the copy of the script's run, if this is one of its fits.
     """
 
     def __init__(self, run: RunDir, uri: str, script: MlflowRun | None = None) -> None:
-        gc.disable()  # modules make no garbage, and looking for it takes a quarter of the time
+        gc.disable()  # imports make no garbage, and looking for it would take a quarter of the time
         from mlflow import MlflowClient
 
         gc.enable()
@@ -110,7 +109,7 @@ class MlflowRun:
         self._script = script
         self._parent_id: str | None = None if script is None else script._run_id
         self._fits: dict[Path, MlflowRun] = {}
-        self._closed: str | None = None  # with what status
+        self._closed: str | None = None  # the final state that it was closed with
         with _creating(uri):
             self._client = MlflowClient(uri)
             if self._sweep is not None:
@@ -124,7 +123,7 @@ class MlflowRun:
         self._last = max(((metric.step, metric.value) for metric in history), default=(-1, 0.0))
 
     def update(self, final: str | None) -> None:
-        """Send what the folder has and MLflow has not; `final` is the state to close the MLflow run with."""
+        """Send what MLflow lacks; `final` is the state to close the MLflow run with."""
         self._send_new_rows()
         try:
             self._send_files(ended=final is not None)
@@ -138,7 +137,7 @@ class MlflowRun:
 
     def _update_fit(self, fit: RunDir) -> None:
         final, mirror = final_state(fit.status()), self._fits.get(fit.path)
-        if mirror is None or (mirror._closed and mirror._closed != final):  # it is new, or goes on after a failure
+        if mirror is None or (mirror._closed and mirror._closed != final):  # new, or continued after a failure
             mirror = self._fits[fit.path] = MlflowRun(fit, self._uri, self)
         if mirror._closed is None:
             mirror.update(final)
@@ -155,7 +154,7 @@ class MlflowRun:
                 )
 
     def _open(self, folder: RunDir) -> Any:
-        """The MLflow run of that run folder, or of that sweep's folder, which it notes in mlflow.json."""
+        """The MLflow run of a run folder or a sweep's folder, noted in the folder's mlflow.json."""
         found = self._continue(folder) or self._create(folder)
         info = found.info
         names = {"run_id": info.run_id, "tracking_uri": self._uri, "experiment_id": info.experiment_id}
@@ -163,7 +162,7 @@ class MlflowRun:
         return found
 
     def _continue(self, folder: RunDir) -> Any:
-        """The MLflow run of mlflow.json, running again; None where this store has none that can be."""
+        """The MLflow run that mlflow.json names, marked as running again; None if this store has none that can be."""
         from mlflow.exceptions import MlflowException
 
         run_id = (read_json(tracker.note(folder)) or {}).get("run_id")
@@ -197,7 +196,7 @@ class MlflowRun:
     def _describe(self, known: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        # A parameter can't change in MLflow: on resume the first value stays, that of the epochs too.
+        # MLflow's parameters can't be changed: after a resume the first values remain, also that of the epochs.
         params = [Param(key, value) for key, value in flatten(self._job).items() if key not in known]
         for start in range(0, len(params), MAX_BATCH):
             self._client.log_batch(self._run_id, params=params[start : start + MAX_BATCH], synchronous=True)
@@ -237,7 +236,7 @@ def _milliseconds(row: Row) -> int:
 
 
 def is_scalar(value: object) -> bool:
-    """Whether MLflow can draw the value: a finite number. Matrices and NaN stay in metrics.jsonl."""
+    """Whether MLflow can plot the value: a finite number. Matrices and NaN are in metrics.jsonl alone."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -266,7 +265,7 @@ def _tags(run: RunDir) -> dict[str, str]:
 
 
 def _creating(uri: str) -> contextlib.AbstractContextManager[None]:
-    """Held while a store may be created: of three that created one SQLite file at once two failed."""
+    """To be held while a store may be created: of three processes that created one SQLite file at once, two failed."""
     file = sqlite_file(uri)
     if file is None:
         return contextlib.nullcontext()

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from dtrain.launcher.agent.root_cause import (
     RankEnd,
-    describe,
+    error_of,
     first_cause,
     headline,
     last_words,
@@ -194,7 +194,7 @@ def test_the_end_of_a_log_is_shown_for_an_exit_code(tmp_path):
     begin = log.stat().st_size
     assert last_words(log, begin) == ""
     log.write_text(log.read_text() + "".join(f"line {number}\n\n" for number in range(1, 20)) + "no fuel" * 100)
-    error = describe(RankEnd(1, 9), 0, lambda rank: last_words(log, begin))
+    error = error_of(RankEnd(1, 9), 0, lambda rank: last_words(log, begin))
     shown = headline(error, RunDir("run")).splitlines()
     assert shown[0] == "rank 1 failed: exit code 9"
     assert shown[1:3] == ["the end of its log:", "line 15"]

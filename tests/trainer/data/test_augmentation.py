@@ -15,6 +15,7 @@ from training import epoch_order
 
 from dtrain.trainer.data.indexed import IndexedBatches, Source
 from dtrain.trainer.data.samples import reads_blocks
+from dtrain.trainer.data.workers import Processes
 from dtrain.trainer.distributed.seeds import sample_seeds
 from dtrain.trainer.distributed.world import World, join_world
 
@@ -47,7 +48,7 @@ class Blocks(Noisy):
 
 def load(world: World, dataset: Dataset[Any], workers: int, micro_batch_size: int | None, first_step: int = 0) -> Any:
     """For two epochs, by sample: its step and what was drawn for it on this rank."""
-    source = Source(dataset, BATCH, shuffle=True, workers=workers)
+    source = Source(dataset, BATCH, shuffle=True, processes=Processes(workers))
     batches = IndexedBatches(source, world, SEED, micro_batch_size, fill_empty=True)
     seen: list[dict[int, Any]] = [{}, {}]
     for epoch in (1, 2):

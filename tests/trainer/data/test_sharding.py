@@ -188,7 +188,7 @@ DATA = Samples(torch.zeros(10, 1), torch.arange(10))
 def test_a_data_loader_is_read_as_the_whole_batch():
     loader = DataLoader(DATA, batch_size=4, shuffle=True, num_workers=2)
     source = Source.of(loader)
-    assert (source.dataset, source.batch_size, source.shuffle, source.workers) == (DATA, 4, True, 2)
+    assert (source.dataset, source.batch_size, source.shuffle, source.processes.num_workers) == (DATA, 4, True, 2)
     assert Source.of(DataLoader(DATA, batch_size=4)).shuffle is False
 
 

@@ -17,14 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 
 from dtrain.errors import UserError
-from dtrain.trainer.data.batch_tensors import (
-    _stream_of_copies,
-    is_by_rows,
-    map_tensors,
-    num_samples,
-    tensors,
-    to_device,
-)
+from dtrain.trainer.data.batch_samples import is_by_rows, num_samples
+from dtrain.trainer.data.batch_tensors import map_tensors, tensors
+from dtrain.trainer.data.transfer import _stream_of_copies, to_device
 
 META = torch.device("meta")
 

@@ -17,7 +17,7 @@ from training import Job, Samples, make_loop
 
 from dtrain import Ranks
 from dtrain.errors import UserError
-from dtrain.trainer.data.batch_tensors import num_collated
+from dtrain.trainer.data.batch_samples import num_collated
 from dtrain.trainer.data.indexed import MicroBatch
 from dtrain.trainer.loss.loss_trial import Pairs, try_step
 from dtrain.trainer.loss.step import supervised_step, user_step

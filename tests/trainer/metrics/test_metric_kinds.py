@@ -22,7 +22,8 @@ from dtrain.schema.instantiate import check_job
 from dtrain.schema.loading import load_job
 from dtrain.schema.metrics.values import named_values
 from dtrain.trainer import Trainer
-from dtrain.trainer.metrics.metric_set import MetricSet, as_metrics
+from dtrain.trainer.metrics.given_metrics import as_metrics
+from dtrain.trainer.metrics.metric_set import MetricSet
 from dtrain.trainer.metrics.reduce import reduce_states
 from dtrain.trainer.ranks import Ranks
 

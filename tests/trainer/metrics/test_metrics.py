@@ -28,7 +28,9 @@ from torchmetrics.wrappers import (
 )
 
 from dtrain.errors import UserError
-from dtrain.trainer.metrics.metric_set import FunctionMetric, MetricSet, as_metrics, keeps_samples
+from dtrain.trainer.metrics.function_metric import FunctionMetric
+from dtrain.trainer.metrics.given_metrics import as_metrics, keeps_samples
+from dtrain.trainer.metrics.metric_set import MetricSet
 from dtrain.trainer.metrics.reduce import reduce_states
 
 

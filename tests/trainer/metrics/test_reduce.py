@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import count_collectives, run_ranks
 from torch import Tensor
 
-from dtrain.trainer.metrics.reduce import State, reduce_states
+from dtrain.trainer.metrics.reduce import LocalState, reduce_states
 
 
 def reduced(rank, world_size, states):
@@ -21,7 +21,7 @@ def reduced(rank, world_size, states):
 
 def by_rank(*values, reduction, **options):
     """The states of each rank, one for each value."""
-    return [[State(value, reduction, **options)] for value in values]
+    return [[LocalState(value, reduction, **options)] for value in values]
 
 
 def only(results):
@@ -38,7 +38,7 @@ def same(actual, expected: Tensor) -> None:
 
 def test_alone_every_value_comes_back_as_it_is():
     values = [torch.tensor([1.0, 2.0]), torch.tensor(3), [torch.ones(2)], []]
-    states = [State(v, r) for v, r in zip(values, ("stack", "sum", "stack", "stack"), strict=True)]
+    states = [LocalState(v, r) for v, r in zip(values, ("stack", "sum", "stack", "stack"), strict=True)]
     assert all(a is b for a, b in zip(reduce_states(states), values, strict=True))
 
 
@@ -50,7 +50,9 @@ def beside_gpus(rank, world_size, states):
 
 
 def test_all_ranks_samples_meet_in_the_cpus_memory_beside_gpus_too():
-    states = [[State([torch.full((rank + 1,), rank)], "stack"), State(torch.ones(2), "sum")] for rank in range(2)]
+    states = [
+        [LocalState([torch.full((rank + 1,), rank)], "stack"), LocalState(torch.ones(2), "sum")] for rank in range(2)
+    ]
     samples, total = run_ranks(2, beside_gpus, states)[0]
     assert [piece.tolist() for piece in samples] == [[0], [1, 1]]
     assert total.tolist() == [2, 2]
@@ -59,7 +61,7 @@ def test_all_ranks_samples_meet_in_the_cpus_memory_beside_gpus_too():
 def test_sums_keep_dtype_and_shape():
     dtypes = torch.int32, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64
     values = [[torch.arange(6).reshape(2, 3).to(dtype) + rank for dtype in dtypes] for rank in range(3)]
-    states = [[State(value, "sum") for value in own] for own in values]
+    states = [[LocalState(value, "sum") for value in own] for own in values]
     for actual, parts in zip(run_ranks(3, reduced, states)[0], zip(*values, strict=True), strict=True):
         same(actual, sum(parts))
 
@@ -85,15 +87,15 @@ def test_float32_sums_are_rounded_once():
 
 def test_a_rank_without_samples_may_not_know_dtype_or_shape_of_a_sum():
     value = torch.tensor([1.5, 2.5, 3.5], dtype=torch.float64)
-    states = [[State(torch.tensor(0.0), "sum", updated=False)], [State(value, "sum")]]
+    states = [[LocalState(torch.tensor(0.0), "sum", updated=False)], [LocalState(value, "sum")]]
     same(only(run_ranks(2, reduced, states)), value)
 
 
 def test_extremes_keep_nan_and_integers():
     nan = float("nan")
     states = [
-        [State(torch.tensor([1.0, nan]), "max"), State(torch.tensor([2**60, 1]), "min")],
-        [State(torch.tensor([3.0, 0.0]), "max"), State(torch.tensor([2**60 + 1, 0]), "min")],
+        [LocalState(torch.tensor([1.0, nan]), "max"), LocalState(torch.tensor([2**60, 1]), "min")],
+        [LocalState(torch.tensor([3.0, 0.0]), "max"), LocalState(torch.tensor([2**60 + 1, 0]), "min")],
     ]
     largest, smallest = run_ranks(2, reduced, states)[0]
     assert torch.equal(largest.nan_to_num(-1), torch.tensor([3.0, -1]))
@@ -103,13 +105,13 @@ def test_extremes_keep_nan_and_integers():
 def test_a_stack_holds_the_updated_ranks_in_order():
     one, unseen, two = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 4.0])
     states = [
-        [State(one, "stack"), State(unseen, "stack", False), State(one, "stack", True, torch.sum)],
+        [LocalState(one, "stack"), LocalState(unseen, "stack", False), LocalState(one, "stack", True, torch.sum)],
         [
-            State(unseen, "stack", False),
-            State(unseen, "stack", False),
-            State(unseen, "stack", False, torch.sum),
+            LocalState(unseen, "stack", False),
+            LocalState(unseen, "stack", False),
+            LocalState(unseen, "stack", False, torch.sum),
         ],
-        [State(two, "stack"), State(two, "stack"), State(two, "stack", True, torch.sum)],
+        [LocalState(two, "stack"), LocalState(two, "stack"), LocalState(two, "stack", True, torch.sum)],
     ]
     stacked, single, combined = run_ranks(3, reduced, states)[0]
     same(stacked, torch.stack([one, two]))
@@ -143,7 +145,7 @@ def test_lists_keep_their_elements_of_any_dtype_and_shape():
 
 
 def in_batches(rank, world_size, lists, batches):
-    return reduce_states([State(lists[rank], "stack", batches=batches[rank])])
+    return reduce_states([LocalState(lists[rank], "stack", batches=batches[rank])])
 
 
 def test_lists_hold_anything_and_come_batch_by_batch():
@@ -157,7 +159,9 @@ def test_lists_hold_anything_and_come_batch_by_batch():
 def reduced_in_a_group(rank, world_size):
     group = dist.new_group([1, 2])
     return (
-        reduce_states([State(torch.tensor(rank), "sum"), State([torch.tensor([rank])], "stack")], group) if rank else 0
+        reduce_states([LocalState(torch.tensor(rank), "sum"), LocalState([torch.tensor([rank])], "stack")], group)
+        if rank
+        else 0
     )
 
 
@@ -169,9 +173,9 @@ def test_a_group_ends_on_its_own_first_rank():
 
 
 def count_for_many(rank, world_size):
-    states = [State(torch.ones(3, dtype=dtype), "sum") for dtype in (torch.int32, torch.int64, torch.float32) * 9]
-    states += [State(torch.ones(2), reduction) for reduction in ("max", "min", "stack") * 9]
-    states += [State([torch.ones(2, dtype=dtype)], "stack") for dtype in (torch.float32, torch.bool) * 9]
+    states = [LocalState(torch.ones(3, dtype=dtype), "sum") for dtype in (torch.int32, torch.int64, torch.float32) * 9]
+    states += [LocalState(torch.ones(2), reduction) for reduction in ("max", "min", "stack") * 9]
+    states += [LocalState([torch.ones(2, dtype=dtype)], "stack") for dtype in (torch.float32, torch.bool) * 9]
     with count_collectives() as counter:
         reduce_states(states)
     return counter
@@ -184,7 +188,7 @@ def test_any_number_of_states_takes_four_collectives():
 
 def count_for_sums(rank, world_size):
     with count_collectives() as counter:
-        reduce_states([State(torch.ones(3), "sum"), State([], "stack")])
+        reduce_states([LocalState(torch.ones(3), "sum"), LocalState([], "stack")])
     return counter
 
 

@@ -31,8 +31,11 @@ from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat
 from dtrain.trainer.checkpoint.codec import flatten
 from dtrain.trainer.data.indexed import Source
-from dtrain.trainer.data.streamed import StreamBatches, StreamShares
+from dtrain.trainer.data.sampler import Sampling
+from dtrain.trainer.data.workers import Processes
 from dtrain.trainer.distributed.world import World, join_world
+from dtrain.trainer.streams.batches import StreamBatches
+from dtrain.trainer.streams.shares import StreamShares
 from dtrain.trainer.trainer import Trainer
 
 NUM_SAMPLES, BATCH, SEED, EPOCHS = 38, 9, 3, 2  # the last batch has 2: on three ranks one has none
@@ -143,7 +146,7 @@ def stream_batches(
     batch: int = BATCH,
     fill: bool = True,
 ) -> StreamBatches:
-    source = Source(dataset, batch, shuffle=True, workers=workers)
+    source = Source(dataset, batch, shuffle=True, processes=Processes(workers))
     return StreamBatches(StreamShares(source, world, SEED, micro_batch_size, fill_empty=fill), world, fill_empty=fill)
 
 
@@ -651,7 +654,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: trainer(micro_batch_size=2).evaluate(Own([FEATURES])),
         "micro_batch_size has no effect on batches that Own makes",
     ),
-    "sampler": (lambda: Source(Empty(), 4, True, sampler=range(3)), "Empty is a stream, from which a sampler can't"),  # type: ignore[arg-type]
+    "sampler": (
+        lambda: Source(Empty(), 4, True, sampling=Sampling(range(3))),  # type: ignore[arg-type]
+        "Empty is a stream, from which a sampler can't",
+    ),
     "fewer than ranks": (
         lambda: next(stream_batches(World(2, 3, torch.device("cpu")), Numbers(Kind("evenly")), batch=2).epoch(1)),
         "Numbers splits itself among the ranks: batch_size 2 .* at least 3",

@@ -1,28 +1,26 @@
-"""Batches of data without a length: streams of samples, and a user's own loaders of batches."""
+"""Batches of shares that may end at any step: the ranks agree on each batch's samples, and on the end."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, count, repeat
-from types import GeneratorType
-from typing import Any, Protocol
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
 
 from dtrain.errors import UserError
 
-from ..distributed.seeds import loading_apart
+from ..data.batch_samples import num_samples, ways_to_take
+from ..data.indexed import Batch, MicroBatch, num_kept
+from ..data.transfer import to_device
 from ..distributed.world import World
-from .batch_tensors import num_rows, num_samples, to_device, ways_to_take
-from .indexed import Batch, MicroBatch, Source, num_kept
-from .sampler import length
-from .stream_reader import Ask, Place, Progress, Reader, Share, Stream
-from .workers import Loader
+from .loading import Share
+from .progress import StreamPosition, StreamProgress
+from .shares import Shares
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -34,23 +32,8 @@ class Ahead:
     share: Share
     kept: list[int | None]  # of each micro-batch, see `num_kept`
     filler: Any  # of what this rank has, for micro-batches without samples; None where it has nothing
-    progress: Progress  # with it
+    progress: StreamProgress  # with it
     found: Callable[[], Numbers]  # waits for what all ranks have told, a row of each
-
-
-class Shares(Protocol):
-    """Where a rank's shares come from."""
-
-    name: str  # of what is read, for messages
-    workers: int  # loading processes of this rank; 1 where the rank itself loads
-    num_micro_batches: int  # parts of a share
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps of an epoch, where that is known."""
-
-    def read(self, progress: Progress) -> Iterator[Share]:
-        """This rank's shares from there on, each loading process's in turn, without an end; empty ones after it."""
 
 
 class StreamBatches:
@@ -70,7 +53,7 @@ class StreamBatches:
         self._fill_empty = fill_empty
         self._size = {"ranks": world.world_size, "workers": shares.workers}
         self._saved_size = self._size
-        self._progress = Progress()
+        self._progress = StreamProgress()
         self._mark: int | None = None
 
     @property
@@ -119,14 +102,16 @@ class StreamBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved_size = state["size"]
         places = [
-            Place(each["position"], each["ended"], None if each["state"] is None else pickle.dumps(each["state"]))
+            StreamPosition(
+                each["position"], each["ended"], None if each["state"] is None else pickle.dumps(each["state"])
+            )
             for each in state["places"]
         ]
-        self._progress = Progress(state["epoch"], state["splits"], places, state["turn"], state["ended"])
+        self._progress = StreamProgress(state["epoch"], state["splits"], places, state["turn"], state["ended"])
 
     def _begin(self, epoch: int, first_step: int) -> None:
         if not first_step:
-            self._progress = Progress(epoch)
+            self._progress = StreamProgress(epoch)
         elif self._progress.epoch != epoch:
             raise ValueError(f"epoch {epoch} can't continue at step {first_step} without its state")
         elif self._progress.splits and not self._progress.ended and self._saved_size != self._size:
@@ -139,27 +124,27 @@ class StreamBatches:
         self._saved_size = self._size
         self._mark = None
 
-    def _own_shares(self) -> Iterator[tuple[Share, Progress]]:
+    def _own_shares(self) -> Iterator[tuple[Share, StreamProgress]]:
         """This rank's shares, each with the progress that it makes. Loading processes without samples are passed over,
         until all are."""
         # The reader gets a copy: with no loading processes it is in this very process.
         progress = replace(self._progress, places=list(self._progress.places))
         for share in self._shares.read(replace(progress, places=list(progress.places))):
             if share.splits and not progress.splits:
-                progress.splits, progress.places = True, [Place()] * self._shares.workers
+                progress.splits, progress.places = True, [StreamPosition()] * self._shares.workers
             progress.places[share.worker if share.splits else 0] = share.place
             progress.turn = (share.worker + 1) % self._shares.workers if share.splits else 0
             if share.samples or not share.splits or all(place.ended for place in progress.places):
                 yield share, replace(progress, places=list(progress.places))
 
-    def _begin_agreement(self, share: Share, progress: Progress) -> Ahead:
+    def _begin_agreement(self, share: Share, progress: StreamProgress) -> Ahead:
         """Tell the others what this rank has, and go on. All ranks take part."""
         parts, filler = share.micro_batches, share.filler
         kept = [asked if share.is_regular else num_kept(data, asked) for data, asked in parts]
         if filler is None:
             filler = next((data for (data, _), samples in zip(parts, kept, strict=True) if samples), None)
         needs_filler = self._fill_empty and filler is None and (not parts or None in kept)
-        told = [share.samples, share.batch_samples, share.mark, needs_filler, filler is not None, share.is_regular]
+        told = [share.samples, *share.whole, needs_filler, filler is not None, share.is_regular]
         return Ahead(share, kept, filler, progress, self._gather(told))
 
     def _agree(self, now: Ahead, epoch: int) -> tuple[int, bool, Any]:
@@ -168,14 +153,14 @@ class StreamBatches:
         All take part in a broadcast if one needs a filler, and others have one.
         """
         of_ranks, whole, marks, needs, haves, regular = now.found().T
-        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, now.share.mark)
+        alike = len(set(whole)) == len(set(marks)) == 1 and self._mark in (None, now.share.whole.mark)
         if not alike:
             raise UserError(
                 f"{self._shares.name} does not give all processes the same samples in epoch {epoch}, and does not say "
                 "that it splits itself. Either all get the same ones in the same order (random draws of torch, numpy "
                 "and random are seeded alike), or it splits itself by get_worker_info().num_workers and .id"
             )
-        self._mark = now.share.mark
+        self._mark = now.share.whole.mark
         samples = int(of_ranks.sum())
         filler = now.filler
         if samples and needs.any() and haves.any():
@@ -226,74 +211,3 @@ def _two_samples(batch: Any) -> Any:
     samples = num_samples(batch) or 0
     ways = ways_to_take(batch, samples)
     return ways[0](range(min(2, samples))) if len(ways) == 1 else batch
-
-
-class StreamShares:
-    """Shares of a stream of samples, read in loading processes or in the rank itself."""
-
-    def __init__(
-        self, source: Source, world: World, seed: int, micro_batch_size: int | None, *, fill_empty: bool
-    ) -> None:
-        self.name = type(source.dataset).__name__
-        self.workers = max(1, source.workers)
-        self._source = source
-        self._stream = Stream(source, world, seed, micro_batch_size, fill_empty=fill_empty)
-        self.num_micro_batches = self._stream.num_micro_batches
-        self._loader = Loader(self._stream, source.workers, source.processes, world, seed)
-
-    @property
-    def num_steps(self) -> int | None:
-        source = self._source
-        samples, size = length(source.dataset), source.batch_size or 1
-        if samples is None:
-            return None
-        return samples // size if source.drop_last else -(-samples // size)
-
-    def read(self, progress: Progress) -> Iterator[Share]:
-        # The processes are asked in turn, the first one first; the epoch may go on with another's turn.
-        begin = chain(repeat(Ask.NOTHING, progress.turn), repeat(progress, self.workers), repeat(Ask.NEXT))
-        for share in self._loader.read(begin, progress.epoch):
-            if share is not None:
-                yield Share(*share)  # pinned memory comes as a copy
-
-
-class LoaderShares:
-    """Shares that a user's own loader makes, each one of its batches: it gives each rank other samples.
-
-    A batch's samples are the first dimension of its first tensor.
-    """
-
-    workers = 1
-    num_micro_batches = 1
-
-    def __init__(self, loader: Iterable[Any], world: World, seed: int) -> None:
-        self.name = type(loader).__name__
-        self._loader = loader
-        self._rank = world.rank
-        self._seed = seed
-        if isinstance(loader, Dataset) or not hasattr(loader, "__iter__"):
-            raise UserError(f"expected a torch DataLoader, got {self.name}: its batch_size is needed")
-        if isinstance(loader, GeneratorType):
-            raise UserError("a generator can be read only once: pass an object whose __iter__ yields the batches")
-
-    @property
-    def num_steps(self) -> int | None:
-        return len(self._loader) if isinstance(self._loader, Sized) else None
-
-    def read(self, progress: Progress) -> Iterator[Share]:
-        with loading_apart():
-            reader = Reader(self._loader, self._seed, progress.epoch, progress.places[0], self._rank, splits=True)
-        while True:
-            with loading_apart():
-                batches = reader.take(1)
-                samples = sum(map(_num_samples, batches))
-            if samples or not batches:
-                parts = [(each, samples) for each in batches]
-                is_regular = all(num_rows(each) == samples for each in batches)
-                yield Share(samples, parts, 0, reader.place, True, 0, 0, is_regular)
-
-
-def _num_samples(batch: Any) -> int:
-    if (samples := num_samples(batch)) is None:
-        raise UserError(f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension")
-    return samples

@@ -1,0 +1,26 @@
+"""The pictures of a fit that is over, in its run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dtrain.run.folder import RunDir
+from dtrain.schema.packages import missing
+from dtrain.stderr import say
+
+from .progress import Progress
+
+
+def draw_fit(run: RunDir, progress: Progress, metrics: Mapping[str, Any]) -> None:
+    """Draw its curves, and the confusion matrices of its best weights; say so if that can't be done. Rank 0 only."""
+    if run.plots.exists() and not progress.samples_done:
+        return  # what was over before is drawn
+    from ..metrics.plots import draw
+
+    confusions = [name for name, metric in metrics.items() if type(metric).__name__.endswith("ConfusionMatrix")]
+    try:
+        draw(run.plots, progress.rows, progress.best.step, confusions)
+    except (OSError, ImportError) as error:
+        cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
+        say(f"{run}: can't draw plots/: {cause or error}; everything else is there")
