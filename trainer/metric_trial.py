@@ -35,8 +35,6 @@ def try_metrics(
     Raises:
         UserError: a metric can't take such samples, or fails in a way that more of them would not cure.
     """
-    if tally.metrics is None:
-        return {}
     try:
         source = unshuffled(data)
     except UserError:
@@ -73,5 +71,9 @@ def require_reported(
         return
     if isinstance(tried.get(name), list) or (name not in tried and metric in metrics):
         raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")
-    if name not in tried:  # which a metric of several values may report of other samples
-        warn(f"monitor {monitor}: not reported for the first validation samples; {among(name, list(tried))}")
+    if name in tried:
+        return
+    if not any(metric.startswith(f"{each}_") for each in metrics):
+        raise UserError(f"monitor: nothing is reported as {monitor}; {among(name, list(tried))}")
+    # A metric of several values may report it of other samples.
+    warn(f"monitor {monitor}: not reported for the first validation samples; {among(name, list(tried))}")

@@ -183,6 +183,7 @@ class Trainer:
         self.model.loss = loss
         self.net = self.model.bare
         self._step: Step | None = None
+        self._has_own_step = False
         self.predict_step = self.precision.of(predict_features)
         self._made_by: Any = loss_fn  # what makes the loss
         if loss_fn is not None:
@@ -206,7 +207,7 @@ class Trainer:
         return made
 
     def _take(self, step: UserStep) -> None:
-        self._made_by = step
+        self._made_by, self._has_own_step = step, True
         self._step = self.predict_step = self.precision.of(user_step(bound_on(step, self.world.device)))
 
     @property
@@ -295,10 +296,12 @@ class Trainer:
             require_a_rate(self.optimizer)
         best = Best(settings.fit.early_stopping)
         data = self._data(train_data, val_data)
-        require_monitor(best.monitor, data.tallies)
+        require_monitor(best.monitor, data.tallies, may_log=self._has_own_step)
         self.metrics.require_mode(best)
         cadence = Cadence(settings, validates=val_data is not None, num_steps=data.train.num_steps)
-        scheduling = scheduling_of_fit(self.scheduling, best, data, settings.fit, self.metrics, self._warn)
+        scheduling = scheduling_of_fit(
+            self.scheduling, best, data, settings.fit, self.metrics, self._warn, may_log=self._has_own_step
+        )
         require_same_settings(
             self.world, alike(settings, self._made_by, self.optimizer, scheduling, self.metrics.by_name)
         )
@@ -310,7 +313,7 @@ class Trainer:
             ema = None if self.ema is None else Ema(self.net, self.ema)
             trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
             loop = Loop(run, trained, data, settings, best, cadence)
-            if val_data is not None:
+            if val_data is not None and (self.metrics.by_name or self._has_own_step):
                 tried = try_metrics(self.model, self.step, val_data, data.val_tallies[0], self._warn)
                 for name in dict.fromkeys((best.monitor, scheduling.monitor)):
                     require_reported(name, tried, self.metrics.by_name, self._warn)

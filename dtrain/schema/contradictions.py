@@ -58,7 +58,7 @@ def contradictions(job: Job) -> list[Problem]:
 
 
 def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
-    if not (problem := monitor_problem(monitor, job.reported)):
+    if not (problem := monitor_problem(monitor, job.reported, may_log=job.step is not None)):
         return []
     if monitor.startswith("val_") and not job.data.val:
         problem = f"nothing is reported as {monitor}; without data.val there is no validation"

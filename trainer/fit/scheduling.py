@@ -14,9 +14,19 @@ from .data import FitData
 
 
 def scheduling_of_fit(
-    given: Scheduling, best: Best, data: FitData, fit: Fit, metrics: PhaseMetrics, warn: Callable[[str], None]
+    given: Scheduling,
+    best: Best,
+    data: FitData,
+    fit: Fit,
+    metrics: PhaseMetrics,
+    warn: Callable[[str], None],
+    *,
+    may_log: bool,
 ) -> Scheduling:
     """The scheduler, which looks at what decides about the best weights where it wasn't told what to look at.
+
+    Args:
+        may_log: whether a step of the user's own may report values that nobody knows yet.
 
     Raises:
         UserError: it can't be used in this fit.
@@ -24,7 +34,7 @@ def scheduling_of_fit(
     scheduling = replace(given, monitor=given.monitor or best.monitor)
     if scheduling.scheduler is not None:
         watched = scheduling.monitor
-        require_monitor(watched, data.tallies)
+        require_monitor(watched, data.tallies, may_log=may_log)
         loss = "min" if watched.endswith("_loss") else None
         known = best.mode if watched == best.monitor else loss or metrics.better(watched)
         require_mode(scheduling.scheduler, watched, known)

@@ -21,6 +21,7 @@ from ..data.batch_samples import ways_to_take
 from ..data.batch_tensors import tensors
 from ..data.indexed import MicroBatch
 from ..distributed.torch_versions import is_of_device
+from .logs import read_logs
 from .loss_trial import Pairs, try_loss
 from .losses import WeightedMean
 from .units import as_module, class_weight, count_units, is_torchs, is_weighted, mixes_samples
@@ -39,6 +40,7 @@ class Outcome:
         is_believed: whether the loss is taken as the mean over samples only because nothing says otherwise.
         is_users: whether the user's own step made it, which may have side effects.
         metrics: by name, arguments of metrics that compare something else.
+        logs: by name, values to report the means of, each with its weight; None where a step logs nothing.
     """
 
     total: Tensor
@@ -48,9 +50,10 @@ class Outcome:
     is_believed: bool = False
     is_users: bool = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    logs: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
 
-KEYS = ("loss", "predictions", "target", "weight", "metrics")
+KEYS = ("loss", "predictions", "target", "weight", "metrics", "log")
 Step = Callable[[nn.Module, MicroBatch], Outcome]
 
 
@@ -103,7 +106,7 @@ def _is_logits(predictions: Any) -> bool:
 
 
 def user_step(function: UserStep) -> Step:
-    """A user's `function(model, batch) -> {loss, predictions, target, weight, metrics}`; only the loss is needed."""
+    """A user's `function(model, batch)`, which returns a dict with some of KEYS; only the loss is needed."""
     weighs: dict[bool, bool] = {}  # whether it has returned a weight, by whether it trains
 
     @functools.wraps(function, updated=())
@@ -126,7 +129,10 @@ def user_step(function: UserStep) -> Step:
                 f"step's `metrics` must be a dict of arguments by metrics' names, it is {describe(metrics)}"
             )
         predictions, target = result.get("predictions"), result.get("target")
-        return Outcome(total, units, predictions, target, is_believed=weight is None, is_users=True, metrics=metrics)
+        logs = None
+        if "log" in result:
+            logs = read_logs(result["log"], as_units(micro_batch.samples, loss.device) if weight is None else known)
+        return Outcome(total, units, predictions, target, weight is None, True, metrics, logs)
 
     return _fillers_count_nothing(step)
 

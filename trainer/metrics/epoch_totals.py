@@ -1,4 +1,4 @@
-"""What a phase (train or val) of an epoch accumulates on this rank: its loss and its metrics."""
+"""What a phase (train or val) of an epoch accumulates on this rank: its loss, metrics, and what a step logs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dtrain.errors import UserError, among
 from dtrain.schema.metrics.values import Result
 
 from ..loss.step import Outcome
+from .logged import Logged
 from .reduce import LocalState, Value
 
 if TYPE_CHECKING:  # metrics need torchmetrics, whose import a job without metrics does not pay for
@@ -36,6 +37,7 @@ class Tally:
         # Float64, so that an epoch's loss depends on neither the number of steps nor that of ranks.
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.logged = Logged(device, {"loss", *known})
 
     def known(self, monitor: str) -> dict[str, dict[str, Result] | None]:
         """What is reported, as far as it is known before the first sample: see `monitor_problem`."""
@@ -53,6 +55,8 @@ class Tally:
         self.samples += samples
         self._loss += outcome.total.detach()
         self._weight += samples if outcome.weight is None else outcome.weight
+        if outcome.logs is not None:
+            self.logged.add(outcome.logs)
         for name in outcome.metrics.keys() - self._known:
             raise UserError(f"step returns arguments of the metric {name}; {among(name, sorted(self._known))}")
         if self.metrics is not None:
@@ -76,12 +80,17 @@ class Tally:
     def states(self) -> list[LocalState]:
         """The states for the epoch's synchronisation."""
         metrics = [] if self.metrics is None else self.metrics.states()
-        return [LocalState(self._loss, "sum"), LocalState(self._weight, "sum"), *metrics]
+        return [LocalState(self._loss, "sum"), LocalState(self._weight, "sum"), self.logged.state(), *metrics]
 
     def finish(self, reduced: Sequence[Value]) -> dict[str, Any]:
-        """The values to report, from the states of all ranks: PHASE_loss and PHASE_<metric>. Rank 0 only."""
-        loss, weight, *states = reduced
+        """The values to report, from the states of all ranks: PHASE_loss, PHASE_<metric>, PHASE_<logged>. Rank 0 only.
+
+        Raises:
+            UserError: a step has logged other names on other ranks.
+        """
+        loss, weight, logged, *states = reduced
         values: dict[str, Any] = {"loss": float(cast(Tensor, loss) / cast(Tensor, weight))}
+        values |= Logged.finish(cast("list[Any]", logged))
         if self.metrics is not None:
             values |= self.metrics.finish(states)
         return {f"{self.phase}_{name}": value for name, value in values.items()}
@@ -95,16 +104,20 @@ class Tally:
         self.samples = 0
         self._loss.zero_()
         self._weight.zero_()
+        self.logged.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's sums in the middle of an epoch."""
         metrics = None if self.metrics is None else self.metrics.state_dict()
-        return {"samples": self.samples, "loss": self._loss, "weight": self._weight, "metrics": metrics}
+        sums = {"samples": self.samples, "loss": self._loss, "weight": self._weight}
+        return {**sums, "logged": self.logged.state_dict(), "metrics": metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.samples = state["samples"]
         self._loss.copy_(state["loss"])
         self._weight.copy_(state["weight"])
+        if "logged" in state:  # not in a checkpoint of version 0.1
+            self.logged.load_state_dict(state["logged"])
         if self.metrics is not None:
             self.metrics.load_state_dict(state["metrics"])
 
@@ -113,5 +126,6 @@ class Tally:
         self.samples = sum(state["samples"] for state in states)
         self._loss.copy_(torch.stack([state["loss"] for state in states]).sum())
         self._weight.copy_(torch.stack([state["weight"] for state in states]).sum())
+        self.logged.load_merged([state["logged"] for state in states if "logged" in state])
         if self.metrics is not None:
             self.metrics.load_state_dict(self.metrics.merge([state["metrics"] for state in states]))

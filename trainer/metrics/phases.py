@@ -76,10 +76,14 @@ class PhaseMetrics:
             raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
 
 
-def require_monitor(monitor: str, tallies: Collection[Tally]) -> None:
-    """Raise UserError if no single number will be reported under that name."""
+def require_monitor(monitor: str, tallies: Collection[Tally], *, may_log: bool) -> None:
+    """Raise UserError if no single number will be reported under that name.
+
+    Args:
+        may_log: whether a step of the user's own may report other values.
+    """
     known = {name: values for tally in tallies for name, values in tally.known(monitor).items()}
-    if problem := monitor_problem(monitor, known):
+    if problem := monitor_problem(monitor, known, may_log=may_log):
         raise UserError(f"monitor: {problem}")
 
 

@@ -10,10 +10,11 @@ from dtrain.errors import among
 Known = Mapping[str, "Mapping[str, Any] | None"]
 
 
-def monitor_problem(monitor: str, known: Known) -> str | None:
+def monitor_problem(monitor: str, known: Known, *, may_log: bool = False) -> str | None:
     """What is wrong with the monitor's name, or None.
 
     Args:
+        may_log: whether a step of the user's own may report other values of the same phases.
         known: by name what is reported; for each its values by their names, or None where samples must tell: a metric
             NAME reports a value NAME, or several, NAME_key.
     """
@@ -25,6 +26,8 @@ def monitor_problem(monitor: str, known: Known) -> str | None:
         return None
     untold = [name for name, each in known.items() if each is None]
     if any(monitor == name or monitor.startswith(f"{name}_") for name in untold):
+        return None
+    if may_log and any(monitor.startswith(f"{name.partition('_')[0]}_") for name in known):
         return None
     return f"nothing is reported as {monitor}; {among(monitor, [*values, *untold])}"
 
