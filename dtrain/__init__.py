@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dtrain.schema.sections import Fsdp
     from dtrain.trainer import Trainer, load_weights
+    from dtrain.trainer.fit.callbacks import Fit
     from dtrain.trainer.loss.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
     from dtrain.trainer.ranks import Ranks
     from dtrain.trainer.summary import summary
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Trainer",
+    "Fit",
     "Fsdp",
     "Ranks",
     "load_weights",
@@ -28,6 +30,7 @@ __all__ = [
 _MODULES = {
     "dtrain.trainer": ("Trainer", "load_weights"),
     "dtrain.trainer.loss.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
+    "dtrain.trainer.fit.callbacks": ("Fit",),
     "dtrain.trainer.ranks": ("Ranks",),
     "dtrain.trainer.summary": ("summary",),
     "dtrain.schema.sections": ("Fsdp",),

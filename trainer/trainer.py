@@ -36,6 +36,7 @@ from .data.transfer import bound_on
 from .distributed.seeds import be_deterministic, derive_seed, rng_kept
 from .distributed.world import join_world
 from .fit.cadence import Cadence
+from .fit.callbacks import Callbacks
 from .fit.data import FitData
 from .fit.description import alike, full_name, job_of
 from .fit.evaluation import evaluate_batch, gather_values
@@ -101,6 +102,7 @@ class Trainer:
         validate_every, report_every: "epoch", a number of optimizer steps, or text such as "5 epochs": how often the
             model is validated, and how often what training has added up since the last time is reported.
         max_time: such as "12 h": how long to train before stopping with a checkpoint and exit code 75.
+        callbacks: objects with any of on_start, on_step_end, on_validation_end, on_epoch_end, on_save, on_stop, on_end.
         checkpoint_every: as `validate_every`, or a time such as "30 min".
         keep, keep_every: how many of the newest checkpoints are kept, and the first after each such interval as well.
         run_dir: the run's folder; by default that of `dtrain launch`, else a new one under runs/.
@@ -141,6 +143,7 @@ class Trainer:
         validate_every: int | str = "epoch",
         report_every: int | str = "epoch",
         max_time: str | None = None,
+        callbacks: Sequence[Any] = (),
         checkpoint_every: int | str = "epoch",
         keep: int = 2,
         keep_every: int | str | None = None,
@@ -196,6 +199,7 @@ class Trainer:
         self.scheduling = Scheduling(scheduler, scheduler_interval, scheduler_monitor or "")
         self.metrics = PhaseMetrics(metrics_dict, self.world.device, activations, train_metrics)
         self.seed = seed
+        self._callbacks = Callbacks(callbacks)
         self._run_dir = run_dir
         self._resume = resume
 
@@ -312,7 +316,7 @@ class Trainer:
         with rng_kept(self.world.device), self.precision.in_force(), folder as run:
             ema = None if self.ema is None else Ema(self.net, self.ema)
             trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
-            loop = Loop(run, trained, data, settings, best, cadence)
+            loop = Loop(run, trained, data, settings, best, cadence, self._callbacks)
             if val_data is not None and (self.metrics.by_name or self._has_own_step):
                 tried = try_metrics(self.model, self.step, val_data, data.val_tallies[0], self._warn)
                 for name in dict.fromkeys((best.monitor, scheduling.monitor)):

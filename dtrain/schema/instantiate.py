@@ -227,6 +227,7 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
         ("data.collate", data.collate, 1),
         ("step", job.step, 2),
         ("optimizer", job.optimizer, 1),
+        *((f"callbacks.{i}", callback, 0) for i, callback in enumerate(job.callbacks)),
     ]
     for path, target, n in calls:
         if target:

@@ -64,6 +64,9 @@ class Job(Section):
     metrics: dict[MetricName, MetricTarget] = Field(
         default_factory=dict, description="Each is reported as train_NAME and val_NAME."
     )
+    callbacks: list[Target] = Field(
+        default_factory=list, description="Objects that are called at moments of the training: on_epoch_end and others."
+    )
     fit: Fit = Field(description="How training runs.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="When checkpoints are saved.")
     mlflow: Mlflow = Field(default_factory=Mlflow, description="Where MLflow records the run.")

@@ -85,7 +85,7 @@ def test_job_yaml_is_resolved(run):
     assert job["optimizer"]["lr"] == 0.25
     assert job["metrics"]["acc"]["num_classes"] == 2
     assert job["data"] == {**JOB["data"], "workers": 0, "shuffle": True, "sampler": None, "collate": None}
-    assert job["checkpoint"] == {"every": "epoch", "keep": 2}
+    assert job["checkpoint"] == {"every": "epoch", "keep": 2, "keep_every": None}
     assert job["launch"] == {"device": "cpu", "hang_timeout_s": 1800.0}
 
 

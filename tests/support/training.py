@@ -28,6 +28,7 @@ from dtrain.trainer.data.sharding import shuffled
 from dtrain.trainer.data.workers import Processes
 from dtrain.trainer.distributed.stop import Stopped
 from dtrain.trainer.fit.cadence import Cadence
+from dtrain.trainer.fit.callbacks import Callbacks
 from dtrain.trainer.fit.loop import Loop
 from dtrain.trainer.fit.trained import Trained
 from dtrain.trainer.metrics.early_stopping import Best
@@ -96,7 +97,7 @@ def make_loop(folder: str, job: Job) -> Loop:
     ema = None if trainer.ema is None else Ema(trainer.net, trainer.ema)
     trained = Trained(model, trainer.step, precision, optimizer, update, trainer.scheduling, ema)
     cadence = Cadence(trainer.settings, validates=False, num_steps=data.train.num_steps)
-    return Loop(run, trained, data, trainer.settings, Best(EarlyStopping(monitor="train_loss")), cadence)
+    return Loop(run, trained, data, trainer.settings, Best(EarlyStopping(monitor="train_loss")), cadence, Callbacks([]))
 
 
 def prepare(folder: Path, world_size: int) -> RunDir:

@@ -98,6 +98,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         scheduler_monitor=job.scheduler.monitor if job.scheduler else None,
         activations={name: target.activation for name, target in job.metrics.items()},
         train_metrics=_train_metrics(job, metrics),
+        callbacks=[instantiate(each) for each in job.callbacks],
         seed=job.seed,
         device=job.launch.device,
         strategy=getattr(job, job.fit.strategy, job.fit.strategy),  # its section, if it has one

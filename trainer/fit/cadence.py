@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dtrain.errors import Problem, UserError
 from dtrain.schema.interval import Interval, seconds
 
 from ..checks.arguments import Settings
+from ..distributed.wishes import Wish
 from .progress import Position
 
 
@@ -54,8 +56,8 @@ class Cadence:
         for name, interval in (("report_every", self._report), ("validate_every", self._validation)):
             _require_within(f"fit.{name}", interval, length, num_steps)
 
-    def due(self, position: Position, *, epoch_ends: bool, run_ends: bool) -> Due:
-        """What is due after the last step; what has been done there isn't."""
+    def due(self, position: Position, asked: Collection[Wish], *, epoch_ends: bool, run_ends: bool) -> Due:
+        """What is due after the last step, or asked for; what has been done there isn't."""
         step, epoch = position.step, position.epoch if epoch_ends else 0
 
         def is_over(interval: Interval | None) -> bool:
@@ -63,8 +65,10 @@ class Cadence:
 
         return Due(
             report=position.reported != step and is_over(self._report),
-            validation=self._validates and position.validated != step and is_over(self._validation),
-            checkpoint=is_over(self._checkpoint),
+            validation=self._validates
+            and position.validated != step
+            and (Wish.VALIDATE in asked or is_over(self._validation)),
+            checkpoint=Wish.SAVE in asked or is_over(self._checkpoint),
         )
 
     @property

@@ -24,6 +24,7 @@ from ..metrics.early_stopping import Best
 from ..model.modes import begin_training
 from ..optimization.learning_check import Learning
 from .cadence import Cadence, Due
+from .callbacks import Callbacks, Fit
 from .data import FitData
 from .evaluation import Validation, gather_values
 from .progress import Progress
@@ -31,6 +32,7 @@ from .saver import Saver
 from .trained import Trained
 from .training_step import TrainingStep
 
+ASKED = {Wish.SAVE, Wish.VALIDATE, Wish.END}
 LOOK_EVERY_S = 0.5  # how often rank 0 waits for its device to show a loss
 
 
@@ -44,10 +46,18 @@ class Loop:
         settings: of them `fit`, `checkpoint` and `seed`.
         best: what decides which weights are the best, and when to stop early.
         cadence: what decides when to report, to validate and to save.
+        callbacks: are called when their moments come.
     """
 
     def __init__(
-        self, run: RunDir, trained: Trained, data: FitData, settings: Settings, best: Best, cadence: Cadence
+        self,
+        run: RunDir,
+        trained: Trained,
+        data: FitData,
+        settings: Settings,
+        best: Best,
+        cadence: Cadence,
+        callbacks: Callbacks,
     ) -> None:
         self.trained = trained
         self.data = data
@@ -56,12 +66,13 @@ class Loop:
         self.progress = Progress(settings.fit, best, data, Heartbeat(run.heartbeat(self.world.rank)))
         self.train_step = TrainingStep(trained, data.train_tally, self.progress)
         self.validation = Validation(trained, data, self.progress)
-        self.saver = Saver(run, trained, data, self.progress, settings)
+        self.agreement = Agreement(self.world, self.progress.heartbeat, each_turn=callbacks.has("on_step_end"))
+        self.callbacks = callbacks
+        self.shown = Fit(run, trained, self.progress, self.agreement)
+        self.saver = Saver(run, trained, data, self.progress, settings, self.agreement, callbacks)
         self.say = say if self.world.is_main else lambda line: None
         is_scaled = trained.precision.name == "fp16"
         self.learning = Learning(trained.model, trained.optimizer, self.say, scales=is_scaled)
-        self.agreement = Agreement(self.world, self.progress.heartbeat)
-        self.is_to_save = False  # since a rank's clock says so
         self._looked_at = 0.0
 
     def run(self) -> None:
@@ -74,8 +85,10 @@ class Loop:
             with self.saver:
                 start_training(self.trained.optimizer)
                 self.trained.require_savable()
+                self.callbacks.require_savable()
                 self.saver.resume()
                 begin_training(self.trained.model.bare)
+                self.callbacks.call("on_start", self.shown)
                 if not self.progress.is_over:
                     self.begin_window()
                 while not self.progress.is_over:
@@ -84,6 +97,7 @@ class Loop:
                         self.pause(epoch_ends=True)
                 self.saver.settle()
                 stop_training(self.trained.optimizer)
+                self.callbacks.call("on_end", self.shown)
                 self.progress.beat()
         finally:
             self.progress.enter(Phase.DONE)
@@ -104,6 +118,7 @@ class Loop:
                 self.trained.require_savable()
                 warn_of_small_shares(self.trained.model.bare, batch.samples, self.world)
             progress.end_step(batch.samples, time.perf_counter() - step_began)
+            self.callbacks.call("on_step_end", self.shown)
             self.after_step()
             if not progress.is_at_epochs_end:
                 self.pause(epoch_ends=False)
@@ -125,9 +140,9 @@ class Loop:
         wishes = self.agreement.agreed()
         if Wish.JUDGE in wishes:
             self.learning.require_finite(self.progress.position.step)
+        self.progress.asked |= wishes & ASKED
         if Wish.STOP in wishes:
             self.stop_here()
-        self.is_to_save |= Wish.SAVE in wishes
 
     def look_at_loss(self) -> None:
         """See this rank's loss so far. Waits for the device: only now and then, and only on rank 0."""
@@ -141,8 +156,8 @@ class Loop:
     def pause(self, *, epoch_ends: bool) -> None:
         """Between two steps, report, validate and save what is due. All ranks take part, with the same decisions."""
         progress = self.progress
-        run_ends = progress.ends(epoch_ends=epoch_ends)
-        due = self.cadence.due(progress.position, epoch_ends=epoch_ends, run_ends=run_ends)
+        run_ends = Wish.END in progress.asked or progress.ends(epoch_ends=epoch_ends)
+        due = self.cadence.due(progress.position, progress.asked, epoch_ends=epoch_ends, run_ends=run_ends)
         if epoch_ends or due.validation:
             # All ranks: rank 0's buffers are what is evaluated and saved.
             self.trained.model.share_buffers()
@@ -153,17 +168,36 @@ class Loop:
             self.learning.judge(row, epoch_ends=epoch_ends, is_last=run_ends)
             progress.rows.append(row)
             self.saver.write_rows()
+        progress.is_ended |= Wish.END in progress.asked
+        progress.asked.clear()
+        checkpoint = self.call_after_row(row, epoch_ends=epoch_ends) or due.checkpoint
         if epoch_ends:
             progress.end_epoch()
-        results, checkpoint = epoch_ends or "val_loss" in row or run_ends, due.checkpoint or self.is_to_save
+        results = epoch_ends or "val_loss" in row or run_ends
         if results or checkpoint or progress.is_over:
             # All ranks copy, and go on while the copies are written; rank 0 writes the results.
-            self.saver.save(results=results, is_best=is_best, checkpoint=checkpoint or progress.is_over)
-        if checkpoint:
-            self.is_to_save = False
-            self.cadence.saved()
+            self.save(results=results, is_best=is_best, checkpoint=checkpoint or progress.is_over)
         if "train_loss" in row and not progress.is_over:
             self.begin_window()
+
+    def call_after_row(self, row: Row, *, epoch_ends: bool) -> bool:
+        """Call who waits for that; whether a checkpoint is asked for. All ranks take part."""
+        if not self.callbacks.act_after_rows:
+            return False
+        if "val_loss" in row:
+            self.callbacks.call("on_validation_end", self.shown)
+        if epoch_ends:
+            self.callbacks.call("on_epoch_end", self.shown)
+        wishes = self.agreement.at_once((Wish.SAVE, Wish.END)) if epoch_ends or "val_loss" in row else frozenset()
+        self.progress.is_ended |= Wish.END in wishes
+        return Wish.SAVE in wishes
+
+    def save(self, *, results: bool, is_best: bool, checkpoint: bool) -> None:
+        """Save results, a checkpoint, or both. All ranks take part."""
+        if checkpoint:
+            self.callbacks.call("on_save", self.shown)
+            self.cadence.saved()
+        self.saver.save(results=results, is_best=is_best, checkpoint=checkpoint)
 
     def report(self, due: Due, *, epoch_ends: bool) -> tuple[Row, bool]:
         """A row of what is due, the same on all ranks, and whether it is the best so far. All ranks take part."""
@@ -214,6 +248,8 @@ class Loop:
             Stopped: it is saved.
             UserError: it could not be.
         """
+        self.callbacks.call("on_stop", self.shown)
+        self.callbacks.call("on_save", self.shown)
         if self.cadence.is_time_up:
             self.say(f"fit.max_time is over: stopping after step {self.progress.position.step}, with a checkpoint")
         self.saver.save_and_wait()

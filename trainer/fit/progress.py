@@ -13,6 +13,7 @@ from dtrain.run.folder import Row
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
 from dtrain.schema.sections import Fit
 
+from ..distributed.wishes import Wish
 from ..metrics.early_stopping import Best
 from .data import FitData
 
@@ -63,6 +64,8 @@ class Progress:
 
     Attributes:
         rows: those made so far.
+        asked: what a rank's clock or a callback has asked for, and is not done yet.
+        is_ended: whether a callback has asked for the end.
         lr: of the last step done.
         samples_done, steps_done: over all ranks, since this process began.
         speed: of the training since the last report, in this process.
@@ -79,6 +82,8 @@ class Progress:
         self.rows: list[Row] = []
         self.lr: float | Tensor = math.nan
         self.samples_done = self.steps_done = 0
+        self.asked: set[Wish] = set()
+        self.is_ended = False
         self.speed = Speed()
         self.step_s = self.checkpoint_s = 0.0
         self.loss = math.nan
@@ -86,7 +91,7 @@ class Progress:
     @property
     def is_over(self) -> bool:
         """Whether no step is left to do."""
-        return self.is_long_enough or self.best.verdict is not None
+        return self.is_ended or self.is_long_enough or self.best.verdict is not None
 
     @property
     def is_long_enough(self) -> bool:
@@ -178,6 +183,8 @@ class Progress:
             "rows": self.rows,
             "lr": float(self.lr),
             "best": self.best.state_dict(),
+            "asked": sorted(int(wish) for wish in self.asked),
+            "is_ended": self.is_ended,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,3 +192,5 @@ class Progress:
         self.rows = state["rows"]
         self.lr = state["lr"]
         self.best.load_state_dict(state["best"])
+        self.asked = {Wish(each) for each in state.get("asked", ())}
+        self.is_ended = state.get("is_ended", False)

@@ -18,6 +18,8 @@ from ..checkpoint.results import Results
 from ..checks.arguments import Settings
 from ..checks.optimizer_kinds import judged
 from ..distributed.seeds import derive_seed, rng_state, seed_everything, set_rng_state
+from ..distributed.wishes import Agreement
+from .callbacks import Callbacks
 from .data import FitData
 from .progress import Progress
 from .trained import Trained
@@ -30,8 +32,19 @@ class Saver:
         run: where it goes.
     """
 
-    def __init__(self, run: RunDir, trained: Trained, data: FitData, progress: Progress, settings: Settings) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        trained: Trained,
+        data: FitData,
+        progress: Progress,
+        settings: Settings,
+        agreement: Agreement,
+        callbacks: Callbacks,
+    ) -> None:
         self.run = run
+        self._agreement = agreement
+        self._callbacks = callbacks
         self._trained = trained
         self._data = data
         self._progress = progress
@@ -105,6 +118,8 @@ class Saver:
             "buffers": model.own_buffers(),
             "loss_buffers": model.loss.own_buffers(),
             "data": self._data.train.state_dict(),
+            "wishes": self._agreement.state_dict(),
+            "callbacks": self._callbacks.state_dict(),
             # After training's they are empty, but for what wrappers remember of earlier epochs.
             **{tally.phase: tally.state_dict() for tally in self._data.tallies},
         }
@@ -155,7 +170,10 @@ class Saver:
         """
         self._progress.load_state_dict(snapshot.shared)
         self._trained.load_state_dict(snapshot.shared)
-        self._data.train.load_state_dict(snapshot.ranks[self._world.rank % snapshot.world_size]["data"])
+        own = snapshot.ranks[self._world.rank % snapshot.world_size]
+        self._data.train.load_state_dict(own["data"])
+        self._agreement.load_state_dict({wish for each in snapshot.ranks.values() for wish in each.get("wishes", ())})
+        self._callbacks.load_state_dict(own.get("callbacks", {}))
         # A script may validate only now.
         known = [each for each in self._data.tallies if all(each.phase in own for own in snapshot.ranks.values())]
         if snapshot.world_size == self._world.world_size:
