@@ -58,7 +58,7 @@ MAY_IMPORT = {
 }
 # The package's front, which hands on what lies above it.
 HANDS_ON = {
-    "dtrain/__init__.py": ("dtrain/schema", "trainer", "trainer/loss"),
+    "dtrain/__init__.py": ("dtrain/schema", "trainer", "trainer/loss", "trainer/fit"),
     "dtrain/__main__.py": ("launcher",),
 }
 
