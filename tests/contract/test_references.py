@@ -272,7 +272,7 @@ def test_whatever_is_written_survives_a_round_trip():
     choose = random.Random(0)
     pieces = ["${", "}", "\\", "$", "{", "fit.epochs", "run.steps", "${run.steps}", "${name}", "\\${", " ", "x"]
     loaded = 0
-    for _ in range(1500):
+    for _ in range(300):
         text = "".join(choose.choice(pieces) for _ in range(choose.randint(1, 7)))
         quoted = "'" + text + "'"
         try:
@@ -284,7 +284,7 @@ def test_whatever_is_written_survives_a_round_trip():
         comment = job.slurm.options["comment"] if "run." not in text else None
         if comment is not None and "${name}" not in text:
             assert filled(job).scheduler.arguments["x"] == comment
-    assert loaded > 100
+    assert loaded > 30
 
 
 def test_editors_accept_references():
