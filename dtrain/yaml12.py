@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import yaml
 
@@ -91,7 +92,10 @@ class Reader:
             raise UserError(self._problem(f"character {chr(error.character)!r} is not allowed", line)) from None
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise UserError(self._problem(f"not valid YAML: {error.problem}", mark.line if mark else 0)) from None
+            is_reference = mark is not None and text[max(0, mark.index - 1) :].startswith("${")
+            hint = 'within {} and [] put a reference into quotes: "${...}"' if is_reference else None
+            problem = self._problem(f"not valid YAML: {error.problem}", mark.line if mark else 0)
+            raise UserError(replace(problem, hint=hint)) from None
         except (ValueError, OverflowError) as error:  # PyYAML's own, on escapes such as "\UFFFFFFFF"
             raise UserError(self._problem(f"not valid YAML: {error}", 0)) from None
         return None if node is None else self._value(node, "", 0)

@@ -55,7 +55,8 @@ from .model.learned_loss import LearnedLoss
 from .optimization import precision as precisions
 from .optimization.ema import Ema
 from .optimization.optimizer_step import Update
-from .optimization.scheduler import Interval, Scheduling, is_fed
+from .optimization.run_length import Interval
+from .optimization.scheduler import Scheduling, is_fed
 from .predict import predict_features, predict_shares
 from .strategies.base import Parallel, require_uncut
 from .summary import summary

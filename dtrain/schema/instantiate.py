@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.names import collisions, format_error, job_path, load_what_ranks_have, resolve
+from dtrain.references import about_the_run, fill
 from dtrain.schema.job import Job, LoadedJob
 from dtrain.schema.metrics.logits import guesses_logits
 from dtrain.schema.metrics.monitor import monitor_problem
@@ -19,12 +20,12 @@ from dtrain.schema.metrics.unfit import why_unfit
 from dtrain.schema.metrics.values import values_of_no_sample
 from dtrain.schema.sections import MetricTarget, Target
 
-_PARTIAL = "_partial_"
-_HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys that Hydra knows beside _target_ and _partial_
+_ARGS, _PARTIAL = "_args_", "_partial_"
+_HYDRAS = ("_convert_", "_recursive_")  # keys that Hydra knows besides
 
 
 def instantiate(value: object, *args: object, given: Mapping[str, object] | None = None) -> Any:
-    """Calls a target with `args` and its own arguments, those that are targets built first.
+    """Calls a target with `args`, then its own arguments, those that are targets built first.
 
     What is no target is returned as it is, rebuilt where it holds targets.
 
@@ -43,12 +44,15 @@ def instantiate(value: object, *args: object, given: Mapping[str, object] | None
     if "_target_" not in value:
         return built
     function = _resolve_callable(value["_target_"])
+    own = built.pop(_ARGS, [])
     if built.pop(_PARTIAL, False):
-        return functools.partial(function, **built) if built else function
+        return functools.partial(function, *own, **built) if own or built else function
+    positional = [*args, *own]
+    if given and (names := _taken_by_name(signature := _signature(function), given, built)):
+        positional, named = _placed(signature, own, {name: given[name] for name in names})
+        built |= named
     try:
-        if given and (names := _taken_by_name(_signature(function), given, built)):
-            return function(**{name: given[name] for name in names}, **built)
-        return function(*args, **built)
+        return function(*positional, **built)
     except TypeError as error:
         if str(error) == "'str' object is not callable":
             error.args = (f"{error}; {_how_to_name_a_function('module.function')}",)
@@ -91,6 +95,19 @@ def _taken_by_name(
     """Those of the given names that a callable has as a parameter, and that its own arguments leave free."""
     parameters = () if signature is None else signature.parameters
     return [name for name in given if name in parameters and name not in arguments]
+
+
+def _placed(
+    signature: inspect.Signature | None, own: Sequence[object], given: Mapping[str, object]
+) -> tuple[list[object], dict[str, object]]:
+    """A callable's positional arguments and those by name: what is given stands among its own where its place is."""
+    positional, named = [*own], {}
+    for place, name in enumerate(() if signature is None else signature.parameters):
+        if name in given and place < len(positional):
+            positional.insert(place, given[name])
+        elif name in given:
+            named[name] = given[name]
+    return positional, named
 
 
 def check_target(target: Target, positional: int, where: str, given: Collection[str] = ()) -> list[Problem]:
@@ -137,10 +154,14 @@ def _check_call(
     is_partial = arguments.pop(_PARTIAL, False)
     if not isinstance(is_partial, bool):
         nested.append(Problem(f"expected true or false, found {is_partial!r}", f"{where}.{_PARTIAL}"))
+    own = arguments.pop(_ARGS, [])
+    if not isinstance(own, list):
+        nested.append(Problem(f"expected a list of positional arguments, found {own!r}", f"{where}.{_ARGS}"))
+        own = []
     for key in _HYDRAS:
         if key in arguments:
             del arguments[key]
-            message = f"is Hydra's; dtrain has only _target_ and {_PARTIAL}"
+            message = f"is Hydra's; dtrain has only _target_, {_ARGS} and {_PARTIAL}"
             nested.append(Problem(message, f"{where}.{key}"))
     try:
         signature = _signature(_resolve_callable(name))
@@ -148,9 +169,12 @@ def _check_call(
         return [replace(problem, path=f"{where}._target_") for problem in error.problems] + nested
     if signature is None:
         return nested
+    by = " or ".join(["dtrain"] * bool(positional or not own) + [_ARGS] * bool(own))
+    positional += len(own)
     if not is_partial and (names := _taken_by_name(signature, given, arguments)):
-        arguments, positional = {**arguments, **dict.fromkeys(names)}, 0
-    problems = _check_arguments(str(name), signature, arguments, positional, where, is_partial=bool(is_partial))
+        placed, named = _placed(signature, own, dict.fromkeys(names))
+        arguments, positional = {**arguments, **named}, len(placed)
+    problems = _check_arguments(str(name), signature, arguments, positional, where, by, is_partial=bool(is_partial))
     return [*problems, *nested]
 
 
@@ -175,9 +199,11 @@ def _check_arguments(
     arguments: Mapping[Any, object],
     positional: int,
     where: str,
+    by: str = "dtrain",
     *,
     is_partial: bool = False,
 ) -> Iterator[Problem]:
+    """What is wrong with arguments by name beside so many positional ones, which are given `by` somebody."""
     parameters = list(signature.parameters.values())
     kinds = {p.kind for p in parameters}
     taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
@@ -188,9 +214,9 @@ def _check_arguments(
     takes_any = inspect.Parameter.VAR_KEYWORD in kinds
     for key in arguments:
         if key in {p.name for p in taken}:
-            yield Problem(f"{key} is passed to {name} by dtrain; leave it out", f"{where}.{key}")
+            yield Problem(f"{key} is passed to {name} by {by}; leave it out", f"{where}.{key}")
         elif not isinstance(key, str) or not (takes_any or key in known):
-            hint = did_you_mean(str(key), [*known, _PARTIAL])
+            hint = did_you_mean(str(key), [*known, _ARGS, _PARTIAL])
             yield Problem(f"{name} takes no argument {key}", f"{where}.{key}", hint=hint)
     for p in rest:
         if text := _text_for_a_function(p, arguments.get(p.name)):
@@ -244,12 +270,13 @@ def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
 
 
 def _build(target: Target, where: str) -> tuple[object, list[Problem]]:
-    """The target's object, or why there is none."""
+    """The target's object, or why there is none; none either where it needs the run's numbers."""
     problems = check_target(target, 0, where)
-    if problems:
+    values = {where: {"_target_": target.target, **target.arguments}}
+    if problems or about_the_run(values):
         return None, problems
     try:
-        return instantiate(target), []
+        return instantiate(fill(values, {})[where]), []
     except (Exception, SystemExit) as error:  # a constructor's own checks; it may be the user's code
         return None, [Problem(f"{target.target}: {format_error(error)}", where)]
 
@@ -263,7 +290,9 @@ def _num_missing(target: MetricTarget) -> int:
     """How many arguments a function still wants beside its own: two or more, if it is one of samples; 0 of a class."""
     function = _resolve_callable(target.target)
     signature = None if inspect.isclass(function) else _signature(function)
-    parameters = [] if signature is None else signature.parameters.values()
+    own = target.arguments.get(_ARGS)
+    first = len(own) if isinstance(own, list) else 0
+    parameters = [] if signature is None else [*signature.parameters.values()][first:]
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len([p for p in needed if p.name not in target.arguments])
 

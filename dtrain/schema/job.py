@@ -42,6 +42,8 @@ _WORDS = {"type": "array", "items": {"type": ["string", "number", "boolean"]}, "
 Script = Annotated[
     list[str], BeforeValidator(_read_script), WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, _WORDS]})
 ]
+_OF_A_FIELD = ("default", "description", "title")
+_REFERENCE = {"type": "string", "pattern": r"\$\{.+\}", "description": "The value of another field: ${fit.epochs}."}
 # A path is read before; see loading.py.
 _DEEPSPEED = WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": True}, {"type": "string"}]})
 
@@ -136,10 +138,15 @@ class ScriptJob(Section):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A job file, and where each of its values was written."""
+    """A job file, and where each of its values was written.
+
+    Attributes:
+        document: what is written, with overrides, before references are resolved.
+    """
 
     path: Path
     places: Mapping[str, tuple[str, int | None]]
+    document: Mapping[Any, Any]
 
     @property
     def folder(self) -> Path:
@@ -177,7 +184,7 @@ class LoadedScript(Loaded):
 
 def job_json_schema() -> dict[str, Any]:
     """JSON Schema of job.yaml, for editors."""
-    job, script = Job.model_json_schema(), ScriptJob.model_json_schema()
+    job, script = map(_with_references, (Job.model_json_schema(), ScriptJob.model_json_schema()))
     without_effect = dict.fromkeys(sorted(job["properties"].keys() - script["properties"].keys()), False)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -188,3 +195,14 @@ def job_json_schema() -> dict[str, Any]:
         "then": {"properties": without_effect},
         "else": {"required": job["required"]},
     }
+
+
+def _with_references(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a job, whose values may refer to others."""
+    for section in (schema, *schema["$defs"].values()):
+        for name, field in section["properties"].items():
+            about = {key: value for key, value in field.items() if key in _OF_A_FIELD}
+            value = {key: value for key, value in field.items() if key not in _OF_A_FIELD}
+            if about:  # else a whole section
+                section["properties"][name] = {"anyOf": [value, _REFERENCE], **about}
+    return schema

@@ -15,12 +15,13 @@ from pydantic_core import ErrorDetails
 from dtrain import yaml12
 from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.redact import hide_password
+from dtrain.references import about_the_run, escape, resolve
 from dtrain.schema.contradictions import contradictions, wrong_slurm_options
 from dtrain.schema.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob
 from dtrain.schema.validation import dotted, shown, translated
 from dtrain.yaml12 import Place, Reader
 
-__all__ = ["LoadedJob", "LoadedScript", "differences", "dump_job", "load", "load_job"]
+__all__ = ["LoadedJob", "LoadedScript", "changes", "differences", "dump_job", "load", "load_job"]
 
 _MAX_BYTES = 1 << 20
 
@@ -66,16 +67,19 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob | LoadedS
     problems = reader.problems
     for override in overrides:
         problems += _apply(override, document, reader.places)
-    problems += _read_deepspeed(document, reader.places, Path(path))
+    file = Loaded(Path(path), reader.places, document)
+    values, wrong = _values(document, file)
     if "script" in document:
-        return _load_script(document, Path(path), reader.places, problems)
-    loaded, wrong = _validate(document, Path(path), reader.places)
-    problems += wrong
-    if problems:
+        return _load_script(values, file, [*problems, *wrong])
+    loaded, found = _validate(values, file)
+    if problems or wrong or found:
         from dtrain.schema.instantiate import check_job  # imports the user's code
 
-        problems += check_job(loaded, loaded.folder)
-        raise _all(problems)
+        found += check_job(loaded, loaded.folder)
+        # What a wrong reference stands for is unknown: it can't be wrong too.
+        unknown = [problem.path for problem in wrong if problem.path]
+        found = [each for each in found if not any(_is_within(each.path or "", path) for path in unknown)]
+        raise _all([*problems, *wrong, *found])
     return loaded
 
 
@@ -87,18 +91,22 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> LoadedJob:
     return loaded
 
 
-def _load_script(
-    document: dict[Any, Any], path: Path, places: dict[str, Place], problems: list[Problem]
-) -> LoadedScript:
+def _values(document: dict[Any, Any], file: Loaded) -> tuple[dict[Any, Any], list[Problem]]:
+    """The document's values, with those that its references and DeepSpeed's file stand for; what is wrong with them."""
+    values, problems = resolve(document, ScriptJob if "script" in document else Job)
+    problems += _read_deepspeed(values)
+    return values, [file.at(problem) for problem in problems]
+
+
+def _load_script(values: dict[Any, Any], file: Loaded, problems: list[Problem]) -> LoadedScript:
     errors: list[ErrorDetails] = []
     try:
-        loaded = LoadedScript(path, places, ScriptJob.model_validate(document))
+        loaded = LoadedScript(file.path, file.places, file.document, ScriptJob.model_validate(values))
     except ValidationError as error:
         errors = error.errors()
-    where = Loaded(path, places)
-    problems += [where.at(translated(error, ScriptJob)) for error in errors]
+    problems += [file.at(translated(error, ScriptJob)) for error in errors]
     if not errors:
-        problems += map(where.at, wrong_slurm_options(loaded.job))
+        problems += map(file.at, wrong_slurm_options(loaded.job))
     if problems:
         raise _all(problems)
     return loaded
@@ -110,14 +118,16 @@ def _all(problems: Iterable[Problem]) -> UserError:
 
 
 def dump_job(job: Job | ScriptJob) -> str:
-    """The job as YAML, defaults and overrides included; loads back to an equal job.
+    """The job as YAML: defaults and overrides included, references resolved, but for `${run.steps}` and its like.
+
+    It loads back to an equal job.
 
     A password in mlflow.tracking_uri is left out: only the store needs it, see `dtrain.monitoring.tracking_uri`.
     """
     values = job.model_dump(by_alias=True)
     if job.mlflow.tracking_uri is not None:
         values["mlflow"]["tracking_uri"] = hide_password(job.mlflow.tracking_uri)
-    return yaml12.dump(values)
+    return yaml12.dump(escape(values))
 
 
 def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:
@@ -128,6 +138,42 @@ def differences(old: Job | ScriptJob, new: Job | ScriptJob) -> list[str]:
         for path in dict.fromkeys([*before, *now])
         if before.get(path) != now.get(path) and not _MAY_DIFFER.fullmatch(path)
     ]
+
+
+def changes(old: Job | ScriptJob, new: LoadedJob | LoadedScript) -> list[str]:
+    """`differences`, where a value may differ that refers to one that may: it is as before if that one is as before.
+
+    But for the optimizer's: they are state, so a run that goes on has those of its checkpoint.
+    """
+    as_before, now = _as_before(old, new), new.job
+    if not isinstance(old, Job) or not isinstance(now, Job):
+        return differences(old, as_before)
+    found = differences(old, as_before.model_copy(update={"optimizer": now.optimizer}))
+    if (old.fit.epochs, old.fit.steps) != (now.fit.epochs, now.fit.steps):
+        mentions = about_the_run({"optimizer": now.optimizer.model_dump(by_alias=True)})
+        found += [f"{path}: {', '.join(names)} of another length before" for path, names in mentions.items()]
+    return found
+
+
+def _as_before(old: Job | ScriptJob, new: LoadedJob | LoadedScript) -> Job | ScriptJob:
+    """The new job with what may differ as it was, so that what refers to it is too; as it is where that can't be."""
+    document = copy.deepcopy(dict(new.document))
+    _put_back(escape(old.model_dump(by_alias=True)), document)
+    values, problems = _values(document, new)
+    try:
+        return new.job if problems else type(new.job).model_validate(values)
+    except ValidationError:
+        return new.job
+
+
+def _put_back(old: dict[str, Any], document: Any, path: str = "") -> None:
+    """Set what may differ in the document to what it was."""
+    for key, value in old.items():
+        here = f"{path}.{key}" if path else key
+        if _MAY_DIFFER.fullmatch(here):
+            document[key] = value
+        elif isinstance(value, dict) and isinstance(document.get(key), dict):
+            _put_back(value, document[key], here)
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
@@ -194,44 +240,44 @@ def _apply(override: str, document: dict[Any, Any], places: dict[str, Place]) ->
     return reader.problems
 
 
-def _read_deepspeed(document: dict[Any, Any], places: dict[str, Place], path: Path) -> list[Problem]:
-    """Replace the path of DeepSpeed's JSON file in the document by its content; what is wrong with it."""
-    name = document.get("deepspeed")
+def _read_deepspeed(values: dict[Any, Any]) -> list[Problem]:
+    """Replace the path of DeepSpeed's JSON file among the values by its content; what is wrong with it."""
+    name = values.get("deepspeed")
     if not isinstance(name, str):
         return []
     try:
-        document["deepspeed"] = json.loads(_read_text(Path(name)))
+        values["deepspeed"] = json.loads(_read_text(Path(name)))
     except UserError as error:
         found = error.problems[0]
     except json.JSONDecodeError as error:
         found = Problem(f"not valid JSON: {error.msg}", file=name, line=error.lineno)
     else:
         return []
-    del document["deepspeed"]
-    return [Loaded(path, places).at(Problem(str(found), "deepspeed"))]
+    del values["deepspeed"]
+    return [Problem(str(found), "deepspeed")]
 
 
-def _validate(document: dict[Any, Any], path: Path, places: dict[str, Place]) -> tuple[LoadedJob, list[Problem]]:
+def _validate(values: dict[Any, Any], file: Loaded) -> tuple[LoadedJob, list[Problem]]:
     """The job, as far as it is valid, and what is wrong with it."""
     errors: list[ErrorDetails] = []
     try:
-        job = Job.model_validate(document)
+        job = Job.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-        job = _salvage(document, errors)
+        job = _salvage(values, errors)
     wrong = [dotted(error) for error in errors if error["type"] != "extra_forbidden"]
     problems = [translated(error) for error in errors]
     for problem in contradictions(job):
         roots = _DRAWN_FROM.get(problem.path or "", ())
         if not any(_is_within(each, root) or _is_within(root, each) for each in wrong for root in roots):
             problems.append(problem)
-    loaded = LoadedJob(path, places, job)
+    loaded = LoadedJob(file.path, file.places, file.document, job)
     return loaded, [loaded.at(problem) for problem in problems]
 
 
-def _salvage(document: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
+def _salvage(values: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
     """The job without what is wrong with it."""
-    rest = copy.deepcopy(document)
+    rest = copy.deepcopy(values)
     for error in errors:
         *parents, last = error["loc"][: _SALVAGE_DEPTHS.get(str(error["loc"][0]), 2)]
         here, stand_in = rest, _STAND_INS

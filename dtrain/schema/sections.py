@@ -33,10 +33,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _describe_hydras_keys(schema: dict[str, Any]) -> None:
+    schema["properties"] |= {
+        "_args_": {"type": "array", "description": "Positional arguments, after those that dtrain passes."},
+        "_partial_": {
+            "type": "boolean",
+            "description": "Do not call it: pass the function, with these arguments bound (functools.partial).",
+        },
+    }
+
+
 class Target(Section):
     """A callable by its importable name, with its arguments as further keys; arguments may be targets themselves."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_hydras_keys)
 
     target: str = Field(alias="_target_", min_length=1, description="Importable name, such as net.DigitNet.")
 

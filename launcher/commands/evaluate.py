@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.errors import Problem, UserError, did_you_mean
@@ -135,7 +135,7 @@ def _whole(loaded: LoadedJob) -> LoadedJob:
     fit = job.fit.model_copy(update={"strategy": "ddp", "precision": "fp32", "sync_batchnorm": False})
     launch = job.launch.model_copy(update={"device": "cpu"})
     update = {"fit": fit, "fsdp": Fsdp(), "deepspeed": {}, "launch": launch}
-    return LoadedJob(loaded.path, loaded.places, job.model_copy(update=update))
+    return replace(loaded, job=job.model_copy(update=update))
 
 
 def _ask(request: RankRequest, loaded: LoadedJob, gpus: str) -> str:

@@ -60,7 +60,7 @@ def launch(request: Request) -> int:
 def _launch_job(request: Request, loaded: LoadedJob) -> int:
     job = loaded.job
     run = find_run(request, job.name)
-    if nothing_left(request, run, job):
+    if nothing_left(request, run, loaded):
         return 0
     continues = request.resume and run.job.exists()
     code = run.code if continues else loaded.folder
@@ -97,7 +97,7 @@ def _launch_script_job(request: Request, loaded: LoadedScript) -> int:
     job = loaded.job
     program = find_program(loaded)
     run = find_run(request, job.name)
-    if nothing_left(request, run, job):
+    if nothing_left(request, run, loaded):
         return 0
     return _launch_program(request, run, program, job.arguments, loaded)
 

@@ -19,7 +19,7 @@ from dtrain.stderr import say
 from .request import Request
 
 if TYPE_CHECKING:
-    from dtrain.schema.job import Job, ScriptJob
+    from dtrain.schema.job import LoadedJob, LoadedScript
     from dtrain.schema.sections import Fit
 
 
@@ -54,13 +54,13 @@ def newest_unfinished(name: str) -> RunDir:
     raise UserError(f"no unfinished run of {name} under {Path('runs').absolute()}; name one with --run-dir")
 
 
-def is_done(run: RunDir, job: Job | ScriptJob) -> bool:
-    """Whether a run has nothing left to do; raises UserError if `job` is not the job that it began with."""
+def is_done(run: RunDir, loaded: LoadedJob | LoadedScript) -> bool:
+    """Whether a run has nothing left to do; raises UserError if that is not the job that it began with."""
     from dtrain.schema.job import ScriptJob
-    from dtrain.schema.loading import differences, load
+    from dtrain.schema.loading import changes, load
 
-    before = load(run.job).job
-    if changed := differences(before, job):
+    before, job = load(run.job).job, loaded.job
+    if changed := changes(before, loaded):
         problems = [Problem(change, file=str(run.job)) for change in changed]
         raise UserError([Problem(f"{run} belongs to another job; these fields cannot change on resume:"), *problems])
     if run.status().get("state") != "finished":
@@ -77,9 +77,9 @@ def _is_longer(fit: Fit, before: Fit) -> bool:
     return is_more(fit.epochs, before.epochs) or is_more(fit.steps, before.steps)
 
 
-def nothing_left(request: Request, run: RunDir, job: Job | ScriptJob) -> bool:
+def nothing_left(request: Request, run: RunDir, loaded: LoadedJob | LoadedScript) -> bool:
     """Whether the request is to resume a run that `is_done`; if so, the user is told."""
-    if not (request.resume and run.job.exists() and is_done(run, job)):
+    if not (request.resume and run.job.exists() and is_done(run, loaded)):
         return False
     say(f"{run} is finished; nothing to resume")
     return True

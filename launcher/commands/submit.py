@@ -35,12 +35,13 @@ def submit_run(request: Request, cluster: Cluster, *, wait: bool) -> int:
     Raises:
         UserError: the request is wrong, or the cluster refuses it; nothing was submitted, and no new folder is left.
     """
-    wanted = submittable(request)
+    loaded = None if request.is_script else load(request.target, request.arguments)
+    wanted = submittable(request, loaded)
     job = wanted.job
     run = find_run(request, wanted.name)
     refuse_second(run)
     run = run.absolute()
-    if job is not None and nothing_left(request, run, job):
+    if loaded is not None and nothing_left(request, run, loaded):
         return 0
     submission = cluster.render(wanted, run, Path.cwd())
     if request.dry_run:
@@ -64,14 +65,17 @@ def show(submission: Submission) -> None:
     print(f"{shlex.join(submission.command)} {submission.file}\n\n{submission.text}", end="")
 
 
-def submittable(request: Request) -> Submittable:
-    """What the command line asks to submit; raises UserError if that is not possible."""
+def submittable(request: Request, loaded: LoadedJob | LoadedScript | None) -> Submittable:
+    """What the command line asks to submit; raises UserError if that is not possible.
+
+    Args:
+        loaded: the job file, if it names one.
+    """
     nodes, ranks = request.nodes.count, request.ranks
     options = ["--show-ranks", ranks.show, *(["--no-preload"] * (not ranks.preload))]
     if ranks.max_restarts is not None:
         options += ["--max-restarts", str(ranks.max_restarts)]
-    if not request.is_script:
-        loaded = load(request.target, request.arguments)
+    if loaded is not None:
         hand_on(loaded.job.mlflow.tracking_uri)  # a submitted job inherits the environment
         target = None
         if isinstance(loaded, LoadedScript):

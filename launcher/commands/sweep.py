@@ -59,9 +59,8 @@ def sweep(request: SweepRequest) -> int:
     """
     common, points = grid(request.overrides)
     loaded = [_load(request.job, [*common, *point]) for point in points]
-    jobs = [each.job for each in loaded]
-    found = Sweep(_folder(request, jobs[0]).absolute(), tuple(points))
-    left = _unfinished(found, jobs) if request.resume else found.runs
+    found = Sweep(_folder(request, loaded[0].job).absolute(), tuple(points))
+    left = _unfinished(found, loaded) if request.resume else found.runs
     for run in left:
         refuse_second(run)
     if request.dry_run:
@@ -102,7 +101,7 @@ def _folder(request: SweepRequest, job: Job) -> Path:
     return Path(request.run_dir)
 
 
-def _unfinished(asked: Sweep, jobs: Sequence[Job]) -> list[RunDir]:
+def _unfinished(asked: Sweep, jobs: Sequence[LoadedJob]) -> list[RunDir]:
     """The runs of the sweep in that folder that have something left to do."""
     before = Sweep.read(asked.folder)
     if before != asked:

@@ -195,7 +195,7 @@ def test_partial_names_a_function():
             ["here.f.depht: net.Net takes no argument depht; did"],
         ),
         ({"_target_": "net.plain", "_partial_": 1}, ["here.f._partial_: expected true or false, found 1"]),
-        ({"_target_": "net.positions", "_args_": [1]}, ["here.f._args_: is Hydra's; dtrain has only"]),
+        ({"_target_": "net.positions", "_convert_": "all"}, ["here.f._convert_: is Hydra's; dtrain has only"]),
         (
             {"_target_": "net.positions", "_partal_": 1},
             ["here.f._partal_: net.positions takes no argument _partal_; did"],
@@ -213,6 +213,47 @@ def test_a_function_as_an_argument(value: object, expected: list[str]):
     )
     lines = told("net.caller", f=value, g="net.plain")
     assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+def test_positional_arguments_come_after_those_that_dtrain_passes():
+    module(FUNCTIONS + "def outer(first, optimizer, *rest, last=0): return (first, optimizer, rest, last)\n")
+    inner = {"_target_": "net.plain", "_args_": [1, {"_target_": "net.plain", "_args_": [2]}]}
+    assert instantiate(inner) == (1, (2, 1))
+    assert instantiate(target("net.plain", _args_=[5]), "given") == ("given", 5)
+    assert instantiate(target("net.positions", _args_=[2, 3]), 1) == (1, 2, 3)
+    assert bind_function(target("net.only", _args_=[1]))(2) == (1, 2)
+    named = {"given": {"optimizer": "it"}}
+    assert instantiate(target("net.outer", _args_=[1, 2, 3]), "it", **named) == (1, "it", (2, 3), 0)
+    assert instantiate(target("net.outer", _args_=[1], last=2), "it", **named) == (1, "it", (), 2)
+    assert instantiate(target("net.outer", first=1), "it", **named) == (1, "it", (), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "positional", "arguments", "given", "expected"),
+    [
+        ("net.plain", 1, {"_args_": [1]}, [], []),
+        ("net.outer", 1, {"_args_": [1, 2], "last": 3}, ["optimizer"], []),
+        ("net.outer", 1, {"_args_": [1]}, ["optimizer"], []),
+        ("net.only", 2, {"_args_": [1], "_partial_": True}, [], ["here: net.only takes 2 positional arguments, but"]),
+        ("net.plain", 1, {"_args_": [1, 2]}, [], ["here: net.plain takes 2 positional arguments, but gets 3"]),
+        ("net.plain", 0, {"_args_": [1], "a": 2}, [], ["here.a: a is passed to net.plain by _args_; leave it out"]),
+        ("net.plain", 1, {"_args_": [1], "b": 2}, [], ["here.b: b is passed to net.plain by dtrain or _args_; leave"]),
+        ("net.plain", 0, {"_args_": 3}, [], ["here: net.plain needs the argument a", "here._args_: expected a list"]),
+        ("net.plain", 1, {"_agrs_": 1}, [], ["here._agrs_: net.plain takes no argument _agrs_; did you mean _args_?"]),
+        (
+            "net.plain",
+            0,
+            {"_args_": [{"_target_": "net.plain", "z": 1, "_args_": [2]}]},
+            [],
+            ["here._args_.0.z: net.plain takes no argument z"],
+        ),
+    ],
+)
+def test_positional_arguments_against_the_signature(name, positional, arguments, given, expected):
+    module(FUNCTIONS + "def outer(first, optimizer, *rest, last=0): pass\n")
+    lines = [str(each) for each in check_target(target(name, **arguments), positional, "here", given)]
+    assert len(lines) == len(expected), lines
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
 
 

@@ -118,7 +118,7 @@ def test_resnet(project):
     done = project.run("launch", "--gpus", "2", "--run-dir", "run", job, *small)
     assert done.code == 0, done.err
     rows = project.run_dir().rows()
-    assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.14])  # warm-up
+    assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.07])  # warm-up, halfway down the cosine
     assert all("ema_acc" in row for row in rows)
 
 

@@ -86,6 +86,14 @@ class Source:
         """Samples in an epoch; with a batch sampler, batches. None if unknown."""
         return length(self.dataset if self.sampling.chosen_by is None else self.sampling.chosen_by)
 
+    @property
+    def num_steps(self) -> int | None:
+        """Batches in an epoch, over all ranks; None if unknown."""
+        samples = self.num_samples
+        if samples is None or self.batch_size is None or self.sampling.batch_sampler is not None:
+            return samples
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
     def seed(self, seed: int, world: World) -> int:
         """What order and draws follow from: the run's seed, and what a generator that was given was seeded with.
 

@@ -29,7 +29,7 @@ from dtrain.schema.job import Job
 from ..data.indexed import Source
 from ..data.workers import Processes
 from ..trainer import Trainer
-from .train import begin, build_source, build_trainer
+from .train import begin, build_source, build_trainer, settle
 
 CHUNK = 65_536  # rows that are written as text at once
 
@@ -38,7 +38,7 @@ def main() -> int:
     """Do this rank's part; the exit code."""
     asked = Evaluate.read()
     run, job = begin(asked)
-    trainer = build_trainer(job, Path(asked.weights))
+    trainer = build_trainer(settle(job, is_trained=True)[0], Path(asked.weights))
     if asked.out is not None:
         write_predictions(trainer, source_of(job, asked.data), Path(asked.out))
         return 0

@@ -24,7 +24,7 @@ from ..distributed.torch_private import tree_leaves, tree_map
 from ..model.weights import bare_state_dict, save_weights
 from ..trainer import Trainer
 from .first_samples import Call, call_of, first_samples
-from .train import begin, build_source, build_trainer
+from .train import begin, build_source, build_trainer, settle
 
 SAMPLES = 8  # with which the model is traced and compared
 
@@ -33,7 +33,7 @@ def main() -> int:
     """Export; the exit code."""
     asked = Export.read()
     run, job = begin(asked)
-    trainer = build_trainer(job, Path(asked.weights))
+    trainer = build_trainer(settle(job, is_trained=True)[0], Path(asked.weights))
     out = Path(asked.out)
     if asked.format == "onnx":
         write_text(run.answer, export_onnx(trainer, job, out))

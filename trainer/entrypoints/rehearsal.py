@@ -26,7 +26,7 @@ from dtrain.schema.job import Job
 from ..checks.batch_norm import is_per_rank
 from ..data.indexed import Source
 from ..distributed.stop import Stopped
-from .train import begin, build_source, build_trainer
+from .train import begin, build_source, build_trainer, settle
 
 BATCHES = 5  # whole ones in an epoch, and a half one
 EPOCHS = 2
@@ -46,6 +46,8 @@ def main() -> int:
 
 def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
     """Train on the first batches. All ranks take part."""
+    fit = job.fit.model_copy(update={"epochs": EPOCHS, "steps": None})
+    job, train = settle(job.model_copy(update={"fit": fit}), beginning)
     trainer = build_trainer(job)
     assert trainer.optimizer is not None
     rank, steps = trainer.world.rank, itertools.count(1)
@@ -56,7 +58,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
 
     trainer.optimizer.register_step_post_hook(stop)
     loop = trainer.train(
-        beginning(build_source(job, job.data.train, training=True)),
+        train or beginning(build_source(job, job.data.train, training=True)),
         None if job.data.val is None else beginning(build_source(job, job.data.val, training=False)),
         epochs=EPOCHS,
         early_stopping={"monitor": job.monitor, "mode": job.stopping.mode},

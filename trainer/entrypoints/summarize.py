@@ -13,7 +13,7 @@ from dtrain.run.rank_request import Summarize
 
 from ..summary import summary
 from .first_samples import call_of, first_samples
-from .train import begin, build_source, build_trainer
+from .train import begin, build_source, build_trainer, settle
 
 SAMPLES = 1
 
@@ -21,7 +21,7 @@ SAMPLES = 1
 def main() -> int:
     """Write the summary; the exit code."""
     run, job = begin(Summarize.read())
-    trainer = build_trainer(job)
+    trainer = build_trainer(settle(job)[0])
     batch, samples = first_samples(build_source(job, job.data.train, training=False), SAMPLES)
     args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)
     if kwargs or len(args) != 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import Problem, UserError
 from dtrain.names import job_path
+from dtrain.references import STEPS, STEPS_PER_EPOCH, about_the_run, fill
 from dtrain.run.folder import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.run.rank_request import RankRequest, Train
 from dtrain.schema.instantiate import bind_function, build_metric, instantiate
@@ -38,6 +39,7 @@ from ..loss.step import user_step
 from ..model.meta import build_on_meta
 from ..model.weights import load_weights, without_shape
 from ..optimization.param_groups import group_parameters
+from ..optimization.run_length import RunLength
 from ..predict import predict_features
 from ..trainer import Trainer
 from .lazy_shapes import give_shapes
@@ -63,15 +65,48 @@ def begin(request: RankRequest) -> tuple[RunDir, Job]:
 
 def fit(job: Job) -> None:
     """Build the job's parts and train. All ranks take part."""
+    job, train = settle(job)
     trainer = build_trainer(job)
     loop = trainer.train(
-        build_source(job, job.data.train, training=True),
+        train or build_source(job, job.data.train, training=True),
         None if job.data.val is None else build_source(job, job.data.val, training=False),
         epochs=job.fit.epochs,
         steps=job.fit.steps,
         early_stopping={**job.stopping.model_dump(), "monitor": job.monitor},
     )
     trainer.draw(loop)
+
+
+def settle(
+    job: Job, part: Callable[[Source], Source] = lambda source: source, *, is_trained: bool = False
+) -> tuple[Job, Source | None]:
+    """The job as it is meant, with the run's numbers where it refers to them, and the training data if it does.
+
+    Args:
+        part: what is trained on, of that data.
+        is_trained: whether there will be no optimizer: what it mentions does not matter then.
+
+    Raises:
+        UserError: the data does not know its length.
+    """
+    values, source = job.model_dump(by_alias=True), None
+    numbers: dict[str, int] = {}
+    if is_trained:
+        values |= {"optimizer": {"_target_": job.optimizer.target}, "scheduler": None}
+    if mentions := about_the_run(values):
+        own_device(job.launch.device)  # before what is built puts something on a GPU
+        source = part(build_source(job, job.data.train, training=True))
+        length = RunLength.of(job.fit, source.num_steps)
+        for name, number, mend in (
+            (STEPS, length.steps, "set fit.steps"),
+            (STEPS_PER_EPOCH, length.steps_per_epoch, "write the number"),
+        ):
+            if number is not None:
+                numbers[name] = number
+            elif path := next((path for path, names in mentions.items() if name in names), None):
+                message = f"{type(source.dataset).__name__} has no length, so {name} cannot be known in advance"
+                raise UserError(Problem(message, path, hint=f"give it a __len__, or {mend}"))
+    return Job.model_validate(fill(values, numbers)), source
 
 
 def build_trainer(job: Job, trained: Path | None = None) -> Trainer:

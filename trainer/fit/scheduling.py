@@ -9,6 +9,7 @@ from dtrain.schema.sections import Fit
 
 from ..metrics.early_stopping import Best
 from ..metrics.phases import PhaseMetrics, require_monitor
+from ..optimization.run_length import RunLength
 from ..optimization.scheduler import Scheduling, check_length, require_mode
 from .data import FitData
 
@@ -32,11 +33,12 @@ def scheduling_of_fit(
         UserError: it can't be used in this fit.
     """
     scheduling = replace(given, monitor=given.monitor or best.monitor)
+    length = RunLength.of(fit, data.train.num_steps)
     if scheduling.scheduler is not None:
         watched = scheduling.monitor
         require_monitor(watched, data.tallies, may_log=may_log)
         loss = "min" if watched.endswith("_loss") else None
         known = best.mode if watched == best.monitor else loss or metrics.better(watched)
         require_mode(scheduling.scheduler, watched, known)
-        check_length(scheduling.scheduler, scheduling.interval, fit, data.train.num_steps, warn)
-    return scheduling
+        check_length(scheduling.scheduler, scheduling.interval, length, warn)
+    return scheduling.begin(length)

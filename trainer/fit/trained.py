@@ -64,6 +64,7 @@ class Trained:
             "loss": self.model.loss.state_dict(),
             "optimizer": self.model.optimizer_state(self.optimizer),
             "scheduler": self.scheduling.state_dict(),
+            "schedule_began": self.scheduling.beginning_state(),
             "scaler": self.precision.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
@@ -73,7 +74,7 @@ class Trained:
         self.model.load_state_dict(state["model"])
         self.model.loss.load_state_dict(state.get("loss", {}))
         self.model.load_optimizer_state(self.optimizer, state["optimizer"])
-        self.scheduling.load_state_dict(state["scheduler"])
+        self.scheduling.load_state_dict(state["scheduler"], state.get("schedule_began"))
         self.precision.load_state_dict(state.get("scaler"))
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

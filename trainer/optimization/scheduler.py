@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import types
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CosineAnnealingLR,
+    LinearLR,
     LRScheduler,
+    MultiStepLR,
     OneCycleLR,
     PolynomialLR,
     ReduceLROnPlateau,
@@ -24,11 +29,17 @@ from torch.optim.lr_scheduler import (
 from dtrain.errors import Problem, UserError, first_line
 from dtrain.run.folder import Row
 from dtrain.schema.metrics.monitor import covers
-from dtrain.schema.sections import Fit
 
+from ..checkpoint.codec import flatten, require_data
 from ..distributed.torch_private import milestones_of, schedulers_in
+from .run_length import Interval, RunLength
 
-Interval = Literal["epoch", "step"]
+_LENGTHS = {
+    CosineAnnealingLR: "T_max",
+    OneCycleLR: "total_steps",
+    PolynomialLR: "total_iters",
+    LinearLR: "total_iters",
+}  # what they call the steps that they last
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial, type)
 
 
@@ -50,16 +61,44 @@ def is_fed(scheduler: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """A schedule as a run begins it.
+
+    Attributes:
+        state: the scheduler's, before its first step.
+        rates: the learning rates then, of each parameter group.
+    """
+
+    length: RunLength
+    state: Any
+    rates: list[Any]
+
+
+@dataclass(frozen=True)
 class Scheduling:
     """A scheduler, if there is one, and when it steps.
 
     Attributes:
         monitor: what it is fed, where it wants a value.
+        beginning: how the run begins it; None before there is a run.
     """
 
     scheduler: Any = None
     interval: Interval = "epoch"
     monitor: str = ""
+    beginning: Beginning | None = None
+
+    def begin(self, length: RunLength) -> Scheduling:
+        """This, in a run of that length, from the scheduler's present state on.
+
+        Raises:
+            UserError: a checkpoint can't hold that state.
+        """
+        state = self.state_dict()
+        require_data("scheduler", self.scheduler, state)
+        optimizer = getattr(self.scheduler, "optimizer", None)
+        rates = [copy.deepcopy(group["lr"]) for group in getattr(optimizer, "param_groups", ())]
+        return replace(self, beginning=Beginning(length, copy.deepcopy(state), rates))
 
     def after_step(self, step: int) -> None:
         """Step with the optimizer, after its step of that number, where that is the interval.
@@ -106,9 +145,56 @@ class Scheduling:
             return {key: value for key, value in state.items() if not isinstance(value, _CODE)}
         return state
 
-    def load_state_dict(self, state: Any) -> None:
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state)
+    def beginning_state(self) -> Any:
+        """What tells a run that goes on whether its schedule is the one that it began with."""
+        if self.scheduler is None or self.beginning is None:
+            return None
+        return {"length": asdict(self.beginning.length), "state": self.beginning.state}
+
+    def load_state_dict(self, state: Any, beginning: Any = None) -> None:
+        """Continue with the schedule of a run that had that `beginning_state`.
+
+        torch's state holds the schedule's length too. Where it has changed with the run's, the schedule continues at
+        the same place of its new curve, as if it had had this length from the start.
+        """
+        if self.scheduler is None:
+            return
+        self.scheduler.load_state_dict(state)
+        if beginning is not None and self.beginning is not None and self._has_changed(beginning):
+            self._replay(self.beginning)
+
+    def _has_changed(self, before: Any) -> bool:
+        now = self.beginning_state()
+        is_replayable = isinstance(self.scheduler, LRScheduler) and not is_fed(self.scheduler)
+        return is_replayable and now["length"] != before["length"] and not _same(now["state"], before["state"])
+
+    def _replay(self, beginning: Beginning) -> None:
+        """Make the scheduler's steps once more from the beginning."""
+        done, all_steps = _steps_made(self.scheduler), beginning.length.intervals(self.interval)
+        done = done if all_steps is None else min(done, all_steps)
+        self.scheduler.load_state_dict(copy.deepcopy(beginning.state))
+        for group, rate in zip(self.scheduler.optimizer.param_groups, beginning.rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer has not made a step before
+            for _ in range(done - _steps_made(self.scheduler)):
+                self.scheduler.step()
+
+
+def _steps_made(scheduler: Any) -> int:
+    """Also of a chain, which does not count them itself."""
+    inner = schedulers_in(scheduler)
+    made: int = scheduler.last_epoch if hasattr(scheduler, "last_epoch") else _steps_made(inner[0])
+    return made
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states that checkpoints can hold are equal."""
+    ones, others = flatten(one), flatten(other)
+    return ones.keys() == others.keys() and all(torch.equal(ones[name].cpu(), others[name].cpu()) for name in ones)
 
 
 def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
@@ -125,56 +211,67 @@ def require_mode(scheduler: Any, monitor: str, known: str | None) -> None:
         raise UserError(Problem(message, "scheduler", hint=hint))
 
 
-def check_length(
-    scheduler: Any, interval: Interval, fit: Fit, num_steps: int | None, warn: Callable[[str], None]
-) -> None:
+def check_length(scheduler: Any, interval: Interval, length: RunLength, warn: Callable[[str], None]) -> None:
     """Compare a schedule with the run. No collective.
 
     Args:
-        num_steps: optimizer steps of an epoch, where that is known.
         warn: called for schedules that are probably not intended.
 
     Raises:
         UserError: the scheduler would raise in the middle of the run.
     """
-    run_steps = fit.run_steps(num_steps)
-    epochs = fit.epochs if run_steps is None or not num_steps else run_steps // num_steps
-    by_interval = {"epoch": epochs, "step": run_steps}
-    if (calls := by_interval[interval]) is None:  # a stream
+    if (calls := length.intervals(interval)) is None:  # a stream
         for part, _ in _parts(scheduler, sys.maxsize):
             if isinstance(part, OneCycleLR):
                 ends = f"{type(part).__name__} ends after total_steps {part.total_steps}"
                 warn(f"{ends}, and the run with it if there are more {interval}s: their number is not known in advance")
         return
-    unit = f"{interval}s"
-    other = "step" if interval == "epoch" else "epoch"
+    other: Interval = "step" if interval == "epoch" else "epoch"
     for part, steps in _parts(scheduler, getattr(scheduler, "last_epoch", 0) + calls):
+        is_others = isinstance(part, OneCycleLR) and part.total_steps == length.intervals(other)
+        _require_room(part, steps, f"{interval}s", other if is_others else None)
+        for line in _misfits(part, steps, f"{interval}s", other if is_others else None):
+            warn(f"{type(part).__name__}{line}")
+
+
+def _require_room(part: Any, steps: int, unit: str, meant: Interval | None) -> None:
+    """Raise UserError if a schedule raises after fewer steps. `meant`: the interval whose length it has instead."""
+    if isinstance(part, OneCycleLR) and steps > part.total_steps:
+        mend = f"scheduler.interval: {meant} (scheduler_interval)" if meant else f"total_steps: {steps}"
         name = type(part).__name__
-        if isinstance(part, OneCycleLR) and steps > part.total_steps:
-            mend = f"total_steps: {steps}"
-            if part.total_steps == by_interval[other]:
-                mend = f"scheduler.interval: {other} (scheduler_interval)"
-            message = f"{name} ends after total_steps {part.total_steps}, and this run makes {steps} {unit}: {mend}"
-            raise UserError(Problem(message, "scheduler"))
-        if isinstance(part, OneCycleLR) and steps < part.total_steps and part.total_steps == by_interval[other]:
-            warn(f"{name} makes {steps} of its total_steps {part.total_steps}: is scheduler.interval {other} meant?")
-        if isinstance(part, CosineAnnealingLR) and steps > part.T_max:
-            warn(f"{name} turns back up after T_max {part.T_max} of {steps} {unit}; T_max: {steps} ends with the run")
-        if isinstance(part, PolynomialLR) and steps > part.total_iters:
-            warn(f"{name}: the learning rate is 0 after total_iters {part.total_iters} of {steps} {unit}")
+        message = f"{name} ends after total_steps {part.total_steps}, and this run makes {steps} {unit}: {mend}"
+        raise UserError(Problem(message, "scheduler"))
+
+
+def _misfits(part: Any, steps: int, unit: str, meant: Interval | None) -> Iterator[str]:
+    """What is probably not intended of a schedule that makes so many steps; its name goes before."""
+    if isinstance(part, MultiStepLR | SequentialLR):
+        milestones = milestones_of(part) if isinstance(part, SequentialLR) else part.milestones.elements()
+        if missed := [str(each) for each in sorted(milestones) if each >= steps]:
+            yield f" never gets past milestone {', '.join(missed)} in {steps} {unit}"
+    if isinstance(part, CosineAnnealingLR) and steps > part.T_max:
+        yield f" turns back up after T_max {part.T_max} of {steps} {unit}; T_max: {steps} ends with the run"
+    if isinstance(part, PolynomialLR) and steps > part.total_iters:
+        yield f": the learning rate is 0 after total_iters {part.total_iters} of {steps} {unit}"
+    name = next((name for kind, name in _LENGTHS.items() if isinstance(part, kind)), None)
+    whole = 0 if name is None else getattr(part, name)
+    if meant and steps < whole:
+        yield f" makes {steps} of its {name} {whole}: is scheduler.interval {meant} meant?"
+    elif steps + 1 < whole:  # in a sequence one that lasts until a milestone steps once less
+        yield f" makes {steps} of its {name} {whole} {unit} and stops halfway; {name}: {steps} ends with the run"
 
 
 def _parts(scheduler: Any, calls: int) -> Iterator[tuple[Any, int]]:
-    """The schedulers that one is made of, itself where it is none of others, and how many steps each makes."""
+    """A scheduler, unless it is a chain, and those that it is made of, with how many steps each makes."""
     inner = schedulers_in(scheduler)
+    if not isinstance(scheduler, ChainedScheduler):
+        yield scheduler, calls
     if isinstance(scheduler, SequentialLR):
         milestones = milestones_of(scheduler)
         starts, last = [0, *milestones], bisect_right(milestones, calls)
         for part, start, end in zip(inner, starts, [*(each - 1 for each in milestones), calls], strict=True):
             if start <= starts[last]:
                 yield from _parts(part, min(calls, end) - start)
-    elif isinstance(scheduler, ChainedScheduler):
+    else:
         for part in inner:
             yield from _parts(part, calls)
-    else:
-        yield scheduler, calls

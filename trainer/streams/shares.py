@@ -13,7 +13,6 @@ from dtrain.errors import UserError
 
 from ..data.batch_samples import num_rows, num_samples
 from ..data.indexed import Source
-from ..data.sampler import length
 from ..data.workers import Loader
 from ..distributed.seeds import loading_apart
 from ..distributed.world import World
@@ -52,11 +51,7 @@ class StreamShares:
 
     @property
     def num_steps(self) -> int | None:
-        source = self._source
-        samples, size = length(source.dataset), source.batch_size or 1
-        if samples is None:
-            return None
-        return samples // size if source.drop_last else -(-samples // size)
+        return self._source.num_steps
 
     def read(self, progress: StreamProgress) -> Iterator[Share]:
         # The processes are asked in turn, the first one first; the epoch may go on with another's turn.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import (
     LambdaLR,
     LinearLR,
     LRScheduler,
+    MultiStepLR,
     OneCycleLR,
     PolynomialLR,
     ReduceLROnPlateau,
@@ -143,6 +145,44 @@ def test_a_run_continues_with_the_same_rates(kind, tmp_path):
     assert fit(tmp_path / "run", make, scheduler_interval=interval) == expected
 
 
+# Made for so many epochs: whose rates, of all steps, follow from how many these are.
+LENGTHS: dict[str, tuple[Callable[..., Any], str]] = {
+    "cosine": (CosineAnnealingLR, "epoch"),
+    "milestones": (lambda optimizer, epochs: MultiStepLR(optimizer, [epochs // 2]), "epoch"),
+    "one cycle": (lambda optimizer, epochs: OneCycleLR(optimizer, 0.1, total_steps=epochs * STEPS), "step"),
+    "chained": (
+        lambda optimizer, epochs: ChainedScheduler([LinearLR(optimizer), CosineAnnealingLR(optimizer, epochs)]),
+        "epoch",
+    ),
+    "a sequence": (
+        lambda optimizer, epochs: SequentialLR(
+            optimizer, [LinearLR(optimizer), CosineAnnealingLR(optimizer, epochs * STEPS - 3)], [3]
+        ),
+        "step",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_a_schedule_follows_a_run_that_gets_longer(kind, tmp_path):
+    """It goes on as if it had had this length from the start, from where a shorter one had ended."""
+    make, interval = LENGTHS[kind]
+    longer = partial(make, **{"T_max" if make is CosineAnnealingLR else "epochs": 6})
+    shorter = partial(make, **{"T_max" if make is CosineAnnealingLR else "epochs": 2})
+    expected = fit(tmp_path / "whole", longer, 6, scheduler_interval=interval)
+    before = fit(tmp_path / "run", shorter, 2, scheduler_interval=interval)
+    assert fit(tmp_path / "run", longer, 6, scheduler_interval=interval) == [*before, *expected[2:]]
+    assert before != expected[:2]
+
+
+def test_a_schedule_stays_where_the_run_is_as_long_as_before(tmp_path):
+    fit(tmp_path / "run", lambda optimizer: CosineAnnealingLR(optimizer, 3), 3, checkpoint_every=5)
+    last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    rmtree(last)  # that of the end
+    rates = fit(tmp_path / "run", lambda optimizer: CosineAnnealingLR(optimizer, 9), 3, checkpoint_every=5)
+    assert rates == fit(tmp_path / "whole", lambda optimizer: CosineAnnealingLR(optimizer, 3), 3)
+
+
 def test_a_value_is_fed_to_those_that_want_one(tmp_path):
     made: list[OfItsOwn] = []
 
@@ -220,6 +260,35 @@ def test_what_is_hardly_meant_is_warned_of(tmp_path, capsys):
     assert "warning: CosineAnnealingLR turns back up after T_max 2 of 3 epochs; T_max: 3 ends with the run" in said
     assert "warning: PolynomialLR: the learning rate is 0 after total_iters 2 of 3 epochs" in said
     assert "warning: OneCycleLR makes 3 of its total_steps 12: is scheduler.interval step meant?" in said
+
+
+def test_what_lasts_longer_than_the_run_is_warned_of(tmp_path, capsys):
+    fit(tmp_path / "1", lambda optimizer: CosineAnnealingLR(optimizer, 9))
+    fit(tmp_path / "2", lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=99), scheduler_interval="step")
+    fit(tmp_path / "3", lambda optimizer: MultiStepLR(optimizer, [1, 3, 5]))
+    fit(
+        tmp_path / "4",
+        lambda optimizer: SequentialLR(optimizer, [LinearLR(optimizer), CosineAnnealingLR(optimizer, 9)], [20]),
+        scheduler_interval="step",
+    )
+    said = capsys.readouterr().err
+    assert "CosineAnnealingLR makes 3 of its T_max 9 epochs and stops halfway; T_max: 3 ends with the run" in said
+    assert "OneCycleLR makes 12 of its total_steps 99 steps and stops halfway; total_steps: 12 ends with the" in said
+    assert "MultiStepLR never gets past milestone 3, 5 in 3 epochs" in said
+    assert "SequentialLR never gets past milestone 20 in 12 steps" in said
+    assert said.count("warning:") == 4
+
+
+def test_what_fits_is_not_warned_of(tmp_path, capsys):
+    def sequence(optimizer: Any) -> LRScheduler:
+        warm_up = LinearLR(optimizer, total_iters=4)
+        return SequentialLR(optimizer, [warm_up, CosineAnnealingLR(optimizer, EPOCHS * STEPS - 4)], [4])
+
+    fit(tmp_path / "1", lambda optimizer: CosineAnnealingLR(optimizer, EPOCHS))
+    fit(tmp_path / "2", lambda optimizer: MultiStepLR(optimizer, [1, 2]))
+    fit(tmp_path / "3", sequence, scheduler_interval="step")
+    fit(tmp_path / "4", KINDS["one cycle"][0], scheduler_interval="step")
+    assert "warning:" not in capsys.readouterr().err
 
 
 def test_a_schedule_that_ends_before_a_stream_of_unknown_length(tmp_path, capsys):
