@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dtrain.errors import RanksFailed, UserError
+    from dtrain.launcher.function import launch
     from dtrain.schema.sections import Fsdp
     from dtrain.trainer import Trainer, load_weights
     from dtrain.trainer.fit.callbacks import Fit
@@ -19,12 +21,15 @@ __all__ = [
     "Fit",
     "Fsdp",
     "Ranks",
+    "launch",
     "load_weights",
     "summary",
     "FocalLoss",
     "MulticlassFocalLoss",
     "SCELoss",
     "WeightedMean",
+    "RanksFailed",
+    "UserError",
     "__version__",
 ]
 _MODULES = {
@@ -34,6 +39,8 @@ _MODULES = {
     "dtrain.trainer.ranks": ("Ranks",),
     "dtrain.trainer.summary": ("summary",),
     "dtrain.schema.sections": ("Fsdp",),
+    "dtrain.launcher.function": ("launch",),
+    "dtrain.errors": ("RanksFailed", "UserError"),
 }
 
 

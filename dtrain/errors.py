@@ -55,7 +55,7 @@ class InLoadingProcess(Exception):
 
 
 class RanksFailed(Exception):
-    """A rank has failed, and this was reported: the command exits with 1."""
+    """A rank has failed. A command has reported it, and exits with 1; from `dtrain.launch`, the message says it."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

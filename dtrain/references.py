@@ -17,7 +17,7 @@ from dtrain.errors import Problem, did_you_mean
 from dtrain.redact import hide_in_job
 
 STEPS, STEPS_PER_EPOCH = "run.steps", "run.steps_per_epoch"
-_BUILT_BY_RANKS = ("model", "loss", "step", "optimizer", "scheduler")
+_BUILT_BY_RANKS = ("model", "loss", "step", "optimizer", "scheduler", "callbacks")
 _SHELL = "slurm.setup"
 
 _MARK = re.compile(r"(?P<slashes>\\*)\$\{(?:(?P<name>[^${}]*)\})?")

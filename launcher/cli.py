@@ -163,6 +163,17 @@ def check(job: str, overrides: tuple[str, ...], exact: bool, slurm: bool, nodes:
     return check(job, overrides, exact, Size("slurm", nodes, gpus) if slurm else None)
 
 
+@cli.command(hidden=True)
+@click.argument("request")
+def call_function(request: str) -> int:
+    """The agent of dtrain.launch."""
+    gc.disable()  # as in launch
+    from .call.request import FunctionRequest
+    from .function_agent import run
+
+    return run(FunctionRequest.read(request))
+
+
 @cli.command()
 def schema() -> int:
     """Print the JSON Schema of job.yaml, for editors."""

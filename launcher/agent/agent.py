@@ -85,7 +85,7 @@ def run_ranks(
         requests.are_over = True
         if nodes is not None:
             nodes.close()
-        return end.report(keeper)
+        return end.report(keeper, is_raised=task.kind == "function")
 
 
 @contextmanager
@@ -238,13 +238,17 @@ class End:
     line: str = ""
     error: root_cause.Error | None = None
 
-    def report(self, keeper: Keeper | None) -> int:
-        """Report it; the exit code."""
+    def report(self, keeper: Keeper | None, *, is_raised: bool) -> int:
+        """Report it; the exit code.
+
+        Args:
+            is_raised: a failure is raised by the process that launched, which reads it in status.json.
+        """
         if keeper is not None:
             keeper.finish(self.state, self.exit_code, None if self.error is None else root_cause.public(self.error))
             if self.state in ("finished", "killed") and self.line:
                 keeper.screen.print(self.line)
-        if self.state == "failed" or (keeper is None and self.line):
+        if (self.state == "failed" and not is_raised) or (keeper is None and self.line):
             say(self.line)
         return self.exit_code
 

@@ -111,7 +111,8 @@ def _launch_program(
     preload = request.ranks.preload and not _sets_on_import(program)
     if preload and not request.dry_run:
         modules, threads = preload_for(program.source), threads_per_rank(expected_ranks(request.ranks.gpus))
-        preload = start_fork_server(modules, threads, unless=lambda: _is_hidden(program))
+        folder, file = Path(program.folder), program.file
+        preload = start_fork_server(modules, threads, unless=lambda: has_hidden_modules(folder, file))
     num_ranks, device = choose_processes(request.ranks.gpus, device_asked)
     os.environ[DEVICE_VARIABLE] = device  # a job's ranks find it in job.yaml
     text = resolved(loaded.job, device) if loaded else None
@@ -140,9 +141,12 @@ def _sets_on_import(program: Program) -> bool:
     return variable is not None
 
 
-def _is_hidden(program: Program) -> bool:
-    """Whether a module beside the program has the name of a standard library module that is already imported."""
-    if hidden := hidden_modules(Path(program.folder), program.file):
+def has_hidden_modules(folder: Path, program: Path) -> bool:
+    """Whether a module beside the program has the name of a standard library module that is already imported.
+
+    If so, this is said.
+    """
+    if hidden := hidden_modules(folder, program):
         _say_fresh(f"{short(str(hidden[0]))} has the name of a standard library module that torch has imported")
     return bool(hidden)
 

@@ -44,12 +44,14 @@ TORCHRUN_HANDLES = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 class Task:
     """What each rank runs: a job's worker, or a user's script or module, as `python` and `python -m` do.
 
+    Or the module that calls a function of the process that launched, which raises the cause of a failure itself.
+
     A job's worker, which is a module of dtrain's, responds to a request to stop from its start, a script only once its
     Trainer runs.
     """
 
     run_dir: str
-    kind: Literal["job", "script", "module"]
+    kind: Literal["job", "script", "module", "function"]
     program: str  # the script's path, or the module's name
     arguments: tuple[str, ...]
     num_threads: int

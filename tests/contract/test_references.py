@@ -187,7 +187,7 @@ def test_all_mistakes_are_told_at_once_each_where_it_is_written():
 def test_the_runs_numbers_stand_only_in_what_the_ranks_build():
     text = GOOD + "  x: ${run.steps}\ncheckpoint: {every: '${run.steps_per_epoch}'}\n"
     known = "is known only when the training data is there: it can stand in the arguments of "
-    known += "model, loss, step, optimizer and scheduler"
+    known += "model, loss, step, optimizer, scheduler and callbacks"
     assert mistakes(text, "data.train.x=${scheduler.x}", "model.x=${checkpoint.every}") == [
         f"job.yaml:{AT + 1}: checkpoint.every: run.steps_per_epoch {known}",
         f"override data.train.x=${{scheduler.x}}: data.train.x: run.steps {known}",

@@ -38,9 +38,13 @@ MAY_IMPORT = {
     "slurm": CONTRACT,
     "launcher/machine": (*CONTRACT, "slurm"),
     "launcher/rank": (*CONTRACT, "launcher/machine"),
+    "launcher/call": CONTRACT,
     "launcher/agent": (*CONTRACT, "launcher/machine", "launcher/rank"),
     "launcher/commands": (*CONTRACT, "slurm", "launcher/machine", "launcher/rank", "launcher/agent"),
-    "launcher": (*CONTRACT, "launcher/machine", "launcher/rank", "launcher/commands"),
+    "launcher": (
+        *CONTRACT,
+        *("launcher/machine", "launcher/rank", "launcher/call", "launcher/agent", "launcher/commands"),
+    ),
     "trainer/distributed": CONTRACT,
     "trainer/data": (*CONTRACT, "trainer/distributed"),
     "trainer/streams": (*CONTRACT, "trainer/distributed", "trainer/data"),
@@ -58,7 +62,7 @@ MAY_IMPORT = {
 }
 # The package's front, which hands on what lies above it.
 HANDS_ON = {
-    "dtrain/__init__.py": ("dtrain/schema", "trainer", "trainer/loss", "trainer/fit"),
+    "dtrain/__init__.py": ("dtrain/schema", "launcher", "trainer", "trainer/loss", "trainer/fit"),
     "dtrain/__main__.py": ("launcher",),
 }
 

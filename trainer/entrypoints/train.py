@@ -92,7 +92,7 @@ def settle(
     values, source = job.model_dump(by_alias=True), None
     numbers: dict[str, int] = {}
     if is_trained:
-        values |= {"optimizer": {"_target_": job.optimizer.target}, "scheduler": None}
+        values |= {"optimizer": {"_target_": job.optimizer.target}, "scheduler": None, "callbacks": []}
     if mentions := about_the_run(values):
         own_device(job.launch.device)  # before what is built puts something on a GPU
         source = part(build_source(job, job.data.train, training=True))
