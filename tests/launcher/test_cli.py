@@ -65,7 +65,7 @@ def test_dry_run_prints_the_resolved_job_and_writes_nothing(project):
     assert job["fit"]["deterministic"] is True
     assert job["mlflow"]["run_name"] == "007"
     assert job["data"]["val"] is None
-    assert job["checkpoint"] == {"every": 7, "keep": 2}  # the default beside the override
+    assert job["checkpoint"] == {"every": 7, "keep": 2, "keep_every": None}  # the default beside the override
     assert job["launch"]["device"] == "cpu"
     assert "3 cpu processes" in done.err
     assert "run_name" not in done.err
