@@ -194,18 +194,6 @@ class Fit(Section):
         description="On inf or nan gradients: stop ends the run, skip skips the batch; null: no check.",
     )
 
-    def run_steps(self, num_steps: int | None) -> int | None:
-        """The optimizer steps of a run that early stopping doesn't end, where they are known.
-
-        Args:
-            num_steps: of an epoch, where that is known.
-        """
-        if self.epochs is None:
-            return self.steps
-        if num_steps is None:
-            return None
-        return min(self.epochs * num_steps, self.steps or self.epochs * num_steps)
-
 
 class Checkpoint(Section):
     """When checkpoints are saved, and how many are kept."""

@@ -13,7 +13,7 @@ from types import FrameType
 from dtrain import signals
 
 from ..rank.entry import die_with_parent
-from .agent import STOP_SIGNALS
+from .stop_requests import STOP_SIGNALS
 
 
 def own_command() -> list[str]:

@@ -11,6 +11,7 @@ from dtrain.schema.interval import Interval, seconds
 
 from ..checks.arguments import Settings
 from ..distributed.wishes import Wish
+from ..optimization.run_length import RunLength
 from .progress import Position
 
 
@@ -52,7 +53,7 @@ class Cadence:
         self._began = self._saved_at = time.monotonic()
         if not validates and fit.validate_every != "epoch":
             raise UserError(Problem("there is nothing to validate: give val_data", "fit.validate_every"))
-        length = fit.run_steps(num_steps)
+        length = RunLength.of(fit, num_steps).steps
         for name, interval in (("report_every", self._report), ("validate_every", self._validation)):
             _require_within(f"fit.{name}", interval, length, num_steps)
 

@@ -115,8 +115,8 @@ def user_step(function: UserStep) -> Step:
         loss, weight = _scalar(result["loss"], "the step's loss"), result.get("weight")
         if weighs.setdefault(model.training, weight is not None) is not (weight is not None):
             raise UserError("the step returned a `weight` for some batches but not for others: return it for all")
-        if weight is not None:
-            known = _as_weight(weight, loss.device)
+        known = None if weight is None else _as_weight(weight, loss.device)
+        if known is not None:
             total, units = _weighted(loss, known)
             if not (isinstance(weight, int | float) and weight):  # which is 0, or unknown before the device has done it
                 _zero_gradients(result.get("predictions"), known)
@@ -125,13 +125,11 @@ def user_step(function: UserStep) -> Step:
             total, units = _of_samples(loss, micro_batch, mend)
         metrics = result.get("metrics", {})
         if not isinstance(metrics, Mapping):
-            raise UserError(
-                f"step's `metrics` must be a dict of arguments by metrics' names, it is {describe(metrics)}"
-            )
+            raise UserError(f"step's `metrics` must be a dict of arguments by metric, it is {describe(metrics)}")
         predictions, target = result.get("predictions"), result.get("target")
         logs = None
         if "log" in result:
-            logs = read_logs(result["log"], as_units(micro_batch.samples, loss.device) if weight is None else known)
+            logs = read_logs(result["log"], as_units(micro_batch.samples, loss.device) if known is None else known)
         return Outcome(total, units, predictions, target, weight is None, True, metrics, logs)
 
     return _fillers_count_nothing(step)

@@ -27,8 +27,12 @@ class RunLength:
     @classmethod
     def of(cls, fit: Fit, steps_per_epoch: int | None) -> RunLength:
         """That of a run with these settings."""
-        steps = fit.run_steps(steps_per_epoch)
-        epochs = fit.epochs if steps is None or not steps_per_epoch else steps // steps_per_epoch
+        steps, epochs = fit.steps, fit.epochs
+        if epochs is not None:
+            by_epochs = None if steps_per_epoch is None else epochs * steps_per_epoch
+            steps = None if by_epochs is None else min(by_epochs, steps or by_epochs)
+        if steps is not None and steps_per_epoch:
+            epochs = steps // steps_per_epoch
         return cls(epochs, steps, steps_per_epoch)
 
     def intervals(self, interval: Interval) -> int | None:

@@ -11,11 +11,11 @@ import time
 import pytest
 from test_nodes import free_port
 
-from dtrain.launcher.agent.agent import GRACE_S, StopRequests
 from dtrain.launcher.agent.awake_clock import AwakeClock
 from dtrain.launcher.agent.node_store import Endpoint
 from dtrain.launcher.agent.nodes import LOST_S, Nodes
 from dtrain.launcher.agent.slow_start import FIRST_S, Beginning
+from dtrain.launcher.agent.stop_requests import GRACE_S, StopRequests
 from dtrain.launcher.agent.watchdog import Watchdog
 from dtrain.monitoring.rank_output import RankOutput, Tail
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
