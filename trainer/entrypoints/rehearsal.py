@@ -21,6 +21,7 @@ from dtrain.files import write_text
 from dtrain.run.folder import EXIT_STOPPED, RunDir
 from dtrain.run.heartbeat import Heartbeat
 from dtrain.run.rank_request import Rehearse
+from dtrain.schema.interval import Interval
 from dtrain.schema.job import Job
 
 from ..checks.batch_norm import is_per_rank
@@ -46,7 +47,8 @@ def main() -> int:
 
 def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
     """Train on the first batches. All ranks take part."""
-    fit = job.fit.model_copy(update={"epochs": EPOCHS, "steps": None})
+    soon = {name: sooner(getattr(job.fit, name)) for name in ("validate_every", "report_every")}
+    fit = job.fit.model_copy(update={"epochs": EPOCHS, "steps": None, "max_time": None, **soon})
     job, train = settle(job.model_copy(update={"fit": fit}), beginning)
     trainer = build_trainer(job)
     assert trainer.optimizer is not None
@@ -67,6 +69,12 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
         splits = loop.data.train.state_dict().get("splits")
         apart = [*layers_apart(trainer.net), *["part of the stream"] * bool(splits)]
         write_text(run.answer, json.dumps(apart))
+
+
+def sooner(every: int | str) -> int | str:
+    """The interval, or one of the same kind that a rehearsal is long enough for."""
+    interval = Interval.of(every)
+    return "epoch" if interval is None or interval.unit == "epoch" else min(interval.count, EPOCHS)
 
 
 def beginning(source: Source) -> Source:

@@ -51,7 +51,8 @@ def kept() -> set[str]:
 def test_a_job_that_keeps_its_promises(project: Project):
     before = kept()
     project.job(optimizer={"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9})
-    done = project.run("check", "--exact", "job.yaml", "data.workers=1")
+    in_steps = ("fit.steps=500", "fit.validate_every=100", "fit.report_every=50 steps", "fit.max_time=1 s")
+    done = project.run("check", "--exact", "job.yaml", "data.workers=1", *in_steps)
     assert done.code == 0, done.err
     for size in (2, 3):
         what = rf"^{size} processes against 1: largest difference in weights (.*), in reported values (.*)$"
