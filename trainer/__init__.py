@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .model.weights import load_weights
+    from .model.loading import load_weights
     from .trainer import Trainer
 
 __all__ = ["Trainer", "load_weights"]
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> object:
 
         return Trainer
     if name == "load_weights":
-        from .model.weights import load_weights
+        from .model.loading import load_weights
 
         return load_weights
     raise AttributeError(f"module 'dtrain.trainer' has no attribute {name!r}")

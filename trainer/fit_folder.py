@@ -30,6 +30,7 @@ from dtrain.run import node_disk
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
 
+from .checkpoint.manager import saved
 from .distributed.stop import Stopped, signals_left_to_agent
 from .distributed.world import World
 
@@ -50,16 +51,9 @@ def fit_folder(
     Raises:
         UserError: the folder can't be used.
     """
-    launched = os.environ.get(RUN_DIR_VARIABLE)
-    script = None if launched is None else RunDir(Path(launched).absolute())
-    before = _fits.setdefault(launched, [])
+    script, before = _script()
     number = len(before) + 1
-    if given is not None:
-        run = RunDir(given)
-    elif script is None:
-        run = RunDir(world.from_main(str(RunDir.new(_script_name()))))
-    else:
-        run = script.fit(number) if script.path in before else script
+    run = _next(given) or RunDir(world.from_main(str(RunDir.new(_script_name()))))
     path = run.path.absolute()
     if path in before:
         raise UserError(f"{run} already holds a fit of this script; give each fit its own run_dir")
@@ -80,6 +74,30 @@ def fit_folder(
         if world.is_main and not is_agents:
             _keep(run, script, stack)
         yield run
+
+
+def continues(given: str | os.PathLike[str] | None = None) -> bool:
+    """Whether there is a checkpoint already in the folder that the next fit will have. No collective.
+
+    Args:
+        given: as for `fit_folder`.
+    """
+    run = _next(given)
+    return run is not None and bool(saved(run))
+
+
+def _next(given: str | os.PathLike[str] | None) -> RunDir | None:
+    """The folder that the next fit will have; None: a new one."""
+    if given is not None:
+        return RunDir(given)
+    script, before = _script()
+    return script.fit(len(before) + 1) if script is not None and script.path in before else script
+
+
+def _script() -> tuple[RunDir | None, list[Path]]:
+    """The run that was launched, if one was, and the folders that this process's fits have had in it."""
+    launched = os.environ.get(RUN_DIR_VARIABLE)
+    return None if launched is None else RunDir(Path(launched).absolute()), _fits.setdefault(launched, [])
 
 
 def _prepare(run: RunDir, script: RunDir | None, stack: contextlib.ExitStack, *, may_exist: bool, text: str) -> None:

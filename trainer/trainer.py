@@ -45,13 +45,14 @@ from .fit.pictures import draw_fit
 from .fit.sample_mixing import look_for_mixing
 from .fit.scheduling import scheduling_of_fit
 from .fit.trained import Trained
-from .fit_folder import fit_folder
+from .fit_folder import continues, fit_folder
 from .loss.step import Step, UserStep, supervised_step, user_step
 from .metric_trial import require_reported, try_metrics
 from .metrics.early_stopping import Best
 from .metrics.phases import PhaseMetrics, require_monitor
 from .model.activation_checkpointing import recompute_activations
 from .model.learned_loss import LearnedLoss
+from .model.loading import begin_from
 from .optimization import precision as precisions
 from .optimization.ema import Ema
 from .optimization.optimizer_step import Update
@@ -83,6 +84,7 @@ class Trainer:
             called with those of all samples at an epoch's end; a MetricCollection is such a dict, or a metric in one.
         step: `step(model, batch) -> {loss, predictions, target, weight, metrics}`, for anything but
             `(features, target)`; may be given to `fit` instead.
+        init_from: a file of weights that the model begins with, or a dict with it and more: see job.yaml's.
         scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
         scheduler_monitor: what one such as ReduceLROnPlateau looks at; by default what `fit` monitors.
         activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
@@ -121,6 +123,7 @@ class Trainer:
         metrics_dict: Given | None = None,
         *,
         step: UserStep | None = None,
+        init_from: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         scheduler: LRScheduler | None = None,
         scheduler_interval: Interval = "epoch",
         scheduler_monitor: str | None = None,
@@ -169,14 +172,13 @@ class Trainer:
         self.world = join_world(device)
         if sync_batchnorm and self.world.device.type == "cpu" and self.world.world_size > 1:
             raise UserError("sync_batchnorm needs CUDA: torch has no SyncBatchNorm on the CPU")
-        is_offloaded = getattr(strategy, "offload", False)
-        self.precision = precisions.Precision(
-            precision, self.world.device, gradients_on=torch.device("cpu") if is_offloaded else None
-        )
+        gradients_on = torch.device("cpu") if getattr(strategy, "offload", False) else None
+        self.precision = precisions.Precision(precision, self.world.device, gradients_on=gradients_on)
         if precision == "fp32" and precisions.is_tf32_asked_for():
             self._warn("this script allows TF32, which precision fp32 overrides; to keep it: precision='tf32'")
         loss_fn = bound_on(loss_fn, self.world.device)
         self._class = full_name(net)
+        begin_from(net, self.settings.init_from, self._say, is_needed=not continues(run_dir))
         recompute_activations(net, activation_checkpointing)
         self.ema = ema
         self.micro_batch_size = micro_batch_size

@@ -235,16 +235,20 @@ def _text_for_a_function(parameter: inspect.Parameter, value: object) -> str | N
     return next((each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)), None)
 
 
-def check_job(loaded: LoadedJob, folder: Path) -> list[Problem]:
+def check_job(loaded: LoadedJob, folder: Path, *, begins: bool = True) -> list[Problem]:
     """What is wrong with the job's targets, each with its place. Builds the loss and the metrics alone.
 
-    `folder` holds the job's own modules.
+    Args:
+        folder: holds the job's own modules.
+        begins: whether a run is to begin, which needs the weights that it begins with.
     """
     if problems := collisions(folder):  # nothing can be imported with these in place
         return problems
     load_what_ranks_have(folder)
     job_path(folder)
     job, data = loaded.job, loaded.job.data
+    if begins and job.init_from and not job.init_from.file.is_file():
+        problems.append(Problem(f"no such file: {job.init_from.file}", "init_from.weights"))
     calls = [
         ("model", job.model, 0),
         ("data.train", data.train, 0),

@@ -17,6 +17,7 @@ from dtrain.schema.sections import (
     EarlyStopping,
     Fit,
     Fsdp,
+    InitFrom,
     Launch,
     MetricName,
     MetricTarget,
@@ -54,6 +55,7 @@ class Job(Section):
     name: Name = Field(description="Names the run folder and the Slurm job.")
     seed: Seed = Field(default=0, description="Seeds all randomness of the run.")
     model: Target = Field(description="The torch.nn.Module.")
+    init_from: InitFrom | None = Field(default=None, description="Weights that training begins with.")
     data: Data = Field(description="Datasets and batches.")
     loss: Target | None = Field(default=None, description="Called as loss(predictions, target).")
     step: Target | None = Field(

@@ -35,7 +35,7 @@ _STAND_INS: dict[str, Any] = {
     "fit": {"epochs": 1},
 }
 # How much is dropped around a mistake: a whole target (in the sections not listed, everything at the second level).
-_SALVAGE_DEPTHS = {"model": 1, "loss": 1, "step": 1, "optimizer": 1, "scheduler": 1, "fit": 3}
+_SALVAGE_DEPTHS = {"model": 1, "init_from": 1, "loss": 1, "step": 1, "optimizer": 1, "scheduler": 1, "fit": 3}
 
 # A contradiction is not reported if one of the values that it compares is itself wrong.
 _DRAWN_FROM = {

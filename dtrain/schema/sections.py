@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
+from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import HANG_TIMEOUT_S
 from dtrain.schema import sbatch
 from dtrain.schema.interval import Duration, Every, StepsOrEpochs
@@ -110,6 +113,33 @@ class Data(Section):
         default=None, description="Called with the training dataset; its order replaces `shuffle`."
     )
     collate: Target | None = Field(default=None, description="Function that collates samples into a batch.")
+
+
+class InitFrom(Section):
+    """Weights that the model begins with, in place of those that it is built with; as a text, where they are."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
+
+    weights: str = Field(min_length=1, description="A file of weights, or a run folder: the best ones of that run.")
+    skip: Names = Field(
+        default_factory=list,
+        description="Patterns of what is not loaded: names of tensors ('head.*') or module classes ('BatchNorm2d.*').",
+    )
+    rename: dict[str, str] = Field(
+        default_factory=dict, description="Names in the file, or their beginnings, with the model's names for them."
+    )
+    strict: bool = Field(default=True, description="Refuse names that the file or the model alone has.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_form(cls, value: object) -> object:
+        return {"weights": os.fspath(value)} if isinstance(value, str | os.PathLike) else value
+
+    @property
+    def file(self) -> Path:
+        """The file that is meant, which need not exist."""
+        path = Path(self.weights)
+        return RunDir(path).best_weights if path.is_dir() else path
 
 
 class EarlyStopping(Section):

@@ -145,7 +145,8 @@ def _ask(request: RankRequest, loaded: LoadedJob, gpus: str) -> str:
         UserError: the job is wrong.
         RanksFailed: a rank failed, which has been said.
     """
-    ready = prepare(loaded, Path(request.code), gpus)
+    without = loaded.job.model_copy(update={"init_from": None})  # the file need not be there any more
+    ready = prepare(replace(loaded, job=without), Path(request.code), gpus)
     with scratch_folder() as scratch:
         run = new_run(scratch / "run", ready.job)
         run_request(run, request, ready.num_ranks, ready.num_threads)

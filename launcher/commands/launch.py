@@ -64,7 +64,8 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
         return 0
     continues = request.resume and run.job.exists()
     code = run.code if continues else loaded.folder
-    ready = prepare(loaded, code, request.ranks.gpus, preload=request.ranks.preload and not request.dry_run)
+    preload = request.ranks.preload and not request.dry_run
+    ready = prepare(loaded, code, request.ranks.gpus, preload=preload, begins=not continues)
     if request.dry_run:
         print(ready.job, end="")
         say(f"would train on {ready}, in {run}")

@@ -53,20 +53,21 @@ class Prepared:
         return num_processes(self.num_ranks, self.device)
 
 
-def prepare(loaded: LoadedJob, code: Path, gpus: str, *, preload: bool = True) -> Prepared:
+def prepare(loaded: LoadedJob, code: Path, gpus: str, *, preload: bool = True, begins: bool = True) -> Prepared:
     """Check a job and choose its ranks, while their modules are being imported.
 
     Args:
         code: the folder of the job's own modules.
         gpus: as given to `dtrain launch`.
         preload: whether the ranks will be forked from the server that this starts.
+        begins: whether a run begins with them, rather than continue or answer.
 
     Raises:
         UserError: all mistakes in the job, or what these devices can't do.
     """
     if preload:  # before the job's modules are imported, which may use CUDA
         preload_job(loaded.job, expected_ranks(gpus))
-    require_right(loaded, code)
+    require_right(loaded, code, begins=begins)
     num_ranks, device = choose_processes(gpus, loaded.job.launch.device)
     if device == "cpu" and (problems := list(only_for_gpus(loaded.job, num_ranks))):
         raise UserError([loaded.at(problem) for problem in problems])
@@ -85,12 +86,12 @@ def preload_for(text: str) -> list[str]:
     return [*PRELOAD, *(module for word, modules in PRELOAD_FOR.items() if word in text for module in modules)]
 
 
-def require_right(loaded: LoadedJob, code: Path) -> None:
+def require_right(loaded: LoadedJob, code: Path, *, begins: bool = True) -> None:
     """Raise UserError with all that is wrong with the job's targets; `code` holds its modules, which are imported."""
     from dtrain.schema.instantiate import check_job
 
     with redirect_stdout(sys.stderr):  # stdout is for results, not for what the user's modules print
-        problems = _each_once(check_job(loaded, code))
+        problems = _each_once(check_job(loaded, code, begins=begins))
     if problems:
         raise UserError(problems)
 

@@ -28,8 +28,8 @@ fit:
 slurm: {time: 01:00:00}
 """
 SECTIONS = (
-    "known keys: name, seed, model, data, loss, step, optimizer, scheduler, metrics, fit, checkpoint, "
-    "mlflow, launch, slurm, fsdp, deepspeed, script"
+    "known keys: name, seed, model, init_from, data, loss, step, optimizer, scheduler, metrics, callbacks, fit, "
+    "checkpoint, mlflow, launch, slurm, fsdp, deepspeed, script"
 )
 
 

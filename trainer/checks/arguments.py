@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError
 from dtrain.schema.contradictions import contradictions_of
-from dtrain.schema.sections import Checkpoint, Fit, Launch, SchedulerTarget, Section, Seed
+from dtrain.schema.sections import Checkpoint, Fit, InitFrom, Launch, SchedulerTarget, Section, Seed
 from dtrain.schema.strategies import name_of
 from dtrain.schema.validation import problems_in
 
@@ -44,6 +44,7 @@ class Settings(Section):
     checkpoint: Checkpoint
     launch: Launch
     seed: Seed
+    init_from: InitFrom | None
 
     def of_fit(
         self, *, epochs: int | None, steps: int | None, early_stopping: Mapping[str, Any], seed: int
@@ -77,6 +78,7 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         },
         "launch": {"device": arguments["device"]},
         "seed": arguments["seed"],
+        "init_from": arguments["init_from"],
     }
     scheduler = {"_target_": "scheduler", "interval": arguments["scheduler_interval"]}
     return _checked(values, problems_in(SchedulerTarget, scheduler))

@@ -27,6 +27,7 @@ from dtrain.schema.job import Job
 from dtrain.schema.loading import load_job
 from dtrain.schema.sections import Target
 from dtrain.schema.strategies import STRATEGIES
+from dtrain.stderr import say
 
 from ..checks.arguments import OF_THE_RUN, require_model
 from ..data.indexed import Source
@@ -35,9 +36,11 @@ from ..data.workers import Processes
 from ..distributed.seeds import derive_seed, rng_kept, seed_everything
 from ..distributed.stop import Stopped
 from ..distributed.world import own_device
+from ..fit_folder import continues
 from ..loss.step import user_step
+from ..model.loading import begin_from, load_weights
 from ..model.meta import build_on_meta
-from ..model.weights import load_weights, without_shape
+from ..model.weights import without_shape
 from ..optimization.param_groups import group_parameters
 from ..optimization.run_length import RunLength
 from ..predict import predict_features
@@ -170,6 +173,8 @@ def build_model(job: Job, trained: Path | None) -> nn.Module:
             source = build_source(job, job.data.train, training=True)
         give_shapes(net, step, source)
         require_model(net)
+    if trained is None and not continues():
+        begin_from(net, job.init_from, say if int(os.environ["RANK"]) == 0 else lambda line: None)
     return net
 
 

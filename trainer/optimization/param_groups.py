@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from dtrain.errors import UserError, did_you_mean
+from ..model.patterns import match, require_matches
 
 
 def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]], loss: Any = None) -> list[dict[str, Any]]:
@@ -31,22 +30,18 @@ def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]], loss: 
             names.append({f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"})
             parameters.append(parameter)
     patterns = [[each["params"]] if isinstance(each["params"], str) else list(each["params"]) for each in groups]
-    for pattern in (pattern for each in patterns for pattern in each):
-        if not any(fnmatch.fnmatchcase(name, pattern) for each in names for name in each):
-            known = sorted(name for each in names for name in each)
-            hint = did_you_mean(pattern, known) or f"there are {', '.join(known[:8])}" + ", ..." * (len(known) > 8)
-            raise UserError(f"optimizer.groups: no parameter is called {pattern}; {hint}")
+    require_matches(
+        [pattern for each in patterns for pattern in each],
+        [name for each in names for name in each],
+        "optimizer.groups",
+    )
     members: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
     seen: set[int] = set()
     for parameter, own_names in zip(parameters, names, strict=True):
         if id(parameter) in seen:  # shared by two modules
             continue
         seen.add(id(parameter))
-        matching = (
-            number
-            for number, each in enumerate(patterns)
-            if any(fnmatch.fnmatchcase(name, pattern) for name in own_names for pattern in each)
-        )
+        matching = (number for number, each in enumerate(patterns) if match(own_names, each))
         members[next(matching, len(groups))].append(parameter)
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     made = [{**setting, "params": each} for setting, each in zip([*settings, {}], members, strict=True)]

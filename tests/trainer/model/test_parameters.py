@@ -24,8 +24,9 @@ from dtrain.trainer.data.indexed import Source
 from dtrain.trainer.distributed.world import World, join_world
 from dtrain.trainer.entrypoints.train import build_model
 from dtrain.trainer.model.learned_loss import LearnedLoss
+from dtrain.trainer.model.loading import load_weights
 from dtrain.trainer.model.modes import begin_training, evaluation_mode
-from dtrain.trainer.model.weights import load_weights, save_weights
+from dtrain.trainer.model.weights import save_weights
 from dtrain.trainer.optimization.ema import Ema
 from dtrain.trainer.strategies.fsdp import FullySharded
 from dtrain.trainer.trainer import Strategy, Trainer
