@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Iterator
@@ -212,6 +213,18 @@ def test_stopping_early_within_an_epoch(tmp_path, capfd):
     assert RunDir(tmp_path / "run").best_weights.exists()
     trainer, train, val = trainer_in(tmp_path / "run", validate_every=2)
     assert len(trainer.fit(loader(train), loader(val), epochs=9, threshold=100.0)) == 1  # nothing is left to do
+
+
+def test_a_value_that_is_no_number_ends_the_run_if_asked_to(tmp_path, capfd):
+    """Otherwise it is an error: nobody knows whether such a run learns."""
+    for is_asked in (True, False):
+        trainer, train, val = trainer_in(tmp_path / str(is_asked), validate_every=2)
+        val.features[0] = float("nan")
+        ended = contextlib.nullcontext() if is_asked else pytest.raises(UserError, match="val_loss is nan")
+        with ended:
+            history = trainer.fit(loader(train), loader(val), epochs=1, stop_on_nan=is_asked)
+    assert list(history["step"]) == [2]
+    assert "stopping early, after step 2: val_loss is nan" in capfd.readouterr().err
 
 
 def test_patience_and_plateaus_count_validations(tmp_path):

@@ -164,8 +164,9 @@ class Loop:
         row, is_best = self.report(due, epoch_ends=epoch_ends) if due.row else ({}, False)
         self.trained.scheduling.after_row(row, epoch_ends=epoch_ends)
         if row:
-            # All ranks: whether anything is learned is seen from the same row.
-            self.learning.judge(row, epoch_ends=epoch_ends, is_last=run_ends)
+            if not progress.best.is_stopped_by_nan:
+                # All ranks: whether anything is learned is seen from the same row.
+                self.learning.judge(row, epoch_ends=epoch_ends, is_last=run_ends)
             progress.rows.append(row)
             self.saver.write_rows()
         progress.is_ended |= Wish.END in progress.asked
@@ -211,7 +212,8 @@ class Loop:
         is_best = covers(row, best.monitor) and best.update(row)
         if best.verdict is not None:
             if not due.report:  # what has been trained since the last report is not lost
-                row = {**self.row(True, False, epoch_ends=epoch_ends), **row, "phase": "train+val"}
+                rest = self.row(True, False, epoch_ends=epoch_ends)
+                row = {**rest, **row, "phase": "train+val", "samples_per_s": rest["samples_per_s"]}
             self.say(f"stopping early, after step {row['step']}: {best.verdict}")
         progress.end_report(training="train_loss" in row, validation=due.validation)
         for tally in self.data.tallies:

@@ -63,12 +63,17 @@ class Best:
         return self.monitor.startswith("ema_")
 
     @property
+    def is_stopped_by_nan(self) -> bool:
+        """Whether the fit should end since the last value is nan or infinite."""
+        return self._settings.stop_on_nan and self.step > 0 and not math.isfinite(self._last)
+
+    @property
     def verdict(self) -> str | None:
         """Why the fit should end now; None: it should go on."""
         patience, threshold = self._settings.patience, self._settings.threshold
         if patience is not None and self.stale >= patience:
             return f"{self.monitor} has not improved {patience} times in a row"
-        if self._settings.stop_on_nan and self.step and not math.isfinite(self._last):
+        if self.is_stopped_by_nan:
             return f"{self.monitor} is {self._last}"
         if threshold is not None and (self.value <= threshold if self.mode == "min" else self.value >= threshold):
             return f"{self.monitor} has reached {threshold:g}"
