@@ -84,7 +84,7 @@ def fit(run: RunDir, job: Job) -> None:
     trainer.draw(loop)
     if test is not None:
         trainer.world.barrier()  # the best weights are written
-        evaluate_best(build_trainer(job, run.best_weights), test, run)
+        evaluate_best(build_trainer(settle(job, is_trained=True)[0], run.best_weights), test, run)
 
 
 def settle(
