@@ -28,17 +28,18 @@ def summary(job: str, overrides: tuple[str, ...]) -> int:
 @click.command()
 @click.argument("run")
 @click.argument("overrides", nargs=-1)
+@click.option("--data", default="val", show_default=True, help="Which of the job's datasets: train, val or test.")
 @GPUS
 @_WEIGHTS
-def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> int:
-    """Print the loss and metrics of RUN's model on its validation set, as JSON.
+def evaluate(run: str, overrides: tuple[str, ...], data: str, gpus: str, weights: str) -> int:
+    """Print the loss and metrics of RUN's model on a dataset of its job, as JSON.
 
-    OVERRIDES select another dataset: data.val.split=test.
+    OVERRIDES may change the dataset: data.val.split=other.
     """
     from .commands.evaluate import Trained, evaluate
 
     check_gpus(gpus)
-    return evaluate(Trained(run, overrides, weights), gpus)
+    return evaluate(Trained(run, overrides, weights), data, gpus)
 
 
 @click.command()
@@ -51,8 +52,8 @@ def evaluate(run: str, overrides: tuple[str, ...], gpus: str, weights: str) -> i
 def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gpus: str, weights: str) -> int:
     """Write RUN's predictions for DATA, one per sample and in order, and print the file's name.
 
-    DATA is train or val, a dataset of RUN's job (OVERRIDES may change it: data.val.split=test), or a .npy or .csv file
-    of features with one sample per row.
+    DATA is train, val or test, a dataset of RUN's job (OVERRIDES may change it: data.val.split=other), or a .npy or
+    .csv file of features with one sample per row.
     """
     from .commands.evaluate import Trained, predict
 

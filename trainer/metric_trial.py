@@ -1,4 +1,4 @@
-"""Tries the validation's metrics on its first samples before training: misfits are found now, not after an epoch."""
+"""Tries an evaluation's metrics on its first samples before training: misfits are found now, not after an epoch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def try_metrics(
     except UserError as error:
         if error.__cause__ is None or isinstance(error.__cause__, _LASTING):
             raise
-        warn(f"{error}; found on the first {micro_batch.samples} validation samples, which may be too few")
+        warn(f"{error}; found on its first {micro_batch.samples} samples, which may be too few")
         return {}
 
 

@@ -335,18 +335,18 @@ class Trainer:
         """What a fit reads and adds up. All ranks take part, to see that they were given the same."""
         train, tally = self._batches(train_data, training=True), self.metrics.tally
         if val_data is None:
-            return FitData(train, tally("train"))
+            return FitData(train, tally("train", training=True))
         val_tallies = [tally("val")] + [tally("ema")] * (self.ema is not None)
-        return FitData(train, tally("train"), self._batches(val_data, training=False), val_tallies)
+        return FitData(train, tally("train", training=True), self._batches(val_data, training=False), val_tallies)
 
     def draw(self, loop: Loop) -> None:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
         if self.world.is_main:
             draw_fit(loop.saver.run, loop.progress, self.metrics.by_name)
 
-    def evaluate(self, data: Data) -> dict[str, Any]:
-        """Loss and metrics of the model as it is (val_loss, val_*), each sample counted once. All ranks take part."""
-        tally = self.metrics.tally("val")
+    def evaluate(self, data: Data, name: str = "val") -> dict[str, Any]:
+        """Loss and metrics of the model as it is (NAME_loss, NAME_*), each sample counted once. All ranks take part."""
+        tally = self.metrics.tally(name)
         batches = self._batches(data, training=False)
         self.model.share_buffers()
         with self.precision.in_force(), self.model.evaluating():

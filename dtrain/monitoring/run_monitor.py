@@ -105,6 +105,8 @@ class Keeper:
         self._take_beat()
         end = {"state": state, "exit_code": exit_code, "error": error}
         self._status |= end
+        if state == "finished" and (values := self.run.test_values()):
+            self._status["test"] = values
         self._end_fit(end)
         self._write()
         self._showing.join()

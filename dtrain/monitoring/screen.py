@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtrain.run.folder import Row
@@ -63,7 +64,7 @@ class Screen:
             self._draw(beat)
         elif time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
-            phase = "validation" if beat.validating else "step"
+            phase = beat.evaluating or "step"
             total = f"/{beat.steps_in_epoch}" if beat.steps_in_epoch else ""
             self.print(
                 f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}{total}"
@@ -84,7 +85,7 @@ class Screen:
         assert self._task is not None
         self._progress.update(
             self._task,
-            description=f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}{' validation' if beat.validating else ''}",
+            description=f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}{beat.evaluating and f' {beat.evaluating}'}",
             completed=beat.step_in_epoch,
             total=beat.steps_in_epoch or None,
             loss="" if math.isnan(beat.loss) else f"loss {beat.loss:.4g}",
@@ -123,7 +124,7 @@ class Rate:
     def seconds_left(self, beat: Beat) -> float | None:
         """Seconds to the last epoch's end at this speed, without validation; None while unknown."""
         steps_per_s = self._per_second("step")
-        if not steps_per_s or not beat.steps_in_epoch or beat.validating:
+        if not steps_per_s or not beat.steps_in_epoch or beat.evaluating:
             return None
         return (beat.steps_in_epoch * (beat.epochs - beat.epoch + 1) - beat.step_in_epoch) / steps_per_s
 
@@ -132,10 +133,14 @@ def row_line(row: Row) -> str:
     """`epoch 3  step 36  train_loss 0.2112  val_loss 0.1905  val_acc 0.9413  31,870 samples/s`."""
     speed = row.get("samples_per_s")
     shown = {k: v for k, v in row.items() if k not in ("epoch", "step", "samples_per_s") and isinstance(v, float)}
-    values = [f"{name} {value:.4g}" for name, value in shown.items()]
     epoch = row["epoch"] if isinstance(row["epoch"], int) else f"{row['epoch']:.2f}"
-    parts = [f"epoch {epoch}", f"step {row['step']}", *values]
-    return "  ".join([*parts, f"{speed:,.0f} samples/s"] if isinstance(speed, float) and speed else parts)
+    parts = [f"epoch {epoch}", f"step {row['step']}", values_line(shown)]
+    return "  ".join([*filter(None, parts), f"{speed:,.0f} samples/s"] if isinstance(speed, float) and speed else parts)
+
+
+def values_line(values: Mapping[str, Any]) -> str:
+    """`test_loss 0.1905  test_acc 0.9413`: those that are single numbers."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
 
 
 def duration(seconds: float | None) -> str:

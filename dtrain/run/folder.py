@@ -44,6 +44,7 @@ class RunDir(Locked):
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
+        self.test = self.path / "test.json"  # the best weights' results on the test set, by their names
         self.plots = self.path / "plots"
         self.answer = self.path / "answer.txt"  # from ranks that serve a command rather than train
         self.checkpoints = self.path / "checkpoints"
@@ -183,6 +184,10 @@ class RunDir(Locked):
             file.write(_lines(rows))
             file.flush()
             os.fsync(file.fileno())
+
+    def test_values(self) -> dict[str, Any]:
+        """The results on the test set; empty where there are none."""
+        return read_json(self.test) or {}
 
     # -- status ----------------------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ class Phase(IntEnum):
     WAITING = 6  # for the device to have done it
     VALIDATING = 7
     REPORTING = 8
-    DONE = 9  # with training; what follows is up to the script
+    TESTING = 9  # the best weights, after the last step
+    DONE = 10  # with training; what follows is up to the script
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Beat:
     epoch: int = 0
     epochs: int = 0
     step: int = 0  # optimizer steps since the run began
-    step_in_epoch: int = 0  # of validation: batches
+    step_in_epoch: int = 0  # of an evaluation: batches
     steps_in_epoch: int = 0  # 0 where it is not known
     samples: float = 0.0  # samples trained on by all ranks since this process began
     loss: float = float("nan")  # this rank's mean loss of the epoch so far
@@ -61,8 +62,9 @@ class Beat:
     fit: int = 0  # which one of the script
 
     @property
-    def validating(self) -> bool:
-        return self.phase == Phase.VALIDATING
+    def evaluating(self) -> str:
+        """Which evaluation its batches are of; empty where it trains."""
+        return {Phase.VALIDATING: "validation", Phase.TESTING: "test"}.get(self.phase, "")
 
     @property
     def has_joined(self) -> bool:

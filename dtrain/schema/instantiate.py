@@ -251,8 +251,7 @@ def check_job(loaded: LoadedJob, folder: Path, *, begins: bool = True) -> list[P
         problems.append(Problem(f"no such file: {job.init_from.file}", "init_from.weights"))
     calls = [
         ("model", job.model, 0),
-        ("data.train", data.train, 0),
-        ("data.val", data.val, 0),
+        *((f"data.{name}", target, 0) for name, target in data.sets.items()),
         ("data.sampler", data.sampler, 1),
         ("data.collate", data.collate, 1),
         ("step", job.step, 2),

@@ -106,6 +106,9 @@ class Data(Section):
 
     train: Target = Field(description="The training dataset.")
     val: Target | None = Field(default=None, description="The validation dataset.")
+    test: Target | None = Field(
+        default=None, description="The test dataset, evaluated once: when training is over, with the best weights."
+    )
     batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
     shuffle: bool = Field(default=True, description="Reshuffle the training samples each epoch.")
@@ -113,6 +116,12 @@ class Data(Section):
         default=None, description="Called with the training dataset; its order replaces `shuffle`."
     )
     collate: Target | None = Field(default=None, description="Function that collates samples into a batch.")
+
+    @property
+    def sets(self) -> dict[str, Target]:
+        """The datasets that the job has, by the names that begin their results' names: val_loss."""
+        found = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: target for name, target in found.items() if target is not None}
 
 
 class InitFrom(Section):

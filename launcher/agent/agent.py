@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dtrain.monitoring.run_monitor import Keeper, RunState
+from dtrain.monitoring.screen import values_line
 from dtrain.run import node_disk
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
 from dtrain.run.heartbeat import Heartbeat
@@ -177,6 +178,8 @@ def how_it_ended(cause: root_cause.Error | None, requests: StopRequests, run: Ru
     if cause is None:
         # A script may train by itself, and then there are logs alone.
         found = "weights/best.pt and everything else is" if run.best_weights.exists() else "logs are"
+        tested = values_line(run.test_values())
+        found = f"{tested}; {found}" if tested else found
         compare = "" if missing("mlflow") else "; to compare runs: dtrain ui"
         return End("finished", 0, f"finished: {found} in {run}{compare}")
     if cause["type"] == "Timeout":

@@ -24,6 +24,7 @@ DOING = {
     "kernel or exchange hangs can't be told from here",
     Phase.VALIDATING: "validating",
     Phase.REPORTING: "exchanging metrics",
+    Phase.TESTING: "evaluating the test set",
     Phase.DONE: "done",
 }
 
@@ -65,7 +66,7 @@ class Watchdog:
         found = {rank: stacks.request(pids[rank], logs[rank]) for rank in sorted(beats)}
         rank = laggard(beats, found)
         beat, pid, standing_in = beats[rank], pids[rank], found[rank]
-        if beat.phase in (Phase.LOADING, Phase.VALIDATING):  # it may be waiting for a loading process
+        if beat.phase in (Phase.LOADING, Phase.VALIDATING, Phase.TESTING):  # it may be waiting for a loading process
             of_children = [stacks.request(child, logs[rank]) for child in children(pid)]
             standing_in = next((each for each in of_children if stacks.in_users_code(each)), standing_in)
         standing = (time.monotonic_ns() - beat.moved_ns) / 1e9 if beat.moved_ns else 0.0
@@ -90,5 +91,5 @@ def laggard(beats: Mapping[int, Beat], found: Mapping[int, list[stacks.Stack]]) 
 
 
 def _place(beat: Beat) -> tuple[int, ...]:
-    validated = beat.step_in_epoch if beat.validating else 0
-    return (beat.fit, beat.epoch, beat.step, beat.phase, validated)
+    evaluated = beat.step_in_epoch if beat.evaluating else 0
+    return (beat.fit, beat.epoch, beat.step, beat.phase, evaluated)

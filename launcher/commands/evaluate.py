@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dtrain.errors import Problem, UserError, did_you_mean
+from dtrain.errors import Problem, UserError, among, did_you_mean
 from dtrain.run.folder import RunDir
 from dtrain.run.rank_request import Evaluate, Export, RankRequest, Summarize
 from dtrain.schema.job import LoadedJob, LoadedScript
@@ -23,6 +23,7 @@ from ..rank.preparation import prepare
 
 HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
 WEIGHTS = ("best", "last", "ema")
+SETS = ("train", "val", "test")
 TABLES = (".npy", ".csv")
 NEEDED_FOR = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), ".csv": ("pandas",)}
 
@@ -75,29 +76,30 @@ class Trained:
         return loaded
 
 
-def evaluate(trained: Trained, gpus: str) -> int:
-    """Print loss and metrics of a run's model on its validation set, as JSON."""
+def evaluate(trained: Trained, data: str, gpus: str) -> int:
+    """Print loss and metrics of a run's model on one of its datasets, as JSON."""
     weights, loaded = trained.file, trained.load()
-    if loaded.job.data.val is None:
-        raise UserError("the job has no data.val to evaluate on; set one: data.val._target_=data.test")
-    print(_ask(Evaluate(trained.code, str(weights)), loaded, gpus))
+    if data not in SETS:
+        raise UserError(f"--data {data}: expected one of the job's datasets; {among(data, SETS)}")
+    _require_set(loaded, data, "evaluate on")
+    print(_ask(Evaluate(trained.code, str(weights), data), loaded, gpus))
     return 0
 
 
 def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
-    """Write the predictions of a run's model for its training or validation set, or for a file of features."""
+    """Write the predictions of a run's model for one of its datasets, or for a file of features."""
     weights, loaded = trained.file, trained.load()
-    if data not in ("train", "val"):
+    if data in SETS:
+        _require_set(loaded, data, "predict from")
+    else:
         file = Path(data)
         if file.suffix not in TABLES:
-            hint = did_you_mean(data, ["train", "val"]) or "or one of the job's datasets: train, val"
+            hint = did_you_mean(data, SETS) or f"or one of the job's datasets: {', '.join(SETS)}"
             raise UserError(f"{data}: expected features in a file, {' or '.join(TABLES)}, {hint}")
         if not file.is_file():
             raise UserError(f"{data}: no such file")
         require(f"to read {data}, dtrain", *NEEDED_FOR.get(file.suffix, ()))
         data = str(file.absolute())
-    elif data == "val" and loaded.job.data.val is None:
-        raise UserError("the job has no data.val; set one: data.val._target_=data.test")
     target = Path(out) if out is not None else trained.run_dir.path / "predictions.npy"
     if target.suffix not in TABLES:
         raise UserError(f"--out {target}: expected a name ending in {' or '.join(TABLES)}")
@@ -127,6 +129,12 @@ def summary(path: str, overrides: Sequence[str]) -> int:
         raise UserError(loaded.at(Problem("builds its own model: call dtrain.summary(net, ...) in it", "script")))
     print(_ask(Summarize(str(loaded.folder.absolute())), _whole(loaded), "1"))
     return 0
+
+
+def _require_set(loaded: LoadedJob, data: str, purpose: str) -> None:
+    """Raise UserError if the job has no such dataset."""
+    if data not in loaded.job.data.sets:
+        raise UserError(f"the job has no data.{data} to {purpose}; set one: data.{data}._target_=module.function")
 
 
 def _whole(loaded: LoadedJob) -> LoadedJob:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dtrain.clusters.cluster import Submitted, submitted, submitted_file
 from dtrain.errors import UserError
-from dtrain.monitoring.screen import row_line
+from dtrain.monitoring.screen import row_line, values_line
 from dtrain.monitoring.tracker import trackers
 from dtrain.run.folder import RunDir
 from dtrain.run.sweep import Sweep
@@ -37,6 +37,8 @@ def status(path: str) -> int:
             print(f"{tracker.name:<9} " + ", ".join(filter(None, known)))
     if row := run.last_row():
         print("last      " + ("fit 1, " if run.fits() else "") + row_line(row))
+    if values := found.get("test"):
+        print(f"test      {values_line(values)}")
     if found.get("error"):
         print(headline(found["error"], run))
     print_runs(run.fits())

@@ -84,7 +84,8 @@ def test_job_yaml_is_resolved(run):
     assert job["model"] == {"_target_": "net.Net", "width": 6}
     assert job["optimizer"]["lr"] == 0.25
     assert job["metrics"]["acc"]["num_classes"] == 2
-    assert job["data"] == {**JOB["data"], "workers": 0, "shuffle": True, "sampler": None, "collate": None}
+    defaults = {"test": None, "workers": 0, "shuffle": True, "sampler": None, "collate": None}
+    assert job["data"] == {**JOB["data"], **defaults}
     assert job["checkpoint"] == {"every": "epoch", "keep": 2, "keep_every": None}
     assert job["launch"] == {"device": "cpu", "hang_timeout_s": 1800.0}
 

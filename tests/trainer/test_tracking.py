@@ -185,6 +185,15 @@ def test_the_end_of_the_run_is_that_of_the_mlflow_run(run, status, expected):
     assert client_and_run(run)[1].info.status == expected
 
 
+def test_results_on_the_test_set_are_those_of_the_last_step(run):
+    run.write_rows(rows(1, 2))
+    write_json(run.test, {"test_loss": 0.25, "test_confusion": [[1, 0], [0, 1]]})
+    for _ in range(2):
+        follow_run(run, scripted(RUNNING, RUNNING, FINISHED))
+    assert history(run, "test_loss") == [(6, 0.25)]
+    assert "test_confusion" not in client_and_run(run)[1].data.metrics
+
+
 def test_matrices_and_nan_are_left_out(run):
     run.write_rows(rows(1, val_matrix=[[1, 2], [3, 4]], val_auc=float("nan"), val_loss=float("inf"), val_acc=1))
     assert follow_run(run, lambda: FINISHED) == 0

@@ -43,7 +43,7 @@ def main() -> int:
         write_predictions(trainer, source_of(job, asked.data), Path(asked.out))
         return 0
     trainer.model.loss.load(Path(asked.weights))
-    values = trainer.evaluate(source_of(job, asked.data))
+    values = trainer.evaluate(source_of(job, asked.data), asked.data)
     if trainer.world.is_main:
         write_text(run.answer, json.dumps(values))
     return 0
@@ -51,9 +51,8 @@ def main() -> int:
 
 def source_of(job: Job, data: str) -> Source:
     """A dataset of the job by the name of its section, or a file's rows as features."""
-    target = {"train": job.data.train, "val": job.data.val}.get(data)
-    if target is not None:
-        return build_source(job, target, training=False)
+    if data in job.data.sets:
+        return build_source(job, data, training=False)
     return Source(Rows(Path(data)), job.data.batch_size, shuffle=False, processes=Processes(job.data.workers))
 
 

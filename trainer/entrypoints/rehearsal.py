@@ -60,8 +60,8 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
 
     trainer.optimizer.register_step_post_hook(stop)
     loop = trainer.train(
-        train or beginning(build_source(job, job.data.train, training=True)),
-        None if job.data.val is None else beginning(build_source(job, job.data.val, training=False)),
+        train or beginning(build_source(job, "train", training=True)),
+        None if job.data.val is None else beginning(build_source(job, "val", training=False)),
         epochs=EPOCHS,
         early_stopping={"monitor": job.monitor, "mode": job.stopping.mode},
     )

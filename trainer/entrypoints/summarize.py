@@ -22,7 +22,7 @@ def main() -> int:
     """Write the summary; the exit code."""
     run, job = begin(Summarize.read())
     trainer = build_trainer(settle(job)[0])
-    batch, samples = first_samples(build_source(job, job.data.train, training=False), SAMPLES)
+    batch, samples = first_samples(build_source(job, "train", training=False), SAMPLES)
     args, kwargs = call_of(trainer.net, trainer.predict_step, batch, samples)
     if kwargs or len(args) != 1:
         raise UserError("the model is called with several arguments; a summary needs a model that takes one")

@@ -46,13 +46,14 @@ from ..optimization.run_length import RunLength
 from ..predict import predict_features
 from ..trainer import Trainer
 from .lazy_shapes import give_shapes
+from .testing import evaluate_best, require_fit
 
 
 def main() -> int:
     """Train this rank's part of the run; the exit code."""
-    _, job = begin(Train.read())
+    run, job = begin(Train.read())
     try:
-        fit(job)
+        fit(run, job)
     except Stopped:
         return EXIT_STOPPED
     return 0
@@ -66,18 +67,24 @@ def begin(request: RankRequest) -> tuple[RunDir, Job]:
     return run, job
 
 
-def fit(job: Job) -> None:
-    """Build the job's parts and train. All ranks take part."""
+def fit(run: RunDir, job: Job) -> None:
+    """Build the job's parts, train, and evaluate the test set. All ranks take part."""
     job, train = settle(job)
     trainer = build_trainer(job)
+    test = None if job.data.test is None else build_source(job, "test", training=False)
+    if test is not None:
+        require_fit(trainer, test)
     loop = trainer.train(
-        train or build_source(job, job.data.train, training=True),
-        None if job.data.val is None else build_source(job, job.data.val, training=False),
+        train or build_source(job, "train", training=True),
+        None if job.data.val is None else build_source(job, "val", training=False),
         epochs=job.fit.epochs,
         steps=job.fit.steps,
         early_stopping={**job.stopping.model_dump(), "monitor": job.monitor},
     )
     trainer.draw(loop)
+    if test is not None:
+        trainer.world.barrier()  # the best weights are written
+        evaluate_best(build_trainer(settle(job, is_trained=True)[0], run.best_weights), test, run)
 
 
 def settle(
@@ -98,7 +105,7 @@ def settle(
         values |= {"optimizer": {"_target_": job.optimizer.target}, "scheduler": None, "callbacks": []}
     if mentions := about_the_run(values):
         own_device(job.launch.device)  # before what is built puts something on a GPU
-        source = part(build_source(job, job.data.train, training=True))
+        source = part(build_source(job, "train", training=True))
         length = RunLength.of(job.fit, source.num_steps)
         for name, number, mend in (
             (STEPS, length.steps, "set fit.steps"),
@@ -170,7 +177,7 @@ def build_model(job: Job, trained: Path | None) -> nn.Module:
     elif without_shape(net):
         step = predict_features if job.step is None else user_step(bind_function(job.step))
         with rng_kept(torch.device("cpu")):
-            source = build_source(job, job.data.train, training=True)
+            source = build_source(job, "train", training=True)
         give_shapes(net, step, source)
         require_model(net)
     if trained is None and not continues():
@@ -202,22 +209,25 @@ def _refusals(path: str, target: Target) -> Iterator[None]:
         raise
 
 
-def build_source(job: Job, target: Target, *, training: bool) -> Source:
-    """A dataset of the job, with the job's way of reading it.
+def build_source(job: Job, name: str, *, training: bool) -> Source:
+    """The dataset of that name in the job, with the job's way of reading it.
 
     What it draws (a random_split) is the same for training and validation, on all ranks and in `dtrain evaluate`.
     """
     seed_everything(derive_seed("data", job.seed))
     collate = None if job.data.collate is None else bind_function(job.data.collate)
-    dataset: Any = instantiate(target)
+    dataset: Any = instantiate(job.data.sets[name])
     if isinstance(dataset, DataLoader):
         message = (
             "makes a DataLoader, but a job needs the dataset in it: data.batch_size, shuffle and workers set the rest"
         )
-        raise UserError(Problem(message, "data.train" if training else "data.val"))
+        raise UserError(Problem(message, f"data.{name}"))
     sampler: Any = instantiate(job.data.sampler, dataset) if training and job.data.sampler else None
     shuffle, processes = training and job.data.shuffle, Processes(job.data.workers)
-    return Source(dataset, job.data.batch_size, shuffle, processes, collate, Sampling(sampler))
+    try:
+        return Source(dataset, job.data.batch_size, shuffle, processes, collate, Sampling(sampler))
+    except UserError as error:  # it has no samples, or no length
+        raise UserError(Problem(str(error), f"data.{name}")) from None
 
 
 def _train_metrics(job: Job, metrics: dict[str, Any]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +59,34 @@ class Validation:
         trained, is_of_average = self._trained, tally.phase == "ema"
         averaged = trained.ema.in_place() if trained.ema is not None and is_of_average else contextlib.nullcontext()
         tally.reset()
+        beat = functools.partial(self._progress.beat, Phase.VALIDATING)
+        epoch = batches.epoch(self._progress.position.epoch)
         with averaged, trained.model.evaluating():
-            for i, batch in enumerate(batches.epoch(self._progress.position.epoch)):
-                self._agreement.ask()
-                evaluate_batch(trained.model, trained.step, batch, tally, i)
-                self._progress.beat(Phase.VALIDATING, i + 1)
-                if Wish.STOP in self._agreement.agreed():
-                    return False
-        return True
+            return evaluate_batches(trained.model, trained.step, epoch, tally, self._agreement, beat)
+
+
+def evaluate_batches(
+    model: Parallel,
+    step: Step,
+    batches: Iterator[Batch],
+    tally: Tally,
+    agreement: Agreement,
+    beat: Callable[[int], None],
+) -> bool:
+    """Add the batches to the tally; False where it was left, since a rank is to stop.
+
+    All ranks take part in the agreement on that, and where `model.forwards_together`.
+
+    Args:
+        beat: called with the number of batches done.
+    """
+    for i, batch in enumerate(batches):
+        agreement.ask()
+        evaluate_batch(model, step, batch, tally, i)
+        beat(i + 1)
+        if Wish.STOP in agreement.agreed():
+            return False
+    return True
 
 
 @torch.no_grad()

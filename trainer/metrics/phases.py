@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -49,15 +49,19 @@ class PhaseMetrics:
         _require_names("activations", self._activations, self.by_name)
         _require_names("train_metrics", in_training or (), self.by_name)
 
-    def tally(self, phase: Literal["train", "val", "ema"]) -> Tally:
-        """A tally for the phase's epochs, with its own copies of the metrics."""
+    def tally(self, phase: str, *, training: bool = False) -> Tally:
+        """A tally for the phase, whose name begins its values' names, with its own copies of the metrics.
+
+        Args:
+            training: whether it is that of the training's steps, which may have fewer metrics.
+        """
         if not self.by_name:
             return Tally(phase, self._device)
         from .given_metrics import keeps_samples
         from .metric_set import MetricSet
 
         chosen, names = self._in_training, list(self.by_name)
-        if phase == "train":
+        if training:
             names = [n for n in names if (n in chosen if chosen is not None else not keeps_samples(self.by_name[n]))]
         metrics = {name: copy.deepcopy(self.by_name[name]) for name in names}
         activations = {name: self._activations.get(name) for name in names}

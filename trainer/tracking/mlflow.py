@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +126,8 @@ class MlflowRun:
     def update(self, final: str | None) -> None:
         """Send what MLflow lacks; `final` is the state to close the MLflow run with."""
         self._send_new_rows()
+        if final == "finished":
+            self._send_test_values()
         try:
             self._send_files(ended=final is not None)
             for fit in self._folder.fits():
@@ -211,13 +214,24 @@ class MlflowRun:
                 self._send(row)
 
     def _send(self, row: Row) -> None:
+        step, made_at = row["step"], _milliseconds(row)
+        self._log({name: value for name, value in row.items() if name != "step"}, made_at, step)
+        self._last = step, row["epoch"]
+
+    def _send_test_values(self) -> None:
+        """Send the results on the test set, as of the last step, unless they are there."""
+        values, step = self._folder.test_values(), self._last[0]
+        for name in values:
+            if any(each.step == step for each in self._client.get_metric_history(self._run_id, _key(name))):
+                return
+        self._log(values, int(time.time() * 1000), step)
+
+    def _log(self, values: Mapping[str, Any], made_at: int, step: int) -> None:
         from mlflow.entities import Metric
 
-        step, made_at = row["step"], _milliseconds(row)
-        values = {_key(name): value for name, value in row.items() if name != "step" and is_scalar(value)}
-        metrics = [Metric(name, value, made_at, step) for name, value in values.items()]
+        scalars = {_key(name): value for name, value in values.items() if is_scalar(value)}
+        metrics = [Metric(name, value, made_at, step) for name, value in scalars.items()]
         self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-        self._last = step, row["epoch"]
 
     def _send_files(self, *, ended: bool) -> None:
         if not self._job_sent:

@@ -142,6 +142,11 @@ REFUSED = {
         ["evaluate", "run", "data.val=null", "fit.early_stopping=null"],
         "the job has no data.val to evaluate on; set one",
     ),
+    "no-test": (["evaluate", "run", "--data", "test"], "the job has no data.test to evaluate on; set one"),
+    "data": (
+        ["evaluate", "run", "--data", "tset"],
+        "--data tset: expected one of the job's datasets; did you mean test?",
+    ),
     "override": (["evaluate", "run", "data.val.sise=3"], "data.points takes no argument sise; did you mean size?"),
     "no-file": (["predict", "run", "missing.npy"], "missing.npy: no such file"),
     "no-set": (["predict", "run", "vla"], "vla: expected features in a file, .npy or .csv, did you mean val?"),
