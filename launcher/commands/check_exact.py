@@ -119,8 +119,8 @@ def _values(run: RunDir) -> dict[str, Any]:
     import torch
 
     return {
-        f"{name} of step {row['step']}": torch.tensor(value, dtype=torch.float64)
-        for row in run.rows()
+        f"{name} of row {number}": torch.tensor(value, dtype=torch.float64)
+        for number, row in enumerate(run.rows(), 1)
         for name, value in row.items()
         if name != "samples_per_s" and value is not None and not isinstance(value, str)
     }
