@@ -179,8 +179,8 @@ def test_all_mistakes_are_told_at_once_each_where_it_is_written():
         f"job.yaml:{AT}: scheduler.a: refers to itself: scheduler.b -> scheduler.c -> scheduler.a -> scheduler.b",
         r"override data.batch_size=${batch}: data.batch_size: there is no batch in the job; "
         r"for the text itself write \${batch}",
-        "override zzz=1: zzz: unknown key; known keys: name, seed, model, init_from, data, loss, step, optimizer, scheduler, "
-        "metrics, callbacks, fit, checkpoint, mlflow, launch, slurm, fsdp, deepspeed, script",
+        "override zzz=1: zzz: unknown key; known keys: name, seed, model, init_from, data, loss, step, optimizer, "
+        "scheduler, metrics, callbacks, fit, checkpoint, mlflow, launch, slurm, fsdp, deepspeed, script",
     ]
 
 
