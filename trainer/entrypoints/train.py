@@ -180,7 +180,7 @@ def build_model(job: Job, trained: Path | None) -> nn.Module:
             source = build_source(job, "train", training=True)
         give_shapes(net, step, source)
         require_model(net)
-    if trained is None and not continues():
+    if job.init_from is not None and trained is None and not continues():
         begin_from(net, job.init_from, say if int(os.environ["RANK"]) == 0 else lambda line: None)
     return net
 
