@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dtrain.launcher.function import launch
     from dtrain.schema.sections import Fsdp
     from dtrain.trainer import Trainer, load_weights
-    from dtrain.trainer.fit.callbacks import Fit
+    from dtrain.trainer.fit.callbacks import FitContext
     from dtrain.trainer.loss.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
     from dtrain.trainer.ranks import Ranks
     from dtrain.trainer.summary import summary
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Trainer",
-    "Fit",
+    "FitContext",
     "Fsdp",
     "Ranks",
     "launch",
@@ -35,7 +35,7 @@ __all__ = [
 _MODULES = {
     "dtrain.trainer": ("Trainer", "load_weights"),
     "dtrain.trainer.loss.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
-    "dtrain.trainer.fit.callbacks": ("Fit",),
+    "dtrain.trainer.fit.callbacks": ("FitContext",),
     "dtrain.trainer.ranks": ("Ranks",),
     "dtrain.trainer.summary": ("summary",),
     "dtrain.schema.sections": ("Fsdp",),

@@ -18,7 +18,17 @@ SIZE = 13  # in batches of 8: an uneven one
 # The first epoch is to be the best one, so that its weights are not the last.
 FIT = {"epochs": 2, "early_stopping": {"monitor": "val_loss", "mode": "max"}}
 METRICS = {"acc": {"_target_": "torchmetrics.Accuracy", "task": "multiclass", "num_classes": 2}}
-TEST = ("data.test._target_=data.points", f"data.test.size={SIZE}")
+# In a model that is built twice, from what the job says: of what is done once, the second time would do it again.
+WORDED = """
+import net
+
+class Worded(net.Net):
+    def __init__(self, word, **others):
+        super().__init__(**others)
+        assert word == "${no.reference}"
+"""
+MODEL = ("model._target_=worded.Worded", r"model.word=\${no.reference}")
+TEST = ("data.test._target_=data.points", f"data.test.size={SIZE}", *MODEL)
 GATED = """
 
 class Gated(torch.utils.data.Dataset):
@@ -43,6 +53,7 @@ class Gated(torch.utils.data.Dataset):
 def make(new_project):
     def make(name):
         project = new_project(name)
+        project.write("worded.py", WORDED)
         project.job(metrics=METRICS, launch={"device": "cpu"}, fit=FIT)
         return project
 

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from torch import nn
 from training import Job, Samples, differences, final_state, fit, prepare, timeless, train
 
-from dtrain import Fit, Trainer
+from dtrain import FitContext, Trainer
 from dtrain.errors import UserError
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
@@ -31,7 +31,7 @@ class Witness:
     def __init__(self) -> None:
         self.seen: list[list[Any]] = []
 
-    def _note(self, hook: str, fit: Fit) -> None:
+    def _note(self, hook: str, fit: FitContext) -> None:
         self.seen.append([hook, fit.epoch, fit.step, fit.row.get("step")])
         if hook == "on_end":
             assert (fit.rank, fit.world_size) == (dist.get_rank(), dist.get_world_size())
@@ -39,22 +39,22 @@ class Witness:
             assert fit.optimizer.param_groups[0]["params"][0] is fit.model.weight
             (fit.folder / f"seen-{fit.rank}.json").write_text(json.dumps(self.seen))
 
-    def on_start(self, fit: Fit) -> None:
+    def on_start(self, fit: FitContext) -> None:
         self._note("on_start", fit)
 
-    def on_step_end(self, fit: Fit) -> None:
+    def on_step_end(self, fit: FitContext) -> None:
         self._note("on_step_end", fit)
 
-    def on_validation_end(self, fit: Fit) -> None:
+    def on_validation_end(self, fit: FitContext) -> None:
         self._note("on_validation_end", fit)
 
-    def on_epoch_end(self, fit: Fit) -> None:
+    def on_epoch_end(self, fit: FitContext) -> None:
         self._note("on_epoch_end", fit)
 
-    def on_save(self, fit: Fit) -> None:
+    def on_save(self, fit: FitContext) -> None:
         self._note("on_save", fit)
 
-    def on_end(self, fit: Fit) -> None:
+    def on_end(self, fit: FitContext) -> None:
         self._note("on_end", fit)
 
 
@@ -65,15 +65,15 @@ class Asker:
         self.asks = asks
         self.steps = 0
 
-    def on_step_end(self, fit: Fit) -> None:
+    def on_step_end(self, fit: FitContext) -> None:
         self.steps += 1
         assert self.steps == fit.step  # also after a stop
         self._ask("on_step_end", fit)
 
-    def on_epoch_end(self, fit: Fit) -> None:
+    def on_epoch_end(self, fit: FitContext) -> None:
         self._ask("on_epoch_end", fit)
 
-    def _ask(self, hook: str, fit: Fit) -> None:
+    def _ask(self, hook: str, fit: FitContext) -> None:
         wish = self.asks.get(hook, {}).get(fit.step)
         if wish and fit.rank == fit.world_size - 1:
             getattr(fit, wish)()
@@ -86,7 +86,7 @@ class Asker:
 
 
 class Raiser:
-    def on_epoch_end(self, fit: Fit) -> None:
+    def on_epoch_end(self, fit: FitContext) -> None:
         if fit.rank == 1:
             raise ValueError("bad luck")
 
@@ -161,11 +161,8 @@ def test_what_one_rank_asks_for_all_do(name, tmp_path):
         run = RunDir(tmp_path / str(world_size))
         assert [(row["step"], row["phase"]) for row in run.rows()] == rows
         assert [path.name for path in saved(run)] == checkpoints
-    # Rank 0 is asked to stop after steps 1 and 5, so that what was asked for then is still to be done.
-    for stop_after in (1, 3):
-        stopped = train(2, tmp_path / "stopped", job, [Asker(asks)], options, stop_after)
-        if stopped != [None, None]:
-            break
+    # Rank 0 is asked to stop after its first step: what was asked for then is still to be done when the run continues.
+    assert train(2, tmp_path / "stopped", job, [Asker(asks)], options, 1) == [None, None]
     train(2, tmp_path / "stopped", job, [Asker(asks)], options)
     assert differences(final_state(tmp_path / "stopped"), final_state(tmp_path / "2")) == []
     train(2, tmp_path / "stopped", job, [Asker(asks)], options)  # nothing is left to do
@@ -181,7 +178,7 @@ def test_one_that_raises_is_named_with_its_moment(tmp_path):
 
 
 class Mistaken:
-    def on_epoch_ends(self, fit: Fit) -> None: ...
+    def on_epoch_ends(self, fit: FitContext) -> None: ...
 
 
 class Unsavable(Asker):
@@ -217,6 +214,11 @@ class Count:
     def on_epoch_end(self, fit):
         if fit.rank == 0:
             print(self.word, fit.epoch, fit.row["step"])
+
+
+class Broken(Count):
+    def on_epoch_end(self, fit):
+        return self.sentence
 """
 
 
@@ -226,6 +228,10 @@ def test_a_job_has_them_too(project):
     done = project.run("launch", "--gpus", "2", "job.yaml", "launch.device=cpu", "--run-dir", "run")
     assert done.code == 0, done.err
     assert project.run_dir().rank_log(0).read_text().splitlines()[-2:] == ["done 1 5", "done 2 10"]
+    broken = project.run("launch", "job.yaml", "launch.device=cpu", "callbacks.0._target_=callbacks.Broken")
+    assert broken.code == 1
+    assert "callbacks.0: Broken.on_epoch_end failed after step 5: AttributeError: 'Broken' object has no" in broken.err
+    assert "in on_epoch_end\n    return self.sentence" in broken.err
     wrong = project.run("check", "job.yaml", "callbacks.0.wrd=1")
     assert wrong.code == 2
     assert "callbacks.0.wrd: callbacks.Count takes no argument wrd" in wrong.err

@@ -69,7 +69,7 @@ def begin(request: RankRequest) -> tuple[RunDir, Job]:
 
 def fit(run: RunDir, job: Job) -> None:
     """Build the job's parts, train, and evaluate the test set. All ranks take part."""
-    job, train = settle(job)
+    written, (job, train) = job, settle(job)
     trainer = build_trainer(job)
     test = None if job.data.test is None else build_source(job, "test", training=False)
     if test is not None:
@@ -84,7 +84,7 @@ def fit(run: RunDir, job: Job) -> None:
     trainer.draw(loop)
     if test is not None:
         trainer.world.barrier()  # the best weights are written
-        evaluate_best(build_trainer(settle(job, is_trained=True)[0], run.best_weights), test, run)
+        evaluate_best(build_trainer(settle(written, is_trained=True)[0], run.best_weights), test, run)
 
 
 def settle(

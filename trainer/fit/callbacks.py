@@ -18,14 +18,15 @@ from ..distributed.wishes import Agreement, Wish
 from .progress import Progress
 from .trained import Trained
 
-HOOKS = (
-    *("on_start", "on_step_end", "on_validation_end", "on_epoch_end"),
-    *("on_save", "on_stop", "on_end"),
-)
+HOOKS = ("on_start", "on_step_end", "on_validation_end", "on_epoch_end", "on_save", "on_stop", "on_end")
 _AFTER_A_ROW = ("on_validation_end", "on_epoch_end")
 
 
-class Fit:
+class CallbackError(Exception):
+    """A callback has failed; the message says which one, and when."""
+
+
+class FitContext:
     """What a callback sees of the fit that it is called in, on each rank, and may ask for.
 
     What one rank or more ask for, all do: a checkpoint or the end at once where `on_validation_end` or `on_epoch_end`
@@ -90,7 +91,7 @@ class Callbacks:
     """A fit's callbacks, in their order; those without a hook are not called for it.
 
     Args:
-        given: objects with any of HOOKS, each called with a `Fit`.
+        given: objects with any of HOOKS, each called with a `FitContext`.
 
     Raises:
         UserError: one is no callback.
@@ -109,19 +110,20 @@ class Callbacks:
         """Whether there may be something to agree on after a row."""
         return self.has(*_AFTER_A_ROW)
 
-    def call(self, hook: str, fit: Fit) -> None:
+    def call(self, hook: str, fit: FitContext) -> None:
         """Call the hook of all that have it. All ranks do; a collective in it needs all of them.
 
         Raises:
-            UserError: one has failed.
+            CallbackError: one has failed.
         """
         for path, callback in self._hooks[hook]:
             try:
                 getattr(callback, hook)(fit)
             except Exception as error:
                 cause = f"{type(error).__name__}: {first_line(error)}"
-                message = f"{type(callback).__name__}.{hook} failed after step {fit.step}: {cause}"
-                raise UserError(Problem(message, path)) from error
+                message = f"{path}: {type(callback).__name__}.{hook} failed after step {fit.step}: {cause}"
+                # With its traceback, which ends at the callback's own line.
+                raise CallbackError(message).with_traceback(error.__traceback__) from None
 
     def require_savable(self) -> None:
         """Raise UserError if a checkpoint can't hold the state of one."""

@@ -24,7 +24,7 @@ from ..metrics.early_stopping import Best
 from ..model.modes import begin_training
 from ..optimization.learning_check import Learning
 from .cadence import Cadence, Due
-from .callbacks import Callbacks, Fit
+from .callbacks import Callbacks, FitContext
 from .data import FitData
 from .evaluation import Validation, gather_values
 from .progress import Progress
@@ -68,7 +68,7 @@ class Loop:
         self.validation = Validation(trained, data, self.progress)
         self.agreement = Agreement(self.world, self.progress.heartbeat, each_turn=callbacks.has("on_step_end"))
         self.callbacks = callbacks
-        self.shown = Fit(run, trained, self.progress, self.agreement)
+        self.shown = FitContext(run, trained, self.progress, self.agreement)
         self.saver = Saver(run, trained, data, self.progress, settings, self.agreement, callbacks)
         self.say = say if self.world.is_main else lambda line: None
         is_scaled = trained.precision.name == "fp16"

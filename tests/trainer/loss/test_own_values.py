@@ -25,7 +25,8 @@ NUM_SAMPLES, BATCH, STEPS, SEED = 23, 5, 5, 3
 def data() -> tuple[Samples, Samples]:
     torch.manual_seed(SEED)
     features, val_features = torch.randn(NUM_SAMPLES, 4), torch.randn(11, 4)
-    return tuple(Samples(each, each[:, :3].argmax(1)) for each in (features, val_features))  # type: ignore[return-value]
+    train_set, val_set = (Samples(each, each[:, :3].argmax(1)) for each in (features, val_features))
+    return train_set, val_set
 
 
 def classify(model: nn.Module, batch: Any) -> dict[str, Any]:
