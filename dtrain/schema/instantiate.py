@@ -12,7 +12,7 @@ from typing import Any
 
 from dtrain.errors import Problem, UserError, did_you_mean, nearest
 from dtrain.names import collisions, format_error, job_path, load_what_ranks_have, resolve
-from dtrain.references import about_the_run, fill
+from dtrain.references.marks import about_the_run, fill
 from dtrain.schema.job import Job, LoadedJob
 from dtrain.schema.metrics.logits import guesses_logits
 from dtrain.schema.metrics.monitor import monitor_problem

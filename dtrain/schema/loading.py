@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 from dtrain import yaml12
 from dtrain.errors import Problem, UserError, did_you_mean
 from dtrain.redact import hide_password
-from dtrain.references import about_the_run, escape, resolve
+from dtrain.references.marks import about_the_run, escape
+from dtrain.references.resolve import resolve
 from dtrain.schema.contradictions import contradictions, wrong_slurm_options
 from dtrain.schema.job import Job, Loaded, LoadedJob, LoadedScript, ScriptJob
 from dtrain.schema.validation import dotted, shown, translated

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import UserError
-from dtrain.references import STEPS, STEPS_PER_EPOCH, about_the_run, fill
+from dtrain.references.marks import STEPS, STEPS_PER_EPOCH, about_the_run, fill
 from dtrain.schema.job import Job, job_json_schema
 from dtrain.schema.loading import LoadedJob, LoadedScript, changes, dump_job, load_job
 from dtrain.schema.loading import load as load_file

@@ -25,14 +25,18 @@ MOST_LINES = 400
 MOST_PARAMETERS = 8
 
 # For each folder, the folders that it may import; from the lowest level to the highest.
-CONTRACT = ("dtrain", "dtrain/run", "dtrain/schema/metrics", "dtrain/schema", "dtrain/clusters", "dtrain/monitoring")
+CONTRACT = (
+    *("dtrain", "dtrain/references", "dtrain/run", "dtrain/schema/metrics", "dtrain/schema"),
+    *("dtrain/clusters", "dtrain/monitoring"),
+)
 BASE = ("trainer/distributed", "trainer/data", "trainer/model", "trainer/checkpoint", "trainer/checks")
 PARTS = (*BASE, "trainer/loss", "trainer/metrics", "trainer/strategies", "trainer/optimization")
 MAY_IMPORT = {
     "dtrain": (),
+    "dtrain/references": ("dtrain",),
     "dtrain/run": ("dtrain",),
     "dtrain/schema/metrics": ("dtrain",),
-    "dtrain/schema": ("dtrain", "dtrain/run", "dtrain/schema/metrics"),
+    "dtrain/schema": ("dtrain", "dtrain/references", "dtrain/run", "dtrain/schema/metrics"),
     "dtrain/clusters": ("dtrain", "dtrain/run", "dtrain/schema"),
     "dtrain/monitoring": ("dtrain", "dtrain/run", "dtrain/schema"),
     "slurm": CONTRACT,

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from dtrain.errors import Problem, UserError
 from dtrain.names import job_path
-from dtrain.references import STEPS, STEPS_PER_EPOCH, about_the_run, fill
+from dtrain.references.marks import STEPS, STEPS_PER_EPOCH, about_the_run, fill
 from dtrain.run.folder import EXIT_STOPPED, RUN_DIR_VARIABLE, RunDir
 from dtrain.run.rank_request import RankRequest, Train
 from dtrain.schema.instantiate import bind_function, build_metric, instantiate

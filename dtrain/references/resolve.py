@@ -1,14 +1,13 @@
-r"""References between a job's values: `${fit.epochs}`, with OmegaConf's rules for names and escapes.
+"""What a document's references stand for: `${fit.epochs}`, with OmegaConf's rules for names.
 
-In a job file `${...}` is a reference, and `\${` stands for `${`. In a loaded job references are resolved, but for
-`${run.steps}` and `${run.steps_per_epoch}`: only the ranks know these numbers, once they have the training data. So the
-text of what the ranks build keeps its written form until they `fill` it in; all other text is as it is meant.
+References are resolved but for `${run.steps}` and `${run.steps_per_epoch}`: only the ranks know these numbers, once
+they have the training data.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -16,11 +15,23 @@ from pydantic import BaseModel
 from dtrain.errors import Problem, did_you_mean
 from dtrain.redact import hide_in_job
 
-STEPS, STEPS_PER_EPOCH = "run.steps", "run.steps_per_epoch"
-_BUILT_BY_RANKS = ("model", "loss", "step", "optimizer", "scheduler", "callbacks")
-_SHELL = "slurm.setup"
+from .marks import (
+    BUILT_BY_RANKS,
+    MARK,
+    SHELL,
+    STEPS,
+    STEPS_PER_EPOCH,
+    bare,
+    half,
+    is_built_by_ranks,
+    is_meant,
+    is_within,
+    join,
+    joined,
+    map_texts,
+    spelled,
+)
 
-_MARK = re.compile(r"(?P<slashes>\\*)\$\{(?:(?P<name>[^${}]*)\})?")
 _IN_SHELL = re.compile(r"\$\{(\w+(?:\.[\w-]+)+)\}")  # the shell has no such names
 _NAME = re.compile(r"[\w-]+(?:\.[\w-]+|\[[^\[\]]+\])*")
 _KEY = re.compile(r"\[([^\[\]]+)\]|([^.\[\]]+)")
@@ -55,47 +66,6 @@ def resolve(document: Mapping[Any, Any], job: type[BaseModel]) -> tuple[dict[Any
     return resolver.resolved(), resolver.problems
 
 
-def escape(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A job's values as they are written in a file."""
-
-    def written(text: str, path: str) -> str:
-        if _is_built_by_ranks(path) or _is_within(path, _SHELL):
-            return text
-        return _MARK.sub(lambda mark: mark["slashes"] * 2 + "\\" + mark[0][len(mark["slashes"]) :], text)
-
-    found: dict[Any, Any] = _map_texts(written, dict(values))
-    return found
-
-
-def about_the_run(values: Mapping[Any, Any]) -> dict[str, list[str]]:
-    """The names of the run's numbers that a job's values refer to, by their paths."""
-    found: dict[str, list[str]] = {}
-
-    def look(text: str, path: str) -> str:
-        if _is_built_by_ranks(path) and (names := [mark["name"] for mark in _MARK.finditer(text) if _is_meant(mark)]):
-            found[path] = names
-        return text
-
-    _map_texts(look, dict(values))
-    return found
-
-
-def fill(values: Mapping[Any, Any], numbers: Mapping[str, int]) -> dict[Any, Any]:
-    """A job's values with the run's numbers, and with all text as it is meant: to be done once."""
-
-    def filled(text: str, path: str) -> Any:
-        if not _is_built_by_ranks(path):
-            return text
-        if (whole := _MARK.fullmatch(text)) and not whole["slashes"]:
-            return numbers[whole["name"]]
-        return _MARK.sub(
-            lambda mark: _half(mark) + (str(numbers[mark["name"]]) if _is_meant(mark) else _bare(mark)), text
-        )
-
-    found: dict[Any, Any] = _map_texts(filled, dict(values))
-    return found
-
-
 class _Resolver:
     def __init__(self, document: Mapping[Any, Any], job: type[BaseModel]) -> None:
         self._document = document
@@ -107,7 +77,7 @@ class _Resolver:
         self.problems: list[Problem] = []
 
     def resolved(self) -> dict[Any, Any]:
-        found: dict[Any, Any] = _map_texts(self._resolve, dict(self._document))
+        found: dict[Any, Any] = map_texts(self._resolve, dict(self._document))
         return found
 
     def _resolve(self, text: str, path: str) -> Any:
@@ -128,9 +98,9 @@ class _Resolver:
         if self._depth > _MAX_DEPTH:
             raise _too_much(self._to, "nested too deep")
         if isinstance(value, dict):
-            value = {key: self._value(item, _join(path, key), chain) for key, item in value.items()}
+            value = {key: self._value(item, join(path, key), chain) for key, item in value.items()}
         elif isinstance(value, list):
-            value = [self._value(item, _join(path, i), chain) for i, item in enumerate(value)]
+            value = [self._value(item, join(path, i), chain) for i, item in enumerate(value)]
         elif isinstance(value, str):
             value = self._text(value, path, chain)
         self._depth -= 1
@@ -138,30 +108,30 @@ class _Resolver:
 
     def _text(self, text: str, path: str, chain: tuple[str, ...]) -> Any:
         """The value of a text that is written at this path; `chain`: the names that have led there."""
-        if _is_within(path, _SHELL):
+        if is_within(path, SHELL):
             if found := _IN_SHELL.search(text):
                 raise _Wrong(path, f"is shell, where {found[0]} means nothing: nothing is replaced here")
-            if not _is_within(self._to, _SHELL):
+            if not is_within(self._to, SHELL):
                 raise _Wrong(self._to, f"{path} is shell, to which nothing can refer")
             return text
-        whole = _MARK.fullmatch(text)
+        whole = MARK.fullmatch(text)
         if whole and not whole["slashes"]:
             return self._reference(whole["name"], path, chain)
-        text = _MARK.sub(lambda mark: self._part(mark, path, chain), text)
+        text = MARK.sub(lambda mark: self._part(mark, path, chain), text)
         self._count(len(text) // _CHARACTERS)
         return text
 
     def _part(self, mark: re.Match[str], path: str, chain: tuple[str, ...]) -> str:
         """What stands for a reference within text."""
-        keeps_form = _is_built_by_ranks(self._to)
-        if not _is_meant(mark):
-            return mark[0] if keeps_form else _half(mark) + _bare(mark)
+        keeps_form = is_built_by_ranks(self._to)
+        if not is_meant(mark):
+            return mark[0] if keeps_form else half(mark) + bare(mark)
         value = self._reference(mark["name"], path, chain)
         if isinstance(value, dict | list) or value is None:
             kind = "null" if value is None else "a mapping" if isinstance(value, dict) else "a list"
             raise _Wrong(path, f"${{{mark['name']}}} is {kind}, which can't be a part of text")
-        text = _spelled(value)
-        return _joined(mark, text) if keeps_form else _half(mark) + text
+        text = spelled(value)
+        return joined(mark, text) if keeps_form else half(mark) + text
 
     def _reference(self, written: str | None, path: str, chain: tuple[str, ...]) -> Any:
         keys = _keys(written, path)
@@ -176,9 +146,9 @@ class _Resolver:
         return self._value(value, found_at, (*chain, name))
 
     def _runs(self, name: str, path: str) -> str:
-        at = self._to if _is_built_by_ranks(path) else path
-        if not _is_built_by_ranks(at):
-            where = f"{', '.join(_BUILT_BY_RANKS[:-1])} and {_BUILT_BY_RANKS[-1]}"
+        at = self._to if is_built_by_ranks(path) else path
+        if not is_built_by_ranks(at):
+            where = f"{', '.join(BUILT_BY_RANKS[:-1])} and {BUILT_BY_RANKS[-1]}"
             message = f"{name} is known only when the training data is there: it can stand in the arguments of {where}"
             raise _Wrong(at, message)
         return f"${{{name}}}"
@@ -188,7 +158,7 @@ class _Resolver:
         here: Any = self._document
         done: list[str] = []
         for key in keys:
-            if isinstance(here, str) and (whole := _MARK.fullmatch(here)) and not whole["slashes"]:
+            if isinstance(here, str) and (whole := MARK.fullmatch(here)) and not whole["slashes"]:
                 at = ".".join(done)
                 if at in followed:
                     raise _cycle(at, [*followed[followed.index(at) :], at])
@@ -257,56 +227,8 @@ def _fields(annotation: Any) -> dict[str, Any]:
     return {} if section is None else dict(section.model_fields)
 
 
-def _map_texts(function: Callable[[str, str], Any], value: Any, path: str = "") -> Any:
-    """The value with `function(text, path)` in place of each text that could hold a reference."""
-    if isinstance(value, dict):
-        return {key: _map_texts(function, item, _join(path, key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_texts(function, item, _join(path, i)) for i, item in enumerate(value)]
-    return function(value, path) if isinstance(value, str) and "${" in value else value
-
-
 def _paths(value: Any, path: str = "") -> Iterator[str]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
-        yield _join(path, key)
-        yield from _paths(item, _join(path, key))
-
-
-def _is_meant(mark: re.Match[str]) -> bool:
-    """Whether it is a reference: it is not escaped."""
-    return len(mark["slashes"]) % 2 == 0
-
-
-def _bare(mark: re.Match[str]) -> str:
-    return mark[0][len(mark["slashes"]) :]
-
-
-def _joined(mark: re.Match[str], text: str) -> str:
-    """The text in place of a mark, where backslashes count: they are doubled before another mark."""
-    is_before_mark = _MARK.match(mark.string, mark.end()) is not None
-    end = text[len(text.rstrip("\\")) :] if is_before_mark else ""
-    doubles = _MARK.match(text) or (is_before_mark and end == text)
-    return (mark["slashes"] if doubles else _half(mark)) + text + end
-
-
-def _half(mark: re.Match[str]) -> str:
-    """The backslashes that are meant by those before a mark."""
-    return "\\" * (len(mark["slashes"]) // 2)
-
-
-def _spelled(value: Any) -> str:
-    """A value as YAML spells it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _is_built_by_ranks(path: str) -> bool:
-    return path.partition(".")[0] in _BUILT_BY_RANKS
-
-
-def _is_within(path: str, root: str) -> bool:
-    return path == root or path.startswith(f"{root}.")
-
-
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+        yield join(path, key)
+        yield from _paths(item, join(path, key))

@@ -1,0 +1,1 @@
+"""References between a job's values: `${fit.epochs}`, and `\\${` for the text `${` itself."""
