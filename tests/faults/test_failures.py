@@ -116,7 +116,7 @@ CASES = {
     "SIGSEGV": (2, model("segfault", 0), "SIGSEGV", "SIGSEGV"),
 }
 
-FRESH = {"forward-first-step", "loading-process", "sys.exit-of-3", "SIGKILL-first-step"}  # an interpreter for each rank
+FRESH = {"forward-first-step", "SIGKILL-first-step"}  # an interpreter for each rank
 
 
 TRACKED = "sys.exit-of-3"  # MLflow takes seconds

@@ -110,7 +110,9 @@ def _rank(rank: int, world_size: int, store: str, work: bytes, connection: Conne
         # A file as the store: there is no port for two tests to fight over.
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         function, args = pickle.loads(work)
-        answer = pickle.dumps((None, function(rank, world_size, *args)))
+        # Pictures take four fifths of a small training; those of commands are drawn, and tested.
+        with patch("dtrain.trainer.trainer.draw_fit"):
+            answer = pickle.dumps((None, function(rank, world_size, *args)))
         dist.destroy_process_group()
     except BaseException:
         connection.send_bytes(pickle.dumps((traceback.format_exc(), None)))
