@@ -11,9 +11,11 @@ import torch
 
 from dtrain.errors import UserError, among
 from dtrain.schema.metrics.monitor import monitor_problem
+from dtrain.schema.metrics.sets import value_of
 
 from .data.indexed import Data, IndexedBatches
 from .distributed.world import World
+from .fit.data import FitData
 from .loss.step import Step
 from .metrics.epoch_totals import Tally
 from .predict import unshuffled
@@ -57,17 +59,25 @@ def try_metrics(
         return {}
 
 
+def try_validation(model: Parallel, step: Step, data: FitData, warn: Callable[[str], None]) -> dict[str, Any]:
+    """`try_metrics` of each set to validate on. All ranks take part."""
+    values: dict[str, Any] = {}
+    for each in data.val:
+        values |= try_metrics(model, step, each.given, each.tallies[0], warn)
+    return values
+
+
 def require_reported(
-    monitor: str, tried: Mapping[str, Any], metrics: Collection[str], warn: Callable[[str], None]
+    monitor: str, tried: Mapping[str, Any], data: FitData, metrics: Collection[str], warn: Callable[[str], None]
 ) -> None:
-    """Check a validation monitor again, now that its first samples have been seen.
+    """Check a validation monitor again, now that its set's first samples have been seen.
 
     Raises:
         UserError: it is not a single number.
     """
-    phase, _, metric = monitor.partition("_")
-    name = f"val_{metric}"  # as of the average of the weights
-    if not tried or phase == "train":
+    name = f"val{monitor.removeprefix('ema')}" if monitor.startswith("ema") else monitor  # as of the weights themselves
+    metric = value_of(name, [each.tallies[0].phase for each in data.val])
+    if not metric or name.removesuffix(metric) + "loss" not in tried:
         return
     if isinstance(tried.get(name), list) or (name not in tried and metric in metrics):
         raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")

@@ -60,7 +60,7 @@ class Evaluate(RankRequest):
 
     Attributes:
         weights: the file of them.
-        data: "train", "val" or "test", or a file of features to predict from.
+        data: "train", "val", "test", or "val.NAME" for one of several; or a file of features to predict from.
         out: the file that the predictions go to, .npy or .csv, in a folder that holds nothing else; None: evaluate.
     """
 

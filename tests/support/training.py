@@ -71,7 +71,10 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
     if "batch_size" in job:
         processes = Processes(job.get("workers", 0))
         train = Source(train, job["batch_size"], shuffle=True, processes=processes)
-        val = None if val is None else Source(val, job["batch_size"], shuffle=False, processes=processes)
+        if val is not None:  # one set, or several by their names
+            sets = val.items() if isinstance(val, dict) else [("", val)]
+            sources = {name: Source(each, job["batch_size"], shuffle=False, processes=processes) for name, each in sets}
+            val = sources if isinstance(val, dict) else sources[""]
     try:
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:

@@ -71,12 +71,12 @@ def fit(run: RunDir, job: Job) -> None:
     """Build the job's parts, train, and evaluate the test set. All ranks take part."""
     written, (job, train) = job, settle(job)
     trainer = build_trainer(job)
-    test = None if job.data.test is None else build_source(job, "test", training=False)
+    test = build_sets(job, "test")
     if test is not None:
         require_fit(trainer, test)
     loop = trainer.train(
         train or build_source(job, "train", training=True),
-        None if job.data.val is None else build_source(job, "val", training=False),
+        build_sets(job, "val"),
         epochs=job.fit.epochs,
         steps=job.fit.steps,
         early_stopping={**job.stopping.model_dump(), "monitor": job.monitor},
@@ -209,8 +209,20 @@ def _refusals(path: str, target: Target) -> Iterator[None]:
         raise
 
 
+def build_sets(
+    job: Job, section: str, part: Callable[[Source], Source] = lambda source: source
+) -> Source | dict[str, Source] | None:
+    """The datasets of val or test: one, or several by their names; or that of val.NAME.
+
+    Args:
+        part: what is used of each.
+    """
+    found = {place: part(build_source(job, place, training=False)) for place in job.data.places(section)}
+    return found.get(section) or {place.rpartition(".")[2]: each for place, each in found.items()} or None
+
+
 def build_source(job: Job, name: str, *, training: bool) -> Source:
-    """The dataset of that name in the job, with the job's way of reading it.
+    """The dataset at that place in the job's data, with the job's way of reading it.
 
     What it draws (a random_split) is the same for training and validation, on all ranks and in `dtrain evaluate`.
     """
