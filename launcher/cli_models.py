@@ -8,7 +8,7 @@ from .arguments import GPUS, check_gpus
 
 _WEIGHTS = click.option(
     "--weights",
-    type=click.Choice(["best", "last", "ema"]),
+    type=click.Choice(["best", "last", "ema", "swa"]),
     default="best",
     show_default=True,
     help="Which of the run's weights to load.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from dtrain.errors import UserError, among
 from dtrain.schema.metrics.monitor import monitor_problem
 from dtrain.schema.metrics.sets import value_of
 
-from .data.indexed import Data, IndexedBatches
-from .distributed.world import World
+from .data.first_batch import first_micro_batch
+from .data.indexed import Data
 from .fit.data import FitData
 from .loss.step import Step
 from .metrics.epoch_totals import Tally
-from .predict import unshuffled
 from .strategies.base import Parallel
 
 SAMPLES = 4
@@ -31,22 +29,14 @@ def try_metrics(
 ) -> Mapping[str, Any]:
     """What the tally would report for the first samples, if they suffice; without side effects.
 
-    All ranks take part: each evaluates the model on the same samples. Streams and loaders of the user's own aren't
-    read, since they may not begin anew.
+    All ranks take part: each evaluates the model on the same samples.
 
     Raises:
         UserError: a metric can't take such samples, or fails in a way that more of them would not cure.
     """
-    try:
-        source = unshuffled(data)
-    except UserError:
+    micro_batch = first_micro_batch(data, SAMPLES, model.world.device)
+    if micro_batch is None:
         return {}
-    # In a loading process where there are some: a dataset may open there what can't be handed on to others.
-    processes = replace(source.processes, num_workers=min(1, source.processes.num_workers))
-    source = replace(source, batch_size=min(SAMPLES, source.batch_size or SAMPLES), processes=processes)
-    batches = IndexedBatches(source, World(0, 1, model.world.device), 0, None, fill_empty=False)
-    batch = next(batches.epoch(1))
-    micro_batch = next(batch.micro_batches)
     tally = copy.deepcopy(tally)  # some metrics remember more than `reset` forgets
     with torch.no_grad(), model.preserving_state(), model.evaluating():
         tally.add(model.run(step, micro_batch), micro_batch.samples, 0)

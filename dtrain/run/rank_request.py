@@ -36,9 +36,15 @@ class RankRequest:
 
 @dataclass(frozen=True)
 class Train(RankRequest):
-    """Train to the end, from the last checkpoint if there is one. Exits 75 at a stop."""
+    """Train to the end, from the last checkpoint if there is one. Exits 75 at a stop.
+
+    Attributes:
+        profile: the steps to be profiled, as in `Profiling.of`; None: none.
+    """
 
     entrypoint = "dtrain.trainer.entrypoints.train"
+
+    profile: str | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..agent.scratch_run import new_run, run_request, scratch_folder
 from ..rank.preparation import prepare
 
 HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
-WEIGHTS = ("best", "last", "ema")
+WEIGHTS = ("best", "last", "ema", "swa")
 SETS = ("train", "val", "test")
 TABLES = (".npy", ".csv")
 NEEDED_FOR = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), ".csv": ("pandas",)}
@@ -53,7 +53,7 @@ class Trained:
             UserError: there are none.
         """
         run = self.run_dir
-        files = dict(zip(WEIGHTS, (run.best_weights, run.last_weights, run.ema_weights), strict=True))
+        files = dict(zip(WEIGHTS, (run.best_weights, run.last_weights, run.ema_weights, run.swa_weights), strict=True))
         if not run.job.exists():
             raise UserError(f"{run} holds no run: expected a run folder, such as those under runs/")
         if not files[self.weights].exists():

@@ -68,7 +68,7 @@ class Loop:
         self.validation = Validation(trained, data, self.progress)
         self.agreement = Agreement(self.world, self.progress.heartbeat, each_turn=callbacks.has("on_step_end"))
         self.callbacks = callbacks
-        self.shown = FitContext(run, trained, self.progress, self.agreement)
+        self.shown = FitContext(run, trained, data, self.progress, self.agreement)
         self.saver = Saver(run, trained, data, self.progress, settings, self.agreement, callbacks)
         self.say = say if self.world.is_main else lambda line: None
         is_scaled = trained.precision.name == "fp16"
