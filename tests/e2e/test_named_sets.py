@@ -111,13 +111,15 @@ def test_what_a_script_is_refused(tmp_path, monkeypatch):
     loader = DataLoader(points(8), batch_size=8)
 
     def attempt(val, **options):
-        trainer = Trainer(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
+        metrics = {"acc": Accuracy(task="multiclass", num_classes=2)}
+        trainer = Trainer(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1), metrics, device="cpu")
         trainer.fit(loader, val, epochs=1, run_dir=tmp_path / "run", **options)
 
     for val, options, says in (
         ({"a": loader, "b": loader}, {}, "monitor: missing; with several validation sets, name what"),
         ({"a": loader, "b": loader}, {"monitor": "val_loss"}, "nothing is reported as val_loss; did you mean val_"),
         ({"a": loader, "a b": loader}, {"monitor": "val_a_loss"}, "a set's name consists of letters, digits and '_'"),
+        ({"a": loader, "b": loader}, {"monitor": "val_b_acc"}, "is min, but higher is better for val_b_acc"),
         ({}, {}, "data.val: a dict without a set in it"),
     ):
         with pytest.raises(UserError, match=says):

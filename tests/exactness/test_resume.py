@@ -21,6 +21,7 @@ from torchmetrics import Accuracy
 from torchmetrics.wrappers import MinMaxMetric
 from training import Job, Samples, approximately, differences, epoch_order, final_state, make_loop, train
 
+from dtrain import WeightAveraging
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
 from dtrain.schema.sections import Fsdp
@@ -50,7 +51,7 @@ class Options:
     optimizer: str = "adam"
     strategy: str = "ddp"
     patience: int | None = None
-    sets: bool = False  # two to validate on, and a moving average, which is evaluated on both
+    sets: bool = False  # two to validate on, a moving average, which is evaluated on both, and an equal one
     stop_after_step: int | None = None  # the last rank is asked to stop after this step: all do after the next
     stop_after_validation: int | None = None  # the same, after this batch of a validation
     kill_after_step: int | None = None
@@ -119,7 +120,7 @@ def job(options: Options) -> Job:
     data = Recorded(features, features[:, :CLASSES].argmax(1), noise=0.1 if options.random else 0.0)
     val: Any = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
     if options.sets:
-        trainer |= {"ema": 0.9}
+        trainer |= {"ema": 0.9, "callbacks": [WeightAveraging(4, "3 steps")]}
         val = {"whole": val, "part": Samples(val.features[:11], val.target[:11], noise=data.noise)}
     interrupt(options, net, optimizer)
     fit_options: dict[str, Any] = {"epochs": options.epochs, "patience": options.patience}
@@ -355,6 +356,7 @@ def test_so_has_one_that_validates_on_several_sets(world_size, name, uninterrupt
     continue_to_the_end(tmp_path, world_size, [replace(each, sets=True) for each in SETS[name]], final)
     found = final_state(tmp_path)
     assert differences(found, uninterrupted(world_size, final)) == []
+    assert found["weights"].keys() == {"best.pt", "last.pt", "swa.pt"}
     losses = {name for row in found["rows"] for name in row if name.endswith("_loss")}
     assert losses == {"train_loss", "val_whole_loss", "ema_whole_loss", "val_part_loss", "ema_part_loss"}
     # The training is that of a run with one set.

@@ -122,7 +122,8 @@ def train(world_size: int, folder: Path, make: Callable[..., Job], *args: Any) -
 def final_state(folder: Path) -> dict[str, Any]:
     """All that a run leaves: rows, weights, and the last checkpoint, with each rank's random states."""
     run = RunDir(folder)
-    weights = {path.name: torch.load(path, weights_only=True) for path in (run.best_weights, run.last_weights)}
+    files = [run.best_weights, run.last_weights, *[run.swa_weights] * run.swa_weights.exists()]
+    weights = {path.name: torch.load(path, weights_only=True) for path in files}
     newest = saved(run)[-1]
     assert run.latest.read_text() == f"{newest.name}\n"
     for path in (run.checkpoints, run.best_weights.parent, run.path):

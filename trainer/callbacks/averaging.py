@@ -41,9 +41,14 @@ class WeightAveraging:
             self.on_step_end = self._after_step
 
     def on_start(self, fit: FitContext) -> None:
-        """Refuse what can't be averaged."""
+        """Begin anew, or where the checkpoint has ended; refuse what can't be averaged."""
         if fit.is_sharded:
-            raise UserError("WeightAveraging needs the whole model on each rank: fit.strategy ddp")
+            raise UserError("WeightAveraging needs the whole model on each rank: ddp, or deepspeed up to stage 2")
+        if _batch_norms(fit.model) and fit.steps_per_epoch is None:
+            message = "batch norm's statistics need an epoch of the training data, which has no length"
+            raise UserError(f"WeightAveraging: {message}: give it a __len__, or use a norm without statistics")
+        if fit.step == 0:  # also of another fit
+            self._count, self._averages = 0, {}
         self._averages = {name: each.to(_parameters(fit.model)[name].device) for name, each in self._averages.items()}
 
     def on_epoch_end(self, fit: FitContext) -> None:
@@ -66,7 +71,10 @@ class WeightAveraging:
             return
         with judged(fit.optimizer):
             for name, parameter in _parameters(fit.model).items():
-                average = self._averages.setdefault(name, parameter.detach().clone())
+                if name not in self._averages:
+                    # In 16 bits the sum would soon stand still.
+                    self._averages[name] = parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+                average = self._averages[name]
                 average += (parameter - average) / self._count
 
     def on_end(self, fit: FitContext) -> None:
@@ -104,11 +112,7 @@ class WeightAveraging:
     @torch.no_grad()
     def _refresh_batch_norm(self, fit: FitContext) -> None:
         """All ranks take part: they read the data together, and rank 0 calls the model."""
-        layers: list[Any] = [
-            layer
-            for layer in fit.model.modules()
-            if isinstance(layer, BATCH_NORMS) and layer.training and layer.running_mean is not None
-        ]
+        layers = _batch_norms(fit.model)
         if not layers:
             return
         momenta = [layer.momentum for layer in layers]
@@ -134,6 +138,12 @@ def _interval(name: str, value: int | str) -> Interval:
         expected = "a number of steps above 0, or text such as 10 epochs"
         raise UserError(f"WeightAveraging: {name}: expected {expected}, found {value!r}")
     return found
+
+
+def _batch_norms(model: nn.Module) -> list[Any]:
+    """The layers whose statistics training has moved."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BATCH_NORMS)]
+    return [layer for layer in layers if layer.training and layer.running_mean is not None]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

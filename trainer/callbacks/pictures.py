@@ -133,5 +133,6 @@ def draw(images: Tensor, titles: Sequence[tuple[str, bool]], heading: str) -> Fi
 
 def _drawn(folder: Path, after: int = -1) -> list[tuple[int, Path]]:
     """The pictures of steps after that one, in order."""
-    found = [(int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.png")]
+    numbers = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.png")}
+    found = [(int(number), path) for path, number in numbers.items() if number.isdecimal()]
     return sorted(each for each in found if each[0] > after)

@@ -87,17 +87,17 @@ class FitContext:
     def row(self) -> Row:
         return dict(self._progress.rows[-1]) if self._progress.rows else {}
 
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None where nobody knows, as for a stream."""
+        return self._data.train.num_steps
+
     def training_data(self) -> Iterator[MicroBatch]:
         """This rank's micro-batches of an epoch of the training data, for `on_end`, where no training follows.
 
-        All ranks take part, and go through all of it.
-
-        Raises:
-            UserError: nobody knows how long an epoch is.
+        All ranks take part, and go through all of it. A stream may have no end.
         """
         train = self._data.train
-        if train.num_steps is None:
-            raise UserError("the training data has no length: it may be without an end")
         for number, batch in enumerate(train.epoch(self.epoch), 1):
             yield from batch.micro_batches
             self._progress.beat(Phase.VALIDATING, number, train.num_steps)
