@@ -17,6 +17,7 @@ from dtrain.run.heartbeat import Phase
 from dtrain.stderr import say
 
 from ..checkpoint.codec import require_data
+from ..checks.optimizer_kinds import judged
 from ..data.first_batch import first_micro_batch
 from ..data.indexed import MicroBatch
 from ..distributed.wishes import Agreement, Wish
@@ -119,7 +120,7 @@ class FitContext:
     def evaluating(self) -> Iterator[None]:
         """Around `run`: as in a validation, and without a trace."""
         model = self._trained.model
-        with torch.no_grad(), model.preserving_state(), model.evaluating():
+        with torch.no_grad(), judged(self.optimizer), model.preserving_state(), model.evaluating():
             yield
 
     def validate(self) -> None:
