@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from dtrain.launcher.function import launch
     from dtrain.schema.sections import Fsdp
     from dtrain.trainer import Trainer, load_weights
+    from dtrain.trainer.callbacks.averaging import WeightAveraging
+    from dtrain.trainer.callbacks.pictures import SamplePictures
+    from dtrain.trainer.callbacks.profiler import Profiler
     from dtrain.trainer.fit.callbacks import FitContext
     from dtrain.trainer.loss.losses import FocalLoss, MulticlassFocalLoss, SCELoss, WeightedMean
     from dtrain.trainer.ranks import Ranks
@@ -28,6 +31,9 @@ __all__ = [
     "MulticlassFocalLoss",
     "SCELoss",
     "WeightedMean",
+    "Profiler",
+    "SamplePictures",
+    "WeightAveraging",
     "RanksFailed",
     "UserError",
     "__version__",
@@ -35,6 +41,9 @@ __all__ = [
 _MODULES = {
     "dtrain.trainer": ("Trainer", "load_weights"),
     "dtrain.trainer.loss.losses": ("FocalLoss", "MulticlassFocalLoss", "SCELoss", "WeightedMean"),
+    "dtrain.trainer.callbacks.averaging": ("WeightAveraging",),
+    "dtrain.trainer.callbacks.pictures": ("SamplePictures",),
+    "dtrain.trainer.callbacks.profiler": ("Profiler",),
     "dtrain.trainer.fit.callbacks": ("FitContext",),
     "dtrain.trainer.ranks": ("Ranks",),
     "dtrain.trainer.summary": ("summary",),

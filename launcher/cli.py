@@ -12,6 +12,7 @@ import click
 from dtrain import __version__
 from dtrain.errors import RanksFailed, UserError
 from dtrain.run.folder import EXIT_INTERRUPTED
+from dtrain.run.profiling import Profiling
 from dtrain.stderr import say
 
 from .arguments import GPUS, LaunchCommand, check_gpus
@@ -47,6 +48,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the resolved job without starting anything.")
 @click.option("--show-ranks", default="0", metavar="K,K,..", help="Ranks whose output is shown, or all.")
 @click.option("--max-restarts", type=click.IntRange(0), metavar="N", help="Restart at most N times after failures.")
+@click.option("--profile", metavar="steps=A-B[,ranks=K,..]", help="Trace these steps, for Perfetto (of rank 0).")
 @click.option("--wait-mlflow", is_flag=True, help="Return only when MLflow has received the whole run.")
 @click.option("-m", "--module", is_flag=True, help="JOB is a module, run as by python -m.")
 @click.option(
@@ -69,6 +71,7 @@ def launch(
     dry_run: bool,
     show_ranks: str,
     max_restarts: int | None,
+    profile: str | None,
     wait_mlflow: bool,
     module: bool,
     no_preload: bool,
@@ -90,9 +93,11 @@ def launch(
     if not slurm:
         check_gpus(gpus)
     words = ("-m", job, *arguments) if module else (job, *arguments)
+    if profile is not None:
+        Profiling.of(profile)
     ranks = RankOptions(gpus, not no_preload, max_restarts, show_ranks)
     request = Request(
-        words, ranks, NodeOptions(nodes or 1, node_rank, rendezvous), run_dir, resume, dry_run, wait_mlflow
+        words, ranks, NodeOptions(nodes or 1, node_rank, rendezvous), run_dir, resume, dry_run, wait_mlflow, profile
     )
     if slurm:
         from dtrain.clusters.cluster import named

@@ -8,7 +8,7 @@ from .arguments import GPUS, check_gpus
 
 _WEIGHTS = click.option(
     "--weights",
-    type=click.Choice(["best", "last", "ema"]),
+    type=click.Choice(["best", "last", "ema", "swa"]),
     default="best",
     show_default=True,
     help="Which of the run's weights to load.",
@@ -28,7 +28,7 @@ def summary(job: str, overrides: tuple[str, ...]) -> int:
 @click.command()
 @click.argument("run")
 @click.argument("overrides", nargs=-1)
-@click.option("--data", default="val", show_default=True, help="Which of the job's datasets: train, val or test.")
+@click.option("--data", default="val", show_default=True, help="The job's dataset: train, val, test or val.NAME.")
 @GPUS
 @_WEIGHTS
 def evaluate(run: str, overrides: tuple[str, ...], data: str, gpus: str, weights: str) -> int:
@@ -52,8 +52,8 @@ def evaluate(run: str, overrides: tuple[str, ...], data: str, gpus: str, weights
 def predict(run: str, data: str, overrides: tuple[str, ...], out: str | None, gpus: str, weights: str) -> int:
     """Write RUN's predictions for DATA, one per sample and in order, and print the file's name.
 
-    DATA is train, val or test, a dataset of RUN's job (OVERRIDES may change it: data.val.split=other), or a .npy or
-    .csv file of features with one sample per row.
+    DATA is train, val, test or val.NAME, a dataset of RUN's job (OVERRIDES may change it: data.val.split=other), or a
+    .npy or .csv file of features with one sample per row.
     """
     from .commands.evaluate import Trained, predict
 

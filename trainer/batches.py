@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from dtrain.errors import UserError
+from dtrain.errors import Problem, UserError
+from dtrain.schema.metrics.sets import clash, name_problem
 
 from .checks.agreement import require_same_data
 from .data.indexed import Batches, Data, IndexedBatches, Source
@@ -14,6 +16,23 @@ from .data.ready_batches import ReadyBatches
 from .distributed.world import World
 from .streams.batches import StreamBatches
 from .streams.shares import LoaderShares, StreamShares
+
+Sets = Data | Mapping[str, Data]  # what to evaluate on: one set, or several by their names
+
+
+def by_phase(given: Sets | None, phase: str, metrics: Collection[str] = ()) -> dict[str, Data]:
+    """The sets, by what begins the names of their values: val, or val_NAME for each of several; none of None.
+
+    Raises:
+        UserError: a name that a set can't have, or can't have beside these metrics.
+    """
+    if not isinstance(given, Mapping):
+        return {} if given is None else {phase: given}
+    sets = {f"{phase}_{name}": each for name, each in given.items()}
+    problem = name_problem(given) or clash(sets, metrics) if given else "a dict without a set in it"
+    if problem is not None:
+        raise UserError(Problem(problem, f"data.{phase}"))
+    return sets
 
 
 def batches_of(

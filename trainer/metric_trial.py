@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dtrain.errors import UserError, among
 from dtrain.schema.metrics.monitor import monitor_problem
+from dtrain.schema.metrics.sets import value_of
 
-from .data.indexed import Data, IndexedBatches
-from .distributed.world import World
+from .data.first_batch import first_micro_batch
+from .data.indexed import Data
+from .fit.data import FitData
 from .loss.step import Step
 from .metrics.epoch_totals import Tally
-from .predict import unshuffled
 from .strategies.base import Parallel
 
 SAMPLES = 4
@@ -29,22 +29,14 @@ def try_metrics(
 ) -> Mapping[str, Any]:
     """What the tally would report for the first samples, if they suffice; without side effects.
 
-    All ranks take part: each evaluates the model on the same samples. Streams and loaders of the user's own aren't
-    read, since they may not begin anew.
+    All ranks take part: each evaluates the model on the same samples.
 
     Raises:
         UserError: a metric can't take such samples, or fails in a way that more of them would not cure.
     """
-    try:
-        source = unshuffled(data)
-    except UserError:
+    micro_batch = first_micro_batch(data, SAMPLES, model.world.device)
+    if micro_batch is None:
         return {}
-    # In a loading process where there are some: a dataset may open there what can't be handed on to others.
-    processes = replace(source.processes, num_workers=min(1, source.processes.num_workers))
-    source = replace(source, batch_size=min(SAMPLES, source.batch_size or SAMPLES), processes=processes)
-    batches = IndexedBatches(source, World(0, 1, model.world.device), 0, None, fill_empty=False)
-    batch = next(batches.epoch(1))
-    micro_batch = next(batch.micro_batches)
     tally = copy.deepcopy(tally)  # some metrics remember more than `reset` forgets
     with torch.no_grad(), model.preserving_state(), model.evaluating():
         tally.add(model.run(step, micro_batch), micro_batch.samples, 0)
@@ -57,17 +49,25 @@ def try_metrics(
         return {}
 
 
+def try_validation(model: Parallel, step: Step, data: FitData, warn: Callable[[str], None]) -> dict[str, Any]:
+    """`try_metrics` of each set to validate on. All ranks take part."""
+    values: dict[str, Any] = {}
+    for each in data.val:
+        values |= try_metrics(model, step, each.given, each.tallies[0], warn)
+    return values
+
+
 def require_reported(
-    monitor: str, tried: Mapping[str, Any], metrics: Collection[str], warn: Callable[[str], None]
+    monitor: str, tried: Mapping[str, Any], data: FitData, metrics: Collection[str], warn: Callable[[str], None]
 ) -> None:
-    """Check a validation monitor again, now that its first samples have been seen.
+    """Check a validation monitor again, now that its set's first samples have been seen.
 
     Raises:
         UserError: it is not a single number.
     """
-    phase, _, metric = monitor.partition("_")
-    name = f"val_{metric}"  # as of the average of the weights
-    if not tried or phase == "train":
+    name = f"val{monitor.removeprefix('ema')}" if monitor.startswith("ema") else monitor  # as of the weights themselves
+    metric = value_of(name, [each.tallies[0].phase for each in data.val])
+    if not metric or name.removesuffix(metric) + "loss" not in tried:
         return
     if isinstance(tried.get(name), list) or (name not in tried and metric in metrics):
         raise UserError(f"monitor: {monitor_problem(name, {name: tried})}")

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dtrain.errors import UserError
 
 from .checks.agreement import require_same_data
-from .data.indexed import Data, IndexedBatches, MicroBatch, Source
+from .data.first_batch import unshuffled
+from .data.indexed import Data, IndexedBatches, MicroBatch
 from .distributed.world import World
 from .loss.step import Outcome, Step, describe
 from .strategies.base import Parallel
-
-
-def unshuffled(data: Data) -> Source:
-    """The same samples, in the order of their indices.
-
-    Raises:
-        UserError: samples without indices, or others than all.
-    """
-    if isinstance(data, DataLoader):
-        data = Source.of(data)
-    if not isinstance(data, Source) or data.is_stream:
-        name = type(data.dataset if isinstance(data, Source) else data).__name__
-        raise UserError(f"{name} has no order: predict needs a DataLoader over a dataset with indices")
-    chosen_by = data.sampling.chosen_by
-    if chosen_by is not None or data.batch_size is None or data.drop_last:
-        what = "drop_last" if data.drop_last else "batch_size=None" if chosen_by is None else type(chosen_by).__name__
-        raise UserError(
-            f"predict returns a row for each sample of {type(data.dataset).__name__}, in order: it needs a "
-            f"DataLoader with a batch_size and without {what}"
-        )
-    return replace(data, shuffle=False)
 
 
 def predict_features(model: nn.Module, micro_batch: MicroBatch) -> Outcome:

@@ -19,7 +19,7 @@ from dtrain.schema.sections import Fsdp
 from dtrain.schema.strategies import STRATEGIES
 from dtrain.stderr import say
 
-from .batches import batches_of
+from .batches import Sets, batches_of, by_phase
 from .checks.agreement import require_same_settings
 from .checks.arguments import (
     require_loss,
@@ -37,9 +37,9 @@ from .distributed.seeds import be_deterministic, derive_seed, rng_kept
 from .distributed.world import join_world
 from .fit.cadence import Cadence
 from .fit.callbacks import Callbacks
-from .fit.data import FitData
+from .fit.data import FitData, ValidationSet
 from .fit.description import alike, full_name, job_of
-from .fit.evaluation import evaluate_batch, gather_values
+from .fit.evaluation import evaluate_all, gather_values
 from .fit.loop import Loop
 from .fit.pictures import draw_fit
 from .fit.sample_mixing import look_for_mixing
@@ -47,9 +47,9 @@ from .fit.scheduling import scheduling_of_fit
 from .fit.trained import Trained
 from .fit_folder import continues, fit_folder
 from .loss.step import Step, UserStep, supervised_step, user_step
-from .metric_trial import require_reported, try_metrics
+from .metric_trial import require_reported, try_validation
 from .metrics.early_stopping import Best
-from .metrics.phases import PhaseMetrics, require_monitor
+from .metrics.phases import PhaseMetrics, monitor_of, require_monitor
 from .model.activation_checkpointing import recompute_activations
 from .model.learned_loss import LearnedLoss
 from .model.loading import begin_from
@@ -231,7 +231,7 @@ class Trainer:
     def fit(
         self,
         train_data: Data,
-        val_data: Data | None = None,
+        val_data: Sets | None = None,
         epochs: int | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         patience: int | None = None,
@@ -252,9 +252,10 @@ class Trainer:
         last step left it; the best epoch's weights are in the run folder, and in `ckpt_path` where one is given.
 
         Args:
+            val_data: what to validate on, or a dict of several sets by their names: val_NAME_loss, val_NAME_acc.
             epochs, steps: passes over the data, and optimizer steps: what ends first; by default 10 epochs.
             patience: how many times in succession `monitor` is reported without being better before training ends.
-            monitor: by default val_loss, else train_loss.
+            monitor: by default val_loss, else train_loss; to be given with several sets to validate on.
             min_delta: the least improvement that counts for `patience`.
             threshold: training ends as soon as `monitor` is as good as this.
             stop_on_nan: training ends as soon as `monitor` is nan or infinite.
@@ -280,7 +281,7 @@ class Trainer:
     def train(
         self,
         train_data: Data,
-        val_data: Data | None,
+        val_data: Sets | None,
         *,
         epochs: int | None = None,
         steps: int | None = None,
@@ -295,7 +296,7 @@ class Trainer:
         if self.optimizer is None:
             raise UserError("Trainer needs an optimizer to fit")
         stopping = dict(early_stopping or {})
-        stopping["monitor"] = stopping.get("monitor") or ("val_loss" if val_data is not None else "train_loss")
+        stopping["monitor"] = monitor_of(stopping.get("monitor"), [*by_phase(val_data, "val")])
         settings = self.settings.of_fit(epochs=epochs, steps=steps, early_stopping=stopping, seed=self.seed)
         assert settings.fit.early_stopping is not None
         require_rates(self.optimizer)
@@ -304,14 +305,13 @@ class Trainer:
         best = Best(settings.fit.early_stopping)
         data = self._data(train_data, val_data)
         require_monitor(best.monitor, data.tallies, may_log=self._has_own_step)
-        self.metrics.require_mode(best)
-        cadence = Cadence(settings, validates=val_data is not None, num_steps=data.train.num_steps)
+        self.metrics.require_mode(best, data.tallies)
+        cadence = Cadence(settings, validates=bool(data.val), num_steps=data.train.num_steps)
         scheduling = scheduling_of_fit(
             self.scheduling, best, data, settings.fit, self.metrics, self._warn, may_log=self._has_own_step
         )
-        require_same_settings(
-            self.world, alike(settings, self._made_by, self.optimizer, scheduling, self.metrics.by_name)
-        )
+        parts = alike(settings, self._made_by, self.optimizer, scheduling, data, self.metrics.by_name)
+        require_same_settings(self.world, parts)
         update = Update(self.model, self.optimizer, self.precision, settings.fit, self._say)
         self.model.begin_fit()
         given = self._run_dir if run_dir is None else run_dir
@@ -320,10 +320,10 @@ class Trainer:
             ema = None if self.ema is None else Ema(self.net, self.ema)
             trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
             loop = Loop(run, trained, data, settings, best, cadence, self._callbacks)
-            if val_data is not None and (self.metrics.by_name or self._has_own_step):
-                tried = try_metrics(self.model, self.step, val_data, data.val_tallies[0], self._warn)
+            if self.metrics.by_name or self._has_own_step:
+                tried = try_validation(self.model, self.step, data, self._warn)
                 for name in dict.fromkeys((best.monitor, scheduling.monitor)):
-                    require_reported(name, tried, self.metrics.by_name, self._warn)
+                    require_reported(name, tried, data, self.metrics.by_name, self._warn)
             if self.world.world_size > 1 or self.micro_batch_size is not None:
                 is_coarse = trained.is_coarse
                 look_for_mixing(self.model, self.step, train_data, self.seed, self._warn, is_coarse=is_coarse)
@@ -331,28 +331,28 @@ class Trainer:
         self.seed = derive_seed("fit", self.seed)  # another fit goes on with this model, in another order
         return loop
 
-    def _data(self, train_data: Data, val_data: Data | None) -> FitData:
+    def _data(self, train_data: Data, val_data: Sets | None) -> FitData:
         """What a fit reads and adds up. All ranks take part, to see that they were given the same."""
         train, tally = self._batches(train_data, training=True), self.metrics.tally
-        if val_data is None:
-            return FitData(train, tally("train", training=True))
-        val_tallies = [tally("val")] + [tally("ema")] * (self.ema is not None)
-        return FitData(train, tally("train", training=True), self._batches(val_data, training=False), val_tallies)
+        val = []
+        for phase, each in by_phase(val_data, "val", self.metrics.by_name).items():
+            tallies = [tally(phase)] + [tally(phase.replace("val", "ema", 1))] * (self.ema is not None)
+            val.append(ValidationSet(each, self._batches(each, training=False), tallies))
+        return FitData(train, tally("train", training=True), val)
 
     def draw(self, loop: Loop) -> None:
         """Pictures of a run that is over, in its folder. Rank 0 alone does it."""
         if self.world.is_main:
-            draw_fit(loop.saver.run, loop.progress, self.metrics.by_name)
+            draw_fit(loop.saver.run, loop.progress, loop.data.tallies, self.metrics.by_name)
 
-    def evaluate(self, data: Data, name: str = "val") -> dict[str, Any]:
+    def evaluate(self, data: Sets, name: str = "val") -> dict[str, Any]:
         """Loss and metrics of the model as it is (NAME_loss, NAME_*), each sample counted once. All ranks take part."""
-        tally = self.metrics.tally(name)
-        batches = self._batches(data, training=False)
+        sets = [(each, self.metrics.tally(phase)) for phase, each in by_phase(data, name, self.metrics.by_name).items()]
         self.model.share_buffers()
-        with self.precision.in_force(), self.model.evaluating():
-            for i, batch in enumerate(batches.epoch(1)):
-                evaluate_batch(self.model, self.step, batch, tally, i)
-        return self.world.from_main(gather_values(self.world, [tally]))
+        with self.precision.in_force():
+            for each, tally in sets:
+                evaluate_all(self.model, self.step, self._batches(each, training=False), tally)
+        return self.world.from_main(gather_values(self.world, [tally for _, tally in sets]))
 
     def predict(self, data: Data) -> Tensor:
         """The model's predictions for each sample once, in the order of the dataset's indices: [N, ...], on the CPU.

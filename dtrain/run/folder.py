@@ -44,6 +44,9 @@ class RunDir(Locked):
         self.best_weights = self.path / "weights" / "best.pt"
         self.last_weights = self.path / "weights" / "last.pt"
         self.ema_weights = self.path / "weights" / "ema.pt"
+        self.swa_weights = self.path / "weights" / "swa.pt"
+        self.pictures = self.path / "pictures"
+        self.profile = self.path / "profile"
         self.test = self.path / "test.json"  # the best weights' results on the test set, by their names
         self.plots = self.path / "plots"
         self.answer = self.path / "answer.txt"  # from ranks that serve a command rather than train

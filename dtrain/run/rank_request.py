@@ -36,9 +36,15 @@ class RankRequest:
 
 @dataclass(frozen=True)
 class Train(RankRequest):
-    """Train to the end, from the last checkpoint if there is one. Exits 75 at a stop."""
+    """Train to the end, from the last checkpoint if there is one. Exits 75 at a stop.
+
+    Attributes:
+        profile: the steps to be profiled, as in `Profiling.of`; None: none.
+    """
 
     entrypoint = "dtrain.trainer.entrypoints.train"
+
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Evaluate(RankRequest):
 
     Attributes:
         weights: the file of them.
-        data: "train", "val" or "test", or a file of features to predict from.
+        data: "train", "val", "test", or "val.NAME" for one of several; or a file of features to predict from.
         out: the file that the predictions go to, .npy or .csv, in a folder that holds nothing else; None: evaluate.
     """
 

@@ -9,6 +9,7 @@ from dtrain.errors import Problem
 from dtrain.schema import sbatch
 from dtrain.schema.job import Job, ScriptJob
 from dtrain.schema.metrics.monitor import monitor_problem
+from dtrain.schema.metrics.sets import clash, monitor_missing, phase_of
 from dtrain.schema.sections import Fit, Slurm
 from dtrain.schema.strategies import STRATEGIES
 
@@ -47,6 +48,11 @@ def contradictions(job: Job) -> list[Problem]:
         problems.append(Problem(message, "scheduler._target_"))
     if job.fit.validate_every != "epoch" and not job.data.val:
         problems.append(Problem("there is nothing to validate: give data.val", "fit.validate_every"))
+    for section in ("val", "test"):
+        if problem := clash([phase_of(place) for place in job.data.places(section)], job.metrics):
+            problems.append(Problem(problem, f"data.{section}"))
+    if job.stopping.monitor is None and (missing := monitor_missing(job.val_phases)):
+        problems.append(Problem(missing, "fit.early_stopping.monitor"))
     problems += [each for path, name in job.monitors.items() for each in _wrong_monitor(job, name, path)]
     problems += _wrong_plateau(job)
     settings = [("optimizer", job.optimizer.arguments)]

@@ -16,6 +16,7 @@ from dtrain.references.marks import about_the_run, fill
 from dtrain.schema.job import Job, LoadedJob
 from dtrain.schema.metrics.logits import guesses_logits
 from dtrain.schema.metrics.monitor import monitor_problem
+from dtrain.schema.metrics.sets import value_of
 from dtrain.schema.metrics.unfit import why_unfit
 from dtrain.schema.metrics.values import values_of_no_sample
 from dtrain.schema.sections import MetricTarget, Target
@@ -329,10 +330,10 @@ def _check_monitors(job: Job, name: str, metric: object) -> list[Problem]:
     """What is wrong with a monitor that means this metric, by the names of its values."""
     problems = []
     for path, monitor in job.monitors.items():
-        phase, _, value = monitor.partition("_")
+        value = value_of(monitor, job.phases)
         if value == name or value.startswith(f"{name}_"):
-            values = values_of_no_sample(monitor[: len(phase) + 1] + name, metric)
-            known = {**job.reported, f"{phase}_{name}": values}
+            reported = monitor.removesuffix(value) + name
+            known = {**job.reported, reported: values_of_no_sample(reported, metric)}
             if problem := monitor_problem(monitor, known):
                 problems.append(Problem(problem, path))
     return problems

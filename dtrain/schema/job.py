@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from dtrain.errors import Problem
 from dtrain.run.folder import RunDir
+from dtrain.schema.metrics.sets import default_monitor, phase_of
 from dtrain.schema.sections import (
     Checkpoint,
     Data,
@@ -94,15 +95,27 @@ class Job(Section):
     @property
     def monitor(self) -> str:
         """The reported value that decides which weights are best."""
-        return self.stopping.monitor or ("val_loss" if self.data.val else "train_loss")
+        return self.stopping.monitor or default_monitor(self.val_phases)
+
+    @property
+    def val_phases(self) -> list[str]:
+        """What begins the names of a validation's values: val, or val_NAME for each of several sets."""
+        return [phase_of(place) for place in self.data.places("val")]
+
+    @property
+    def phases(self) -> list[str]:
+        """What begins the names of all that is reported while it trains."""
+        averages = [phase.replace("val", "ema", 1) for phase in self.val_phases if self.fit.ema]
+        return ["train", *self.val_phases, *averages]
 
     @property
     def reported(self) -> dict[str, dict[str, float] | None]:
         """The values that an epoch may report, which a monitor may name: see `monitor_problem`."""
-        train = [f"train_{name}" for name, metric in self.metrics.items() if metric.train is not False]
-        phases = ["val"] * bool(self.data.val) + ["ema"] * bool(self.data.val and self.fit.ema)
-        names = ["train_loss", *train, *(f"{phase}_{name}" for phase in phases for name in ["loss", *self.metrics])]
-        return {name: {name: 0.0} if name.partition("_")[2] == "loss" else None for name in names}
+        found: dict[str, dict[str, float] | None] = {f"{phase}_loss": {f"{phase}_loss": 0.0} for phase in self.phases}
+        for name, metric in self.metrics.items():
+            phases = [phase for phase in self.phases if phase != "train" or metric.train is not False]
+            found |= dict.fromkeys(f"{phase}_{name}" for phase in phases)
+        return found
 
     @property
     def monitors(self) -> dict[str, str]:

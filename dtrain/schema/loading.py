@@ -42,6 +42,8 @@ _SALVAGE_DEPTHS = {"model": 1, "init_from": 1, "loss": 1, "step": 1, "optimizer"
 _DRAWN_FROM = {
     "loss": ("loss", "step"),
     "step": ("loss", "step"),
+    "data.val": ("metrics", "data.val"),
+    "data.test": ("metrics", "data.test"),
     "fit.early_stopping.monitor": ("metrics", "data.val", "fit.early_stopping"),
     "scheduler.monitor": ("metrics", "data.val", "fit.early_stopping", "scheduler"),
     "scheduler": ("metrics", "data.val", "fit.early_stopping", "scheduler"),

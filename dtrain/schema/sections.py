@@ -7,12 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import HANG_TIMEOUT_S
 from dtrain.schema import sbatch
 from dtrain.schema.interval import Duration, Every, StepsOrEpochs
+from dtrain.schema.metrics.sets import name_problem
 
 
 def _check_metric_name(name: str) -> str:
@@ -101,13 +112,34 @@ class OptimizerTarget(Target):
     groups: list[Group] = Field(default_factory=list, description="Parameter groups with their own settings.")
 
 
+def _check_set_names(sets: dict[str, Target]) -> dict[str, Target]:
+    if problem := name_problem(sets):
+        raise ValueError(problem)
+    return sets
+
+
+def _kind_of_sets(value: object) -> str:
+    if not isinstance(value, dict) or "_target_" in value:
+        return "[one]"
+    return "[several]" if any(isinstance(each, dict | Target) for each in value.values()) else "[one]"
+
+
+# A dataset, or several by their names.
+Datasets = Annotated[
+    Annotated[Target, Tag("[one]")] | Annotated[dict[str, Target], AfterValidator(_check_set_names), Tag("[several]")],
+    Discriminator(_kind_of_sets),
+]
+
+
 class Data(Section):
     """Datasets, and how they are read and batched."""
 
     train: Target = Field(description="The training dataset.")
-    val: Target | None = Field(default=None, description="The validation dataset.")
-    test: Target | None = Field(
-        default=None, description="The test dataset, evaluated once: when training is over, with the best weights."
+    val: Datasets | None = Field(default=None, description="The validation dataset, or several by their names.")
+    test: Datasets | None = Field(
+        default=None,
+        description="The test dataset, or several by their names, evaluated once: when training is over, with the best "
+        "weights.",
     )
     batch_size: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     workers: int = Field(default=0, ge=0, description="Loading processes per rank.")
@@ -119,9 +151,18 @@ class Data(Section):
 
     @property
     def sets(self) -> dict[str, Target]:
-        """The datasets that the job has, by the names that begin their results' names: val_loss."""
-        found = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: target for name, target in found.items() if target is not None}
+        """The datasets that the job has, by their places: train, and val, or val.NAME for each of several."""
+        found = {"train": self.train}
+        for place, given in (("val", self.val), ("test", self.test)):
+            if isinstance(given, Target):
+                found[place] = given
+            elif given is not None:
+                found |= {f"{place}.{name}": target for name, target in given.items()}
+        return found
+
+    def places(self, section: str) -> list[str]:
+        """The places of the datasets in a section: of val, or of val.NAME, which is one of them."""
+        return [place for place in self.sets if place == section or place.startswith(f"{section}.")]
 
 
 class InitFrom(Section):
@@ -156,7 +197,8 @@ class EarlyStopping(Section):
 
     monitor: str | None = Field(
         default=None,
-        description="A reported value, such as val_acc; default: val_loss if there is data.val, else train_loss.",
+        description="A reported value, such as val_acc; default: val_loss if there is data.val, else train_loss. "
+        "Required where there are several validation sets.",
     )
     mode: Literal["min", "max"] = Field(default="min", description="Whether a lower or a higher value is better.")
     patience: PositiveInt | None = Field(

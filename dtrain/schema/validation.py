@@ -93,8 +93,8 @@ def _fields(job: type[Section], path: Sequence[str]) -> list[str]:
 
 
 def dotted(error: ErrorDetails) -> str:
-    """The key it is about."""
-    return ".".join(str(part) for part in error["loc"] if part != "[key]")
+    """The key it is about; what pydantic and our unions add to it is in brackets."""
+    return ".".join(str(part) for part in error["loc"] if not str(part).startswith("["))
 
 
 def shown(value: object) -> str:

@@ -22,7 +22,7 @@ from ..agent.scratch_run import new_run, run_request, scratch_folder
 from ..rank.preparation import prepare
 
 HERE = ("launch.device=auto",)  # a run's job.yaml has the device that it ran on
-WEIGHTS = ("best", "last", "ema")
+WEIGHTS = ("best", "last", "ema", "swa")
 SETS = ("train", "val", "test")
 TABLES = (".npy", ".csv")
 NEEDED_FOR = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",), ".csv": ("pandas",)}
@@ -53,7 +53,7 @@ class Trained:
             UserError: there are none.
         """
         run = self.run_dir
-        files = dict(zip(WEIGHTS, (run.best_weights, run.last_weights, run.ema_weights), strict=True))
+        files = dict(zip(WEIGHTS, (run.best_weights, run.last_weights, run.ema_weights, run.swa_weights), strict=True))
         if not run.job.exists():
             raise UserError(f"{run} holds no run: expected a run folder, such as those under runs/")
         if not files[self.weights].exists():
@@ -79,8 +79,10 @@ class Trained:
 def evaluate(trained: Trained, data: str, gpus: str) -> int:
     """Print loss and metrics of a run's model on one of its datasets, as JSON."""
     weights, loaded = trained.file, trained.load()
-    if data not in SETS:
-        raise UserError(f"--data {data}: expected one of the job's datasets; {among(data, SETS)}")
+    sets = loaded.job.data.sets
+    if data not in SETS and data not in sets:
+        known = list(dict.fromkeys([*SETS, *sets]))
+        raise UserError(f"--data {data}: expected one of the job's datasets; {among(data, known)}")
     _require_set(loaded, data, "evaluate on")
     print(_ask(Evaluate(trained.code, str(weights), data), loaded, gpus))
     return 0
@@ -89,12 +91,15 @@ def evaluate(trained: Trained, data: str, gpus: str) -> int:
 def predict(trained: Trained, data: str, out: str | None, gpus: str) -> int:
     """Write the predictions of a run's model for one of its datasets, or for a file of features."""
     weights, loaded = trained.file, trained.load()
-    if data in SETS:
+    sets = loaded.job.data.sets
+    if data in SETS or data in sets:
         _require_set(loaded, data, "predict from")
+        if data not in sets:
+            raise UserError(f"data.{data} has several sets; name one: {', '.join(loaded.job.data.places(data))}")
     else:
         file = Path(data)
         if file.suffix not in TABLES:
-            hint = did_you_mean(data, SETS) or f"or one of the job's datasets: {', '.join(SETS)}"
+            hint = did_you_mean(data, [*SETS, *sets]) or f"or one of the job's datasets: {', '.join(SETS)}"
             raise UserError(f"{data}: expected features in a file, {' or '.join(TABLES)}, {hint}")
         if not file.is_file():
             raise UserError(f"{data}: no such file")
@@ -133,7 +138,7 @@ def summary(path: str, overrides: Sequence[str]) -> int:
 
 def _require_set(loaded: LoadedJob, data: str, purpose: str) -> None:
     """Raise UserError if the job has no such dataset."""
-    if data not in loaded.job.data.sets:
+    if not loaded.job.data.places(data):
         raise UserError(f"the job has no data.{data} to {purpose}; set one: data.{data}._target_=module.function")
 
 

@@ -16,6 +16,7 @@ from dtrain.gpus import DEVICE_VARIABLE
 from dtrain.monitoring.tracking_uri import hand_on
 from dtrain.names import hidden_modules, short
 from dtrain.run.folder import EXIT_INTERRUPTED, EXIT_STOPPED, RunDir
+from dtrain.run.profiling import Profiling
 from dtrain.run.rank_request import Train
 from dtrain.schema.packages import require_for
 from dtrain.stderr import say
@@ -42,6 +43,7 @@ def launch(request: Request) -> int:
     """
     request.nodes.check()
     if request.is_script:
+        request.require_no_profile()
         require_for()
         return _launch_script(request)
     from dtrain.schema.job import LoadedScript
@@ -51,7 +53,10 @@ def launch(request: Request) -> int:
     loaded = load(request.target, request.arguments)
     require_for(loaded)
     hand_on(loaded.job.mlflow.tracking_uri)
-    return _launch_script_job(request, loaded) if isinstance(loaded, LoadedScript) else _launch_job(request, loaded)
+    if isinstance(loaded, LoadedScript):
+        request.require_no_profile()
+        return _launch_script_job(request, loaded)
+    return _launch_job(request, loaded)
 
 
 # -- a job ---------------------------------------------------------------------------------------
@@ -66,13 +71,15 @@ def _launch_job(request: Request, loaded: LoadedJob) -> int:
     code = run.code if continues else loaded.folder
     preload = request.ranks.preload and not request.dry_run
     ready = prepare(loaded, code, request.ranks.gpus, preload=preload, begins=not continues)
+    if request.profile is not None:
+        Profiling.of(request.profile).require_ranks(request.nodes.count * ready.num_ranks)
     if request.dry_run:
         print(ready.job, end="")
         say(f"would train on {ready}, in {run}")
         return 0
     if ready.device == "cuda":
         flight_recorder.record(os.environ)
-    train = Train(str(code.absolute()))
+    train = Train(str(code.absolute()), request.profile)
     task = Task(
         str(run),
         "job",

@@ -83,6 +83,7 @@ class Request:
     resume: bool = False
     dry_run: bool = False
     wait_mlflow: bool = False  # return only when it has all of the run
+    profile: str | None = None  # steps, and on which ranks: see `Profiling`
 
     @property
     def is_module(self) -> bool:
@@ -100,6 +101,14 @@ class Request:
     @property
     def is_script(self) -> bool:
         return self.is_module or self.target.endswith(".py")
+
+    def require_no_profile(self) -> None:
+        """Raise UserError where a script is to be profiled, whose steps nobody knows but itself."""
+        if self.profile is not None:
+            raise UserError(
+                f"--profile {self.profile} is for a job with a model; a script's Trainer takes "
+                "callbacks=[dtrain.Profiler(first, last)]; if it is the script's own option, write -- before it"
+            )
 
     def continuation(self, run: RunDir) -> str:
         """The command that continues the run: the same request, overrides included, since the job must be the same."""

@@ -95,13 +95,14 @@ def _changed(file: Path) -> float:
 
 
 def _result(run: RunDir) -> str:
-    """The last epoch's monitored value if the job names one, else its val_loss or train_loss."""
+    """The last epoch's monitored value if the job names one, else the loss of its validation or training."""
     monitor = None
     with contextlib.suppress(OSError, ValueError):
         monitor = _MONITOR.search(run.job.read_text(encoding="utf-8"))
     with contextlib.suppress(OSError):
         row = run.last_row() or {}
-        for name in (monitor[1] if monitor else "", "val_loss", "train_loss"):
+        losses = [name for name in row if name.startswith("val_") and name.endswith("_loss")]
+        for name in (monitor[1] if monitor else "", "val_loss", *losses, "train_loss"):
             if isinstance(value := row.get(name), int | float):
                 return f"{name} {value:.4g}"
     return "-"

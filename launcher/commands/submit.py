@@ -36,6 +36,8 @@ def submit_run(request: Request, cluster: Cluster, *, wait: bool) -> int:
         UserError: the request is wrong, or the cluster refuses it; nothing was submitted, and no new folder is left.
     """
     loaded = None if request.is_script else load(request.target, request.arguments)
+    if not isinstance(loaded, LoadedJob):
+        request.require_no_profile()
     wanted = submittable(request, loaded)
     job = wanted.job
     run = find_run(request, wanted.name)
@@ -73,6 +75,8 @@ def submittable(request: Request, loaded: LoadedJob | LoadedScript | None) -> Su
     """
     nodes, ranks = request.nodes.count, request.ranks
     options = ["--show-ranks", ranks.show, *(["--no-preload"] * (not ranks.preload))]
+    if request.profile is not None:
+        options += ["--profile", request.profile]
     if ranks.max_restarts is not None:
         options += ["--max-restarts", str(ranks.max_restarts)]
     if loaded is not None:

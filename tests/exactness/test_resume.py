@@ -21,6 +21,7 @@ from torchmetrics import Accuracy
 from torchmetrics.wrappers import MinMaxMetric
 from training import Job, Samples, approximately, differences, epoch_order, final_state, make_loop, train
 
+from dtrain import WeightAveraging
 from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.run.heartbeat import Heartbeat
 from dtrain.schema.sections import Fsdp
@@ -50,6 +51,7 @@ class Options:
     optimizer: str = "adam"
     strategy: str = "ddp"
     patience: int | None = None
+    sets: bool = False  # two to validate on, a moving average, which is evaluated on both, and an equal one
     stop_after_step: int | None = None  # the last rank is asked to stop after this step: all do after the next
     stop_after_validation: int | None = None  # the same, after this batch of a validation
     kill_after_step: int | None = None
@@ -116,9 +118,13 @@ def job(options: Options) -> Job:
     trainer |= {"checkpoint_every": options.checkpoint_every, "strategy": STRATEGIES[options.strategy]}
     features, val_features = torch.randn(NUM_SAMPLES, 5), torch.randn(29, 5)
     data = Recorded(features, features[:, :CLASSES].argmax(1), noise=0.1 if options.random else 0.0)
-    val = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
+    val: Any = Samples(val_features, val_features[:, :CLASSES].argmax(1), noise=data.noise)
+    if options.sets:
+        trainer |= {"ema": 0.9, "callbacks": [WeightAveraging(4, "3 steps")]}
+        val = {"whole": val, "part": Samples(val.features[:11], val.target[:11], noise=data.noise)}
     interrupt(options, net, optimizer)
     fit_options: dict[str, Any] = {"epochs": options.epochs, "patience": options.patience}
+    fit_options |= {"monitor": "ema_part_loss"} if options.sets else {}
     if options.in_steps:
         trainer |= {"validate_every": 3, "report_every": "2 steps"}
         fit_options |= {"epochs": None, "steps": 10}
@@ -335,6 +341,28 @@ def test_so_has_one_that_counts_steps(world_size, name, uninterrupted, tmp_path)
         *((8, "train"), (9, "val"), (10, "train+val")),
     ]
     assert differences(found, uninterrupted(world_size, final)) == []
+
+
+SETS = {
+    # Each rank evaluates 4 batches of the first set, the same with the average, and 2 of the second.
+    "stop in the second set": [Options(stop_after_validation=9), Options(stop_after_validation=11)],
+    "kill in the save after it": [Options(kill_in_save=2)],
+}
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(1 + i, name) for i, name in enumerate(SETS)])
+def test_so_has_one_that_validates_on_several_sets(world_size, name, uninterrupted, tmp_path):
+    final = Options(sets=True)
+    continue_to_the_end(tmp_path, world_size, [replace(each, sets=True) for each in SETS[name]], final)
+    found = final_state(tmp_path)
+    assert differences(found, uninterrupted(world_size, final)) == []
+    assert found["weights"].keys() == {"best.pt", "last.pt", "swa.pt"}
+    losses = {name for row in found["rows"] for name in row if name.endswith("_loss")}
+    assert losses == {"train_loss", "val_whole_loss", "ema_whole_loss", "val_part_loss", "ema_part_loss"}
+    # The training is that of a run with one set.
+    assert [row["train_loss"] for row in found["rows"]] == [
+        row["train_loss"] for row in uninterrupted(world_size, Options())["rows"]
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

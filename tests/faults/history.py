@@ -24,7 +24,7 @@ class History:
 
     Attributes:
         rows: what metrics.jsonl says, but for how fast it was.
-        weights: last.pt and best.pt.
+        weights: last.pt, best.pt and swa.pt.
         seen: the micro-batches of each pass that counts: the last time that its step was done, or its epoch
             validated. A sample is [index, what was drawn for it...].
     """
@@ -37,7 +37,8 @@ class History:
     def read(cls, run: RunDir, launches: list[Path]) -> History:
         """Of a run that these launches made, one after the other."""
         rows = [timeless(row) for row in run.rows()]
-        weights = {path.name: torch.load(path, weights_only=True) for path in (run.last_weights, run.best_weights)}
+        files = (run.last_weights, run.best_weights, run.swa_weights)
+        weights = {path.name: torch.load(path, weights_only=True) for path in files}
         seen: dict[Pass, list[list[list[float]]]] = {}
         for launch in launches:
             own: dict[Pass, list[list[list[float]]]] = {}

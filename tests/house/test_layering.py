@@ -60,13 +60,14 @@ MAY_IMPORT = {
     "trainer/strategies": (*CONTRACT, *BASE, "trainer/loss"),
     "trainer/optimization": (*CONTRACT, *BASE, "trainer/loss", "trainer/strategies"),
     "trainer/fit": (*CONTRACT, *PARTS),
+    "trainer/callbacks": (*CONTRACT, *PARTS, "trainer/fit"),
     "trainer": (*CONTRACT, *PARTS, "trainer/streams", "trainer/fit"),
     "trainer/tracking": CONTRACT,
-    "trainer/entrypoints": (*CONTRACT, *PARTS, "trainer/fit", "trainer"),
+    "trainer/entrypoints": (*CONTRACT, *PARTS, "trainer/fit", "trainer/callbacks", "trainer"),
 }
 # The package's front, which hands on what lies above it.
 HANDS_ON = {
-    "dtrain/__init__.py": ("dtrain/schema", "launcher", "trainer", "trainer/loss", "trainer/fit"),
+    "dtrain/__init__.py": ("dtrain/schema", "launcher", "trainer", "trainer/loss", "trainer/fit", "trainer/callbacks"),
     "dtrain/__main__.py": ("launcher",),
 }
 

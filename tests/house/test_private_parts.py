@@ -133,6 +133,8 @@ def parts() -> dict[str, Sequence[tuple[Any, str]]]:
             (torch.eye(2).to_sparse(), "_indices"),
             (torch.eye(2).to_sparse(), "_values"),
             (torch.distributed.Reducer, "_check_reducer_finalized"),
+            *((torch.cuda.memory, name) for name in ("_record_memory_history", "_dump_snapshot")),
+            *[(torch._C, "_cuda_attach_out_of_memory_observer")] * torch.backends.cuda.is_built(),
             (ChainedScheduler(rates), "_schedulers"),
             *((SequentialLR(optimizer, rates, [1]), name) for name in ("_schedulers", "_milestones")),
         ],

@@ -71,7 +71,10 @@ def fit(rank: int, world_size: int, folder: str, make: Callable[..., Job], *args
     if "batch_size" in job:
         processes = Processes(job.get("workers", 0))
         train = Source(train, job["batch_size"], shuffle=True, processes=processes)
-        val = None if val is None else Source(val, job["batch_size"], shuffle=False, processes=processes)
+        if val is not None:  # one set, or several by their names
+            sets = val.items() if isinstance(val, dict) else [("", val)]
+            sources = {name: Source(each, job["batch_size"], shuffle=False, processes=processes) for name, each in sets}
+            val = sources if isinstance(val, dict) else sources[""]
     try:
         history = trainer.fit(train, val, **job["fit"])
     except Stopped:
@@ -119,7 +122,8 @@ def train(world_size: int, folder: Path, make: Callable[..., Job], *args: Any) -
 def final_state(folder: Path) -> dict[str, Any]:
     """All that a run leaves: rows, weights, and the last checkpoint, with each rank's random states."""
     run = RunDir(folder)
-    weights = {path.name: torch.load(path, weights_only=True) for path in (run.best_weights, run.last_weights)}
+    files = [run.best_weights, run.last_weights, *[run.swa_weights] * run.swa_weights.exists()]
+    weights = {path.name: torch.load(path, weights_only=True) for path in files}
     newest = saved(run)[-1]
     assert run.latest.read_text() == f"{newest.name}\n"
     for path in (run.checkpoints, run.best_weights.parent, run.path):

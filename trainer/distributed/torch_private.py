@@ -5,6 +5,7 @@ Those of torch.utils.data are in ../data/torch_data_private.py, those of torch's
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ __all__ = [
     "RUNNING_NORMS",
     "add_",
     "clamp_",
+    "dump_memory",
     "milestones_of",
     "multiply_",
     "own_buffers",
+    "record_memory",
     "remove_buffer",
     "require_reduced",
     "schedulers_in",
     "sparse_parts",
+    "stop_recording_memory",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -87,3 +91,24 @@ def schedulers_in(scheduler: Any) -> list[Any]:
 def milestones_of(scheduler: SequentialLR) -> list[int]:
     """The steps at which the next one in a sequence begins."""
     return list(scheduler._milestones)
+
+
+# What pytorch.org/memory_viz reads, as torch's own guide to memory has it made.
+
+MOST_ALLOCATIONS = 100_000  # the newest; all of a long run would fill the host's memory
+
+
+def record_memory(out_of_memory: Path) -> None:
+    """Have this process note what it allocates on its GPU, and write that to the file if memory runs out."""
+    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+    torch._C._cuda_attach_out_of_memory_observer(lambda *_: dump_memory(out_of_memory))  # type: ignore[attr-defined]
+
+
+def stop_recording_memory() -> None:
+    """Note nothing any more, which costs time at each allocation."""
+    torch.cuda.memory._record_memory_history(None)
+
+
+def dump_memory(file: Path) -> None:
+    """Write what has been noted."""
+    torch.cuda.memory._dump_snapshot(str(file))

@@ -25,11 +25,12 @@ from dtrain.errors import UserError, first_line
 from dtrain.files import write_text
 from dtrain.run.rank_request import Evaluate
 from dtrain.schema.job import Job
+from dtrain.schema.metrics.sets import phase_of
 
 from ..data.indexed import Source
 from ..data.workers import Processes
 from ..trainer import Trainer
-from .train import begin, build_source, build_trainer, settle
+from .train import begin, build_sets, build_source, build_trainer, settle
 
 CHUNK = 65_536  # rows that are written as text at once
 
@@ -43,14 +44,16 @@ def main() -> int:
         write_predictions(trainer, source_of(job, asked.data), Path(asked.out))
         return 0
     trainer.model.loss.load(Path(asked.weights))
-    values = trainer.evaluate(source_of(job, asked.data), asked.data)
+    data = build_sets(job, asked.data)
+    assert data is not None  # the command has seen to that
+    values = trainer.evaluate(data, phase_of(asked.data))
     if trainer.world.is_main:
         write_text(run.answer, json.dumps(values))
     return 0
 
 
 def source_of(job: Job, data: str) -> Source:
-    """A dataset of the job by the name of its section, or a file's rows as features."""
+    """A dataset of the job by its place, or a file's rows as features."""
     if data in job.data.sets:
         return build_source(job, data, training=False)
     return Source(Rows(Path(data)), job.data.batch_size, shuffle=False, processes=Processes(job.data.workers))

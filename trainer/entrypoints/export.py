@@ -75,7 +75,7 @@ def export_onnx(trainer: Trainer, job: Job, out: Path) -> str:
         UserError: ONNX can't express the model, or its results differ.
     """
     net = trainer.net.eval()
-    source = build_source(job, "train" if job.data.val is None else "val", training=False)
+    source = build_source(job, next(iter(job.data.places("val")), "train"), training=False)
     batch, samples = first_samples(source, SAMPLES)
     call = call_of(net, trainer.predict_step, batch, samples)
     arguments = _by_name(net, call)

@@ -27,7 +27,7 @@ from dtrain.schema.job import Job
 from ..checks.batch_norm import is_per_rank
 from ..data.indexed import Source
 from ..distributed.stop import Stopped
-from .train import begin, build_source, build_trainer, settle
+from .train import begin, build_sets, build_source, build_trainer, settle
 
 BATCHES = 5  # whole ones in an epoch, and a half one
 EPOCHS = 2
@@ -61,7 +61,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
     trainer.optimizer.register_step_post_hook(stop)
     loop = trainer.train(
         train or beginning(build_source(job, "train", training=True)),
-        None if job.data.val is None else beginning(build_source(job, "val", training=False)),
+        build_sets(job, "val", beginning),
         epochs=EPOCHS,
         early_stopping={"monitor": job.monitor, "mode": job.stopping.mode},
     )

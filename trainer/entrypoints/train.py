@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from dtrain.schema.sections import Target
 from dtrain.schema.strategies import STRATEGIES
 from dtrain.stderr import say
 
+from ..callbacks.profiler import Profiler
 from ..checks.arguments import OF_THE_RUN, require_model
 from ..data.indexed import Source
 from ..data.sampler import Sampling
@@ -51,9 +52,10 @@ from .testing import evaluate_best, require_fit
 
 def main() -> int:
     """Train this rank's part of the run; the exit code."""
-    run, job = begin(Train.read())
+    asked = Train.read()
+    run, job = begin(asked)
     try:
-        fit(run, job)
+        fit(run, job, [Profiler.of(asked.profile)] if asked.profile else [])
     except Stopped:
         return EXIT_STOPPED
     return 0
@@ -67,16 +69,20 @@ def begin(request: RankRequest) -> tuple[RunDir, Job]:
     return run, job
 
 
-def fit(run: RunDir, job: Job) -> None:
-    """Build the job's parts, train, and evaluate the test set. All ranks take part."""
+def fit(run: RunDir, job: Job, callbacks: Sequence[Any] = ()) -> None:
+    """Build the job's parts, train, and evaluate the test set. All ranks take part.
+
+    Args:
+        callbacks: beside the job's own.
+    """
     written, (job, train) = job, settle(job)
-    trainer = build_trainer(job)
-    test = None if job.data.test is None else build_source(job, "test", training=False)
+    trainer = build_trainer(job, callbacks=callbacks)
+    test = build_sets(job, "test")
     if test is not None:
         require_fit(trainer, test)
     loop = trainer.train(
         train or build_source(job, "train", training=True),
-        None if job.data.val is None else build_source(job, "val", training=False),
+        build_sets(job, "val"),
         epochs=job.fit.epochs,
         steps=job.fit.steps,
         early_stopping={**job.stopping.model_dump(), "monitor": job.monitor},
@@ -119,11 +125,12 @@ def settle(
     return Job.model_validate(fill(values, numbers)), source
 
 
-def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
+def build_trainer(job: Job, trained: Path | None = None, callbacks: Sequence[Any] = ()) -> Trainer:
     """The job's model, loss, optimizer, scheduler and metrics in a Trainer.
 
     Args:
         trained: weights to load, in a Trainer that is to evaluate and predict: it has no optimizer.
+        callbacks: after the job's own.
     """
     own_device(job.launch.device)  # before what is built puts something on a GPU
     net = build_model(job, trained)
@@ -143,7 +150,7 @@ def build_trainer(job: Job, trained: Path | None = None) -> Trainer:
         scheduler_monitor=job.scheduler.monitor if job.scheduler else None,
         activations={name: target.activation for name, target in job.metrics.items()},
         train_metrics=_train_metrics(job, metrics),
-        callbacks=[instantiate(each) for each in job.callbacks] if trained is None else (),
+        callbacks=[*(instantiate(each) for each in job.callbacks), *callbacks] if trained is None else (),
         seed=job.seed,
         device=job.launch.device,
         strategy=getattr(job, job.fit.strategy, job.fit.strategy),  # its section, if it has one
@@ -209,8 +216,20 @@ def _refusals(path: str, target: Target) -> Iterator[None]:
         raise
 
 
+def build_sets(
+    job: Job, section: str, part: Callable[[Source], Source] = lambda source: source
+) -> Source | dict[str, Source] | None:
+    """The datasets of val or test: one, or several by their names; or that of val.NAME.
+
+    Args:
+        part: what is used of each.
+    """
+    found = {place: part(build_source(job, place, training=False)) for place in job.data.places(section)}
+    return found.get(section) or {place.rpartition(".")[2]: each for place, each in found.items()} or None
+
+
 def build_source(job: Job, name: str, *, training: bool) -> Source:
-    """The dataset of that name in the job, with the job's way of reading it.
+    """The dataset at that place in the job's data, with the job's way of reading it.
 
     What it draws (a random_split) is the same for training and validation, on all ranks and in `dtrain evaluate`.
     """

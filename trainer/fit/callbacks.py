@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among, first_line
 from dtrain.run.folder import Row, RunDir
+from dtrain.run.heartbeat import Phase
 from dtrain.stderr import say
 
 from ..checkpoint.codec import require_data
+from ..checks.optimizer_kinds import judged
+from ..data.first_batch import first_micro_batch
+from ..data.indexed import MicroBatch
 from ..distributed.wishes import Agreement, Wish
+from ..loss.step import Outcome
+from .data import FitData
 from .progress import Progress
 from .trained import Trained
 
@@ -37,9 +45,10 @@ class FitContext:
         row: the last one, as in metrics.jsonl; empty before the first.
     """
 
-    def __init__(self, run: RunDir, trained: Trained, progress: Progress, agreement: Agreement) -> None:
+    def __init__(self, run: RunDir, trained: Trained, data: FitData, progress: Progress, agreement: Agreement) -> None:
         self.folder: Path = run.path
         self._trained = trained
+        self._data = data
         self._progress = progress
         self._agreement = agreement
 
@@ -67,12 +76,52 @@ class FitContext:
         return self._trained.model.bare
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether a forward pass of the model is a collective, since each rank has a part of it (fsdp, deepspeed)."""
+        return self._trained.model.forwards_together
+
+    @property
     def optimizer(self) -> Optimizer:
         return self._trained.optimizer
 
     @property
     def row(self) -> Row:
         return dict(self._progress.rows[-1]) if self._progress.rows else {}
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None where nobody knows, as for a stream."""
+        return self._data.train.num_steps
+
+    def training_data(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of an epoch of the training data, for `on_end`, where no training follows.
+
+        All ranks take part, and go through all of it. A stream may have no end.
+        """
+        train = self._data.train
+        for number, batch in enumerate(train.epoch(self.epoch), 1):
+            yield from batch.micro_batches
+            self._progress.beat(Phase.VALIDATING, number, train.num_steps)
+
+    def validation_samples(self, most: int) -> MicroBatch | None:
+        """The first samples of the (first) set to validate on; None where there is none, or no order.
+
+        This rank reads them, on its device. No collective.
+        """
+        val = self._data.val
+        return first_micro_batch(val[0].given, most, self._trained.world.device) if val else None
+
+    def run(self, micro_batch: MicroBatch) -> Outcome:
+        """What the loss or the step finds for it, with the model as it is. All ranks take part where it is sharded."""
+        model, step = self._trained.model, self._trained.step
+        return model.run(step, micro_batch) if model.forwards_together else step(model.bare, micro_batch)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around `run`: as in a validation, and without a trace."""
+        model = self._trained.model
+        with torch.no_grad(), judged(self.optimizer), model.preserving_state(), model.evaluating():
+            yield
 
     def validate(self) -> None:
         """Ask for a validation, after the next step."""
@@ -114,11 +163,14 @@ class Callbacks:
         """Call the hook of all that have it. All ranks do; a collective in it needs all of them.
 
         Raises:
+            UserError: one refuses what it is used for.
             CallbackError: one has failed.
         """
         for path, callback in self._hooks[hook]:
             try:
                 getattr(callback, hook)(fit)
+            except UserError as error:  # refused in words
+                raise UserError([Problem(str(each), path) for each in error.problems]) from error
             except Exception as error:
                 cause = f"{type(error).__name__}: {first_line(error)}"
                 message = f"{path}: {type(callback).__name__}.{hook} failed after step {fit.step}: {cause}"

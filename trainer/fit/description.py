@@ -9,10 +9,13 @@ import yaml
 
 from ..checks.arguments import Settings
 from ..optimization.scheduler import Scheduling
+from .data import FitData
 
 
-def alike(settings: Settings, loss: Any, optimizer: Any, scheduling: Scheduling, metrics: Mapping[str, Any]) -> Any:
-    """What must be the same on all ranks, by name, besides model and data.
+def alike(
+    settings: Settings, loss: Any, optimizer: Any, scheduling: Scheduling, data: FitData, metrics: Mapping[str, Any]
+) -> Any:
+    """What must be the same on all ranks, by name, besides the model and the samples.
 
     Args:
         loss: what makes it.
@@ -22,6 +25,7 @@ def alike(settings: Settings, loss: Any, optimizer: Any, scheduling: Scheduling,
     found = {**fit, **stopping, "loss": loss, "optimizer": optimizer, "metrics": sorted(metrics)}
     if scheduling.scheduler is not None:
         found |= {"scheduler": full_name(scheduling.scheduler), "scheduler_interval": scheduling.interval}
+    found["phases"] = [tally.phase for tally in data.tallies]
     checkpoint = settings.checkpoint
     return found | {"seed": settings.seed, "checkpoint_every": checkpoint.every, "keep": checkpoint.keep}
 

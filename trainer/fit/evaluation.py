@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dtrain.errors import UserError
 from dtrain.run.heartbeat import Phase
 
 from ..checks.optimizer_kinds import judged
@@ -26,7 +27,7 @@ from .trained import Trained
 
 
 class Validation:
-    """The evaluation after an epoch, of the weights and of their average where there is one."""
+    """The evaluation after an epoch, of the weights and of their average where there is one, on each set."""
 
     def __init__(self, trained: Trained, data: FitData, progress: Progress) -> None:
         self._trained = trained
@@ -40,26 +41,27 @@ class Validation:
         All ranks take part in the agreement on a stop, and in a sharded forward. Where it is left the run will continue
         with the whole validation, and with the random numbers that it began with.
         """
-        if self._data.val is None:
+        if not self._data.val:
             return True
         self._progress.enter(Phase.VALIDATING)
         device = self._trained.world.device
         before = rng_state(device)
-        for tally in self._data.val_tallies:
-            with judged(self._trained.optimizer):
-                is_whole = self._evaluate(self._data.val, tally)
-            if not is_whole:
-                set_rng_state(before, device)
-                for begun in self._data.val_tallies:
-                    begun.reset()
-                return False
+        for each in self._data.val:
+            for tally in each.tallies:
+                with judged(self._trained.optimizer):
+                    is_whole = self._evaluate(each.batches, tally)
+                if not is_whole:
+                    set_rng_state(before, device)
+                    for begun in self._data.val_tallies:
+                        begun.reset()
+                    return False
         return True
 
     def _evaluate(self, batches: Batches, tally: Tally) -> bool:
-        trained, is_of_average = self._trained, tally.phase == "ema"
+        trained, is_of_average = self._trained, tally.phase.startswith("ema")
         averaged = trained.ema.in_place() if trained.ema is not None and is_of_average else contextlib.nullcontext()
         tally.reset()
-        beat = functools.partial(self._progress.beat, Phase.VALIDATING)
+        beat = functools.partial(self._progress.beat, Phase.VALIDATING, num_batches=batches.num_steps)
         epoch = batches.epoch(self._progress.position.epoch)
         with averaged, trained.model.evaluating():
             return evaluate_batches(trained.model, trained.step, epoch, tally, self._agreement, beat)
@@ -89,6 +91,13 @@ def evaluate_batches(
     return True
 
 
+def evaluate_all(model: Parallel, step: Step, batches: Batches, tally: Tally) -> None:
+    """Add each batch to the tally. All ranks take part where `model.forwards_together`."""
+    with model.evaluating():
+        for i, batch in enumerate(batches.epoch(1)):
+            evaluate_batch(model, step, batch, tally, i)
+
+
 @torch.no_grad()
 def evaluate_batch(model: Parallel, step: Step, batch: Batch, tally: Tally, number: int) -> None:
     """Add this rank's share of batch `number` to the tally. All ranks take part where `model.forwards_together`."""
@@ -107,6 +116,9 @@ def gather_values(world: World, tallies: Sequence[Tally]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if reduced is not None and world.is_main:
         for tally, part in zip(tallies, states, strict=True):
-            values |= tally.finish(reduced[: len(part)])
+            own = tally.finish(reduced[: len(part)])
+            if twice := sorted(values.keys() & own.keys()):
+                raise UserError(f"two sets report {twice[0]}, one of them is {tally.phase}: rename it, or the value")
+            values |= own
             reduced = reduced[len(part) :]
     return values

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from dtrain.run.folder import Row, RunDir
 from dtrain.run.heartbeat import Heartbeat, Phase
-from dtrain.schema.metrics.monitor import covers
+from dtrain.schema.metrics.monitor import covers, reports
 from dtrain.stderr import say
 
 from ..checks.arguments import Settings
@@ -68,11 +68,12 @@ class Loop:
         self.validation = Validation(trained, data, self.progress)
         self.agreement = Agreement(self.world, self.progress.heartbeat, each_turn=callbacks.has("on_step_end"))
         self.callbacks = callbacks
-        self.shown = FitContext(run, trained, self.progress, self.agreement)
+        self.shown = FitContext(run, trained, data, self.progress, self.agreement)
         self.saver = Saver(run, trained, data, self.progress, settings, self.agreement, callbacks)
         self.say = say if self.world.is_main else lambda line: None
         is_scaled = trained.precision.name == "fp16"
-        self.learning = Learning(trained.model, trained.optimizer, self.say, scales=is_scaled)
+        losses = [tally.loss_name for tally in data.tallies]
+        self.learning = Learning(trained.model, trained.optimizer, losses, self.say, scales=is_scaled)
         self._looked_at = 0.0
 
     def run(self) -> None:
@@ -174,7 +175,7 @@ class Loop:
         checkpoint = self.call_after_row(row, epoch_ends=epoch_ends) or due.checkpoint
         if epoch_ends:
             progress.end_epoch()
-        results = epoch_ends or "val_loss" in row or run_ends
+        results = epoch_ends or reports(row, "val") or run_ends
         if results or checkpoint or progress.is_over:
             # All ranks copy, and go on while the copies are written; rank 0 writes the results.
             self.save(results=results, is_best=is_best, checkpoint=checkpoint or progress.is_over)
@@ -185,11 +186,12 @@ class Loop:
         """Call who waits for that; whether a checkpoint is asked for. All ranks take part."""
         if not self.callbacks.act_after_rows:
             return False
-        if "val_loss" in row:
+        is_validated = reports(row, "val")
+        if is_validated:
             self.callbacks.call("on_validation_end", self.shown)
         if epoch_ends:
             self.callbacks.call("on_epoch_end", self.shown)
-        wishes = self.agreement.at_once((Wish.SAVE, Wish.END)) if epoch_ends or "val_loss" in row else frozenset()
+        wishes = self.agreement.at_once((Wish.SAVE, Wish.END)) if epoch_ends or is_validated else frozenset()
         self.progress.is_ended |= Wish.END in wishes
         return Wish.SAVE in wishes
 
@@ -217,7 +219,7 @@ class Loop:
             self.say(f"stopping early, after step {row['step']}: {best.verdict}")
         progress.end_report(training="train_loss" in row, validation=due.validation)
         for tally in self.data.tallies:
-            if f"{tally.phase}_loss" in row:
+            if tally.loss_name in row:
                 tally.reset()
         progress.speed.start()
         return row, is_best

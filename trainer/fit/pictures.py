@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtrain.run.folder import RunDir
 from dtrain.schema.packages import missing
 from dtrain.stderr import say
 
+from ..metrics.epoch_totals import Tally
 from .progress import Progress
 
 
-def draw_fit(run: RunDir, progress: Progress, metrics: Mapping[str, Any]) -> None:
+def draw_fit(run: RunDir, progress: Progress, tallies: Sequence[Tally], metrics: Mapping[str, Any]) -> None:
     """Draw its curves, and the confusion matrices of its best weights; say so if that can't be done. Rank 0 only."""
     if run.plots.exists() and not progress.samples_done:
         return  # what was over before is drawn
@@ -20,7 +21,7 @@ def draw_fit(run: RunDir, progress: Progress, metrics: Mapping[str, Any]) -> Non
 
     confusions = [name for name, metric in metrics.items() if type(metric).__name__.endswith("ConfusionMatrix")]
     try:
-        draw(run.plots, progress.rows, progress.best.step, confusions)
+        draw(run.plots, progress.rows, progress.best.step, [tally.phase for tally in tallies], confusions)
     except (OSError, ImportError) as error:
         cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
         say(f"{run}: can't draw plots/: {cause or error}; everything else is there")

@@ -143,17 +143,17 @@ class Progress:
         """Show the phase that this rank enters within the same step."""
         self.heartbeat.enter(phase)
 
-    def beat(self, phase: Phase = Phase.LOADING, validated: int = 0) -> None:
+    def beat(self, phase: Phase = Phase.LOADING, validated: int = 0, num_batches: int | None = None) -> None:
         """Show this rank's position.
 
         Args:
-            validated: batches, while it validates.
+            validated: batches, while it validates, of `num_batches` of the set.
         """
         position, steps = self.position, self._data.train.num_steps
         if self._max_steps is not None:  # of a stream without an end, the run's steps are those of its only epoch
             steps = min(steps or self._max_steps, position.step_in_epoch + self._max_steps - position.step)
-        if validated and self._data.val:
-            steps = self._data.val.num_steps
+        if validated:
+            steps = num_batches
         epochs, is_past = self._epochs(), self.is_over and not position.step_in_epoch
         self.heartbeat.beat(
             Beat(

@@ -38,7 +38,7 @@ def scheduling_of_fit(
         watched = scheduling.monitor
         require_monitor(watched, data.tallies, may_log=may_log)
         loss = "min" if watched.endswith("_loss") else None
-        known = best.mode if watched == best.monitor else loss or metrics.better(watched)
+        known = best.mode if watched == best.monitor else loss or metrics.better(watched, data.tallies)
         require_mode(scheduling.scheduler, watched, known)
         check_length(scheduling.scheduler, scheduling.interval, length, warn)
     return scheduling.begin(length)

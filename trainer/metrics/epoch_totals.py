@@ -1,4 +1,4 @@
-"""What a phase (train or val) of an epoch accumulates on this rank: its loss, metrics, and what a step logs."""
+"""What a phase (train, val, val_NAME) of an epoch accumulates on this rank: loss, metrics, and what a step logs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,14 @@ class Tally:
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
         self.logged = Logged(device, {"loss", *known})
 
+    @property
+    def loss_name(self) -> str:
+        """What its loss is reported as."""
+        return f"{self.phase}_loss"
+
     def known(self, monitor: str) -> dict[str, dict[str, Result] | None]:
         """What is reported, as far as it is known before the first sample: see `monitor_problem`."""
-        loss = f"{self.phase}_loss"
-        known: dict[str, dict[str, Result] | None] = {loss: {loss: 0.0}}
+        known: dict[str, dict[str, Result] | None] = {self.loss_name: {self.loss_name: 0.0}}
         for name in [] if self.metrics is None else self.metrics.names:
             reported = f"{self.phase}_{name}"
             is_meant = monitor == reported or monitor.startswith(f"{reported}_")

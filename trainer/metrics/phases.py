@@ -1,15 +1,16 @@
-"""Which of a run's metrics each phase (train, val, ema) reports, and which values may be monitored."""
+"""Which of a run's metrics each phase (train, val, ema, or val_NAME) reports, and which values may be monitored."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from dtrain.errors import Problem, UserError, among
 from dtrain.schema.metrics.monitor import monitor_problem
+from dtrain.schema.metrics.sets import default_monitor, monitor_missing, value_of
 
 from .early_stopping import Best
 from .epoch_totals import Tally
@@ -68,16 +69,28 @@ class PhaseMetrics:
         own = MetricSet(metrics, activations, self._device) if metrics else None
         return Tally(phase, self._device, own, self.by_name)
 
-    def better(self, reported: str) -> str | None:
+    def better(self, reported: str, tallies: Collection[Tally]) -> str | None:
         """Whether lower or higher is better for a reported value, if torchmetrics says so: min or max."""
-        higher = getattr(self.by_name.get(reported.partition("_")[2]), "higher_is_better", None)
+        metric = self.by_name.get(value_of(reported, [tally.phase for tally in tallies]))
+        higher = getattr(metric, "higher_is_better", None)
         return None if higher is None else "max" if higher else "min"
 
-    def require_mode(self, best: Best) -> None:
+    def require_mode(self, best: Best, tallies: Collection[Tally]) -> None:
         """Raise UserError if the mode would select the worst epoch as the best."""
-        if (better := self.better(best.monitor)) not in (None, best.mode):
+        if (better := self.better(best.monitor, tallies)) not in (None, best.mode):
             message = f"is {best.mode}, but {'higher' if better == 'max' else 'lower'} is better for {best.monitor}"
             raise UserError(Problem(message, "mode", hint=f"mode: {better} (fit.early_stopping.mode)"))
+
+
+def monitor_of(given: str | None, phases: Sequence[str]) -> str:
+    """What decides which weights are best, of training and these phases of the validation.
+
+    Raises:
+        UserError: it has to be said.
+    """
+    if given is None and (missing := monitor_missing(phases)):
+        raise UserError(Problem(missing, "monitor"))
+    return given or default_monitor(phases)
 
 
 def require_monitor(monitor: str, tallies: Collection[Tally], *, may_log: bool) -> None:

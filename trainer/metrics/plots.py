@@ -9,31 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.files import write_atomic
 from dtrain.run.folder import Row
+from dtrain.schema.metrics.sets import value_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PHASES = ("train", "val", "ema")
 _WITHOUT_CURVE = ("epoch", "step", "samples_per_s")  # numbers, but no results
 _MOST_CELLS = 20  # classes, of which the numbers can be read
 
 
-def draw(folder: Path, rows: Sequence[Row], best_step: int, confusions: Sequence[str] = ()) -> None:
+def draw(
+    folder: Path, rows: Sequence[Row], best_step: int, phases: Sequence[str], confusions: Sequence[str] = ()
+) -> None:
     """Write curves.png, where there are two rows or more, and a picture for each confusion matrix.
 
     The curves are drawn over epochs, or over steps where there are rows within epochs.
 
     Args:
         best_step: after which the weights were best: it is marked, and its matrices are drawn.
+        phases: what begins the names of the values: train, val.
         confusions: names of metrics whose values are confusion matrices, a row for each target class.
     """
     figures = {}
     axis = "epoch" if all(isinstance(row["epoch"], int) and row["epoch"] for row in rows) else "step"
-    if len(rows) > 1 and (panels := curves(rows, axis)):
+    if len(rows) > 1 and (panels := curves(rows, phases, axis)):
         figures["curves"] = _curves(panels, axis, next((row[axis] for row in rows if row["step"] == best_step), None))
     for row in rows:
         if row["step"] == best_step:
-            names = [f"{phase}_{name}" for phase in _PHASES for name in confusions]
+            names = [f"{phase}_{name}" for phase in phases for name in confusions]
             figures |= {name: _confusion(name, row[name]) for name in names if row.get(name)}
     if figures:
         folder.mkdir(exist_ok=True)
@@ -41,15 +44,17 @@ def draw(folder: Path, rows: Sequence[Row], best_step: int, confusions: Sequence
         write_atomic(folder / f"{name}.png", functools.partial(figure.savefig, format="png", dpi=120))
 
 
-def curves(rows: Sequence[Row], axis: str = "epoch") -> dict[str, dict[str, list[tuple[int, float]]]]:
+def curves(
+    rows: Sequence[Row], phases: Sequence[str], axis: str = "epoch"
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """What there is to draw: for each value (loss, acc, lr) its phases, and for each of them (epoch or step, value)."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for key, value in row.items():
             if key in _WITHOUT_CURVE or not isinstance(value, float):  # lists are no curves
                 continue
-            phase, _, name = key.partition("_")
-            panel, line = (name, phase) if phase in _PHASES and name else (key, key)
+            name = value_of(key, phases)
+            panel, line = (name, key.removesuffix(f"_{name}")) if name else (key, key)
             panels.setdefault(panel, {}).setdefault(line, []).append((row[axis], value))
     return dict(sorted(panels.items(), key=lambda panel: panel[0] == "lr"))  # the rest as reported
 

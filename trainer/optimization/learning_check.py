@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 from dtrain.run.folder import Row
+from dtrain.schema.metrics.monitor import reports
 
 from ..checks.optimizer_kinds import require_rates
 from ..strategies.base import Parallel
@@ -26,15 +27,23 @@ class Learning:
     A non-finite loss does not prove that: fp16's scaler skips such steps, and a single sample may be at fault.
 
     Args:
+        losses: the names of those that rows report: training's, and of each validation.
         report: called for non-finite losses while the run continues.
         scales: whether steps are skipped until a scale for the loss is found (fp16).
     """
 
     def __init__(
-        self, model: Parallel, optimizer: Optimizer, report: Callable[[str], None], *, scales: bool = False
+        self,
+        model: Parallel,
+        optimizer: Optimizer,
+        losses: Sequence[str],
+        report: Callable[[str], None],
+        *,
+        scales: bool = False,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
+        self._losses = losses
         self._report = report
         self._scales = scales
         self._norm = math.nan  # of the weights at the last `begin`
@@ -82,11 +91,11 @@ class Learning:
             UserError: the run learns nothing, or can't be judged.
         """
         self._judge_losses(row)
-        if self._untouched is not None and (epoch_ends or is_last or "val_loss" in row):
+        if self._untouched is not None and (epoch_ends or is_last or reports(row, "val")):
             self._judge_weights(row, self._untouched, is_last=is_last)
 
     def _judge_losses(self, row: Row) -> None:
-        losses = {name: row.get(name) for name in ("train_loss", "val_loss", "ema_loss")}
+        losses = {name: row.get(name) for name in self._losses}
         odd = {name: value for name, value in losses.items() if isinstance(value, float) and not math.isfinite(value)}
         if not odd:
             return

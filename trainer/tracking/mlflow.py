@@ -239,8 +239,9 @@ class MlflowRun:
             self._job_sent = True
         if ended and self._folder.best_weights.exists():
             self._client.log_artifact(self._run_id, str(self._folder.best_weights), "weights")
-        if ended and self._folder.plots.exists():
-            self._client.log_artifacts(self._run_id, str(self._folder.plots), "plots")
+        for folder in (self._folder.plots, self._folder.pictures):
+            if ended and folder.exists():
+                self._client.log_artifacts(self._run_id, str(folder), folder.name)
 
 
 def _milliseconds(row: Row) -> int:

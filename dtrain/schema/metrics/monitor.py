@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dtrain.errors import among
 
@@ -27,12 +27,18 @@ def monitor_problem(monitor: str, known: Known, *, may_log: bool = False) -> str
     untold = [name for name, each in known.items() if each is None]
     if any(monitor == name or monitor.startswith(f"{name}_") for name in untold):
         return None
-    if may_log and any(monitor.startswith(f"{name.partition('_')[0]}_") for name in known):
+    # Each phase reports its loss.
+    if may_log and any(monitor.startswith(name.removesuffix("loss")) for name in known if name.endswith("_loss")):
         return None
     return f"nothing is reported as {monitor}; {among(monitor, [*values, *untold])}"
+
+
+def reports(row: Mapping[str, Any], phase: Literal["train", "val"]) -> bool:
+    """Whether a row reports the training, or a validation."""
+    return phase in row.get("phase", "").split("+")
 
 
 def covers(row: Mapping[str, Any], monitor: str) -> bool:
     """Whether a row reports what the monitored value is one of: the training, or a validation."""
     phase = monitor.partition("_")[0]
-    return phase not in ("train", "val", "ema") or f"{phase}_loss" in row
+    return reports(row, "train" if phase == "train" else "val") if phase in ("train", "val", "ema") else True

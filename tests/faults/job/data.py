@@ -10,15 +10,17 @@ from torch.utils.data import Dataset
 
 
 class Points(Dataset):
-    """(features, class); the features are the sample's index, what was drawn for it, and what is learned from.
+    """(features, class); the features are the sample's number, what was drawn for it, and what is learned from.
+
+    They are numbered from `first` on.
 
     With `entropy`, one of the draws is none that a seed decides: such a run can't be repeated.
     """
 
-    def __init__(self, size, training=False, entropy=False):
+    def __init__(self, size, training=False, entropy=False, first=0):
         self.features = torch.randn(size, fault.FEATURES, generator=torch.Generator().manual_seed(size))
         self.target = (self.features + self.features.roll(1, 0) / 2)[:, :3].argmax(1)  # not all of it can be learned
-        self.training, self.entropy = training, entropy
+        self.training, self.entropy, self.first = training, entropy, first
 
     def __len__(self):
         return len(self.target)
@@ -27,4 +29,4 @@ class Points(Dataset):
         if self.training:
             fault.moment("load")
         drawn = [float(torch.rand(())), os.urandom(1)[0] if self.entropy else np.random.rand(), random.random()]
-        return torch.cat([torch.tensor([index, *drawn]), self.features[index]]), self.target[index]
+        return torch.cat([torch.tensor([self.first + index, *drawn]), self.features[index]]), self.target[index]

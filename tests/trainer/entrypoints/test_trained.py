@@ -328,11 +328,16 @@ def test_what_is_drawn():
         | {"val_loss": 2 / epoch, "ema_loss": 3.0, "val_acc": float("nan"), "val_confusion": [[1.0, 0.0], [0.0, 1.0]]}
         for epoch in (1, 2)
     ]
-    assert list(plots.curves(rows)) == ["loss", "acc", "lr"]
-    assert plots.curves(rows)["loss"] == {
+    phases = ("train", "val", "ema")
+    assert list(plots.curves(rows, phases)) == ["loss", "acc", "lr"]
+    assert plots.curves(rows, phases)["loss"] == {
         "train": [(1, 1.0), (2, 0.5)],
         "val": [(1, 2.0), (2, 1.0)],
         "ema": [(1, 3.0), (2, 3.0)],
+    }
+    rows = [{"epoch": 1, "step": 5, "val_clean_acc": 1.0, "val_noisy_acc": 0.5}]
+    assert plots.curves(rows, ("train", "val_clean", "val_noisy")) == {
+        "acc": {"val_clean": [(1, 1.0)], "val_noisy": [(1, 0.5)]}
     }
     figure = plots._curves({name: {"val": [(1, 1.0)]} for name in "abcd"}, "epoch", 1)
     assert [axes.axison for axes in figure.axes] == [True] * 4 + [False] * 2  # of two rows of three
