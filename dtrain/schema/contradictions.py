@@ -22,8 +22,13 @@ def contradictions_of(fit: Fit) -> list[Problem]:
         problems.append(Problem("has no effect without patience", "fit.early_stopping.min_delta"))
     if fit.clip_norm and fit.clip_value:
         problems.append(Problem("is a second way of clipping; give either clip_norm or clip_value", "fit.clip_value"))
-    if fit.find_unused_parameters and not STRATEGIES[fit.strategy].is_plain:
-        problems.append(Problem("works with ddp only", "fit.find_unused_parameters"))
+    if fit.unused_parameters == "allow" and not STRATEGIES[fit.strategy].is_plain:
+        message = "allow works with ddp only: under the others ranks gather and sum the same parameters in each step"
+        problems.append(Problem(message, "fit.unused_parameters"))
+    if fit.strategy == "deepspeed":
+        message = "DeepSpeed lays out what is trained once, before the first step: use ddp or fsdp, or freeze for good"
+        later = (number for number, entry in enumerate(fit.freeze) if entry.until is not None)
+        problems += [Problem(message, f"fit.freeze.{number}.until") for number in later]
     if fit.precision == "fp16" and fit.on_nonfinite == "stop":
         message = "fp16's gradient scaler skips steps that overflow, so it can't stop at them; use skip, or bf16"
         problems.append(Problem(message, "fit.on_nonfinite"))
