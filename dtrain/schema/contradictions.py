@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 from dtrain.errors import Problem
 from dtrain.schema import sbatch
@@ -59,7 +60,19 @@ def contradictions(job: Job) -> list[Problem]:
     for path, given in settings:
         if "lr" in given and not _is_rate(given["lr"], job.optimizer.target):
             problems.append(Problem(f"expected a positive number, found {given['lr']!r}", f"{path}.lr"))
+    problems += _wrong_factors(job)
     return problems + wrong_slurm_options(job)
+
+
+def _wrong_factors(job: Job) -> Iterator[Problem]:
+    """Factors of a learning rate that nobody knows, or beside another one."""
+    rate = job.optimizer.arguments.get("lr")
+    for i, group in enumerate(job.optimizer.groups):
+        path = f"optimizer.groups.{i}.lr_factor"
+        if group.lr_factor is not None and "lr" in (group.model_extra or {}):
+            yield Problem("is a second learning rate; give either lr or lr_factor", path)
+        elif group.lr_factor is not None and not isinstance(rate, int | float):
+            yield Problem("is a multiple of optimizer.lr, which must be a number then", path)
 
 
 def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:

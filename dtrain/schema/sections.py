@@ -85,13 +85,16 @@ class SchedulerTarget(Target):
 
 
 class Group(Section):
-    """A parameter group with its own optimizer settings; `params` is dtrain's, all other keys are the optimizer's."""
+    """A parameter group with its own optimizer settings; two keys are dtrain's, all others the optimizer's."""
 
     model_config = ConfigDict(extra="allow")
 
     params: Names = Field(
         min_length=1,
         description="Patterns that match parameter names ('*.bias') or module classes ('LayerNorm.*').",
+    )
+    lr_factor: float | None = Field(
+        default=None, gt=0, description="The group's learning rate, as a multiple of the optimizer's lr."
     )
 
 
