@@ -165,8 +165,8 @@ class Trainer:
         require_loss(loss_fn)
         require_metrics(metrics_dict)
         require_uncut(net)  # whose optimizer has other parameters now
-        self.freezing = Freezing(net, self.settings.fit.freeze, optimizer)
         require_optimizer(optimizer, net, loss_fn)
+        self.freezing = Freezing(net, self.settings.fit.freeze, optimizer)
         require_scheduler(scheduler, optimizer)
         self.scheduling = Scheduling(scheduler, scheduler_interval, scheduler_monitor or "")
         if deterministic:

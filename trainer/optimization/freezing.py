@@ -42,10 +42,10 @@ class Freezing:
         self._model: Parallel | None = None
         self._later: list[Interval] = []  # when something will be unfrozen in this fit
         self._still: list[nn.Module] = []  # norms that are in evaluation mode for now
-        later = {name: net.get_parameter(name) for name, until in self._until.items() if until is not None}
-        if optimizer is not None:
-            _require_trained_by(optimizer, later)
         _train(net, self._until, False)
+        if optimizer is not None and self._until:
+            later = {name: net.get_parameter(name) for name, until in self._until.items() if until is not None}
+            _require_trained_by(optimizer, later)
 
     def begin_fit(self, model: Parallel, length: RunLength, warn: Callable[[str], None]) -> None:
         """Begin a fit of this length with all of them frozen. All ranks take part."""
@@ -123,10 +123,12 @@ def _assigned(net: nn.Module, entries: Sequence[Freeze]) -> Iterator[tuple[str, 
 
 
 def _require_trained_by(optimizer: Optimizer, later: dict[str, nn.Parameter]) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     if lacking := [name for name, parameter in later.items() if id(parameter) not in held]:
         message = f"{shortened(lacking)} are to be trained later, but the optimizer doesn't have them"
         raise UserError(Problem(message, _PATH, hint="create it with all of the model's parameters"))
+    if not any(parameter.requires_grad for parameter in held.values()):
+        raise UserError(Problem("leaves the first step no parameter to train", _PATH))
 
 
 def _is_beyond(until: Interval, length: RunLength) -> bool:

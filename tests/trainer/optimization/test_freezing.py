@@ -129,7 +129,7 @@ def test_norms_in_frozen_parts_stay_in_evaluation_mode_until_they_are_unfrozen(t
 
 REFUSED = {
     "nothing": ("stem.weigth", "fit.freeze.0.patterns: no parameter is called stem.weigth; did you mean stem.weight"),
-    "everything": ("*", "all parameters of this AdamW are frozen"),
+    "everything": ("*", "fit.freeze: leaves the first step no parameter to train"),
     "covered": (["base.*", {"patterns": "base.0.*", "until": 3}], "fit.freeze.1: has no effect: the entries before"),
 }
 
