@@ -55,9 +55,10 @@ from .model.learned_loss import LearnedLoss
 from .model.loading import begin_from
 from .optimization import precision as precisions
 from .optimization.ema import Ema
+from .optimization.freezing import Freezing
 from .optimization.optimizer_step import Update
-from .optimization.run_length import Interval
-from .optimization.scheduler import Scheduling, is_fed
+from .optimization.run_length import Interval, RunLength
+from .optimization.scheduler import Scheduling
 from .predict import predict_features, predict_shares
 from .strategies.base import Parallel, require_uncut
 from .summary import summary
@@ -92,8 +93,8 @@ class Trainer:
         seed: the order of samples, and each rank's random numbers, follow from it.
         device: "auto", "cpu" or "cuda".
         micro_batch_size: most samples in one forward pass of one rank.
-        find_unused_parameters: whether batches may leave out some of the model's parameters, each batch others
-            (LayerDrop, branches); with "ddp". One that all ranks leave out has no gradient, as in one process.
+        freeze: patterns of parameters that are not trained, or dicts with `patterns` and `until` (500, "3 epochs").
+        unused_parameters: "allow": a batch may leave out some of the model's parameters, each batch others; with "ddp".
         strategy: "ddp", the whole model on each rank; "fsdp", or `Fsdp(...)` with its settings, a part of it on each;
             "deepspeed", or its configuration as a dict.
         activation_checkpointing: classes of modules whose activations are computed again in the backward pass.
@@ -133,8 +134,9 @@ class Trainer:
         device: str = "auto",
         micro_batch_size: int | None = None,
         deterministic: bool = False,
+        freeze: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = (),
         sync_batchnorm: bool = False,
-        find_unused_parameters: bool = False,
+        unused_parameters: Literal["refuse", "allow"] = "refuse",
         strategy: Strategy = "ddp",
         activation_checkpointing: Sequence[str] = (),
         precision: precisions.Name = "fp32",
@@ -164,9 +166,9 @@ class Trainer:
         require_metrics(metrics_dict)
         require_uncut(net)  # whose optimizer has other parameters now
         require_optimizer(optimizer, net, loss_fn)
+        self.freezing = Freezing(net, self.settings.fit.freeze, optimizer)
         require_scheduler(scheduler, optimizer)
-        if scheduler is not None and is_fed(scheduler) and scheduler_interval == "step":
-            raise UserError(f"{type(scheduler).__name__} needs an epoch's result: it can't have the interval step")
+        self.scheduling = Scheduling(scheduler, scheduler_interval, scheduler_monitor or "")
         if deterministic:
             be_deterministic()
         self.world = join_world(device)
@@ -199,7 +201,6 @@ class Trainer:
         self.optimizer = optimizer
         self.model.adopt(optimizer)
         self.scheduler = scheduler
-        self.scheduling = Scheduling(scheduler, scheduler_interval, scheduler_monitor or "")
         self.metrics = PhaseMetrics(metrics_dict, self.world.device, activations, train_metrics)
         self.seed = seed
         self._callbacks = Callbacks(callbacks)
@@ -265,10 +266,8 @@ class Trainer:
         require("Trainer.fit returns a pandas.DataFrame, and", "pandas")  # before hours of training
         if step is not None:
             self._take(step)
-        stopping = {
-            **{"monitor": monitor, "mode": mode, "patience": patience},
-            **{"min_delta": min_delta, "threshold": threshold, "stop_on_nan": stop_on_nan},
-        }
+        stopping = {"monitor": monitor, "mode": mode, "patience": patience, "min_delta": min_delta}
+        stopping |= {"threshold": threshold, "stop_on_nan": stop_on_nan}
         epochs = 10 if epochs is None and steps is None else epochs
         loop = self.train(train_data, val_data, epochs=epochs, steps=steps, early_stopping=stopping, run_dir=run_dir)
         if ckpt_path is not None and self.world.is_main:
@@ -300,8 +299,7 @@ class Trainer:
         settings = self.settings.of_fit(epochs=epochs, steps=steps, early_stopping=stopping, seed=self.seed)
         assert settings.fit.early_stopping is not None
         require_rates(self.optimizer)
-        if self.scheduler is None:
-            require_a_rate(self.optimizer)
+        require_a_rate(self.optimizer, self.scheduler)
         best = Best(settings.fit.early_stopping)
         data = self._data(train_data, val_data)
         require_monitor(best.monitor, data.tallies, may_log=self._has_own_step)
@@ -313,12 +311,14 @@ class Trainer:
         parts = alike(settings, self._made_by, self.optimizer, scheduling, data, self.metrics.by_name)
         require_same_settings(self.world, parts)
         update = Update(self.model, self.optimizer, self.precision, settings.fit, self._say)
-        self.model.begin_fit()
+        self.freezing.begin_fit(self.model, RunLength.of(settings.fit, data.train.num_steps), self._warn)
         given = self._run_dir if run_dir is None else run_dir
         folder = fit_folder(self.world, given, resume=self._resume, job_text=self._job_text)
         with rng_kept(self.world.device), self.precision.in_force(), folder as run:
             ema = None if self.ema is None else Ema(self.net, self.ema)
-            trained = Trained(self.model, self.step, self.precision, self.optimizer, update, scheduling, ema)
+            trained = Trained(
+                self.model, self.step, self.precision, self.optimizer, update, scheduling, self.freezing, ema
+            )
             loop = Loop(run, trained, data, settings, best, cadence, self._callbacks)
             if self.metrics.by_name or self._has_own_step:
                 tried = try_validation(self.model, self.step, data, self._warn)

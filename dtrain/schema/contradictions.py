@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 from dtrain.errors import Problem
 from dtrain.schema import sbatch
@@ -23,8 +24,13 @@ def contradictions_of(fit: Fit) -> list[Problem]:
         problems.append(Problem("has no effect without patience", "fit.early_stopping.min_delta"))
     if fit.clip_norm and fit.clip_value:
         problems.append(Problem("is a second way of clipping; give either clip_norm or clip_value", "fit.clip_value"))
-    if fit.find_unused_parameters and not STRATEGIES[fit.strategy].is_plain:
-        problems.append(Problem("works with ddp only", "fit.find_unused_parameters"))
+    if fit.unused_parameters == "allow" and not STRATEGIES[fit.strategy].is_plain:
+        message = "allow works with ddp only: under the others ranks gather and sum the same parameters in each step"
+        problems.append(Problem(message, "fit.unused_parameters"))
+    if fit.strategy == "deepspeed":
+        message = "DeepSpeed lays out what is trained once, before the first step: use ddp or fsdp, or freeze for good"
+        later = (number for number, entry in enumerate(fit.freeze) if entry.until is not None)
+        problems += [Problem(message, f"fit.freeze.{number}.until") for number in later]
     if fit.precision == "fp16" and fit.on_nonfinite == "stop":
         message = "fp16's gradient scaler skips steps that overflow, so it can't stop at them; use skip, or bf16"
         problems.append(Problem(message, "fit.on_nonfinite"))
@@ -60,7 +66,19 @@ def contradictions(job: Job) -> list[Problem]:
     for path, given in settings:
         if "lr" in given and not _is_rate(given["lr"], job.optimizer.target):
             problems.append(Problem(f"expected a positive number, found {given['lr']!r}", f"{path}.lr"))
+    problems += _wrong_factors(job)
     return problems + wrong_slurm_options(job)
+
+
+def _wrong_factors(job: Job) -> Iterator[Problem]:
+    """Factors of a learning rate that nobody knows, or beside another one."""
+    rate = job.optimizer.arguments.get("lr")
+    for i, group in enumerate(job.optimizer.groups):
+        path = f"optimizer.groups.{i}.lr_factor"
+        if group.lr_factor is not None and "lr" in (group.model_extra or {}):
+            yield Problem("is a second learning rate; give either lr or lr_factor", path)
+        elif group.lr_factor is not None and not isinstance(rate, int | float):
+            yield Problem("is a multiple of optimizer.lr, which must be a number then", path)
 
 
 def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:

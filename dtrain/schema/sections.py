@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,13 +96,16 @@ class SchedulerTarget(Target):
 
 
 class Group(Section):
-    """A parameter group with its own optimizer settings; `params` is dtrain's, all other keys are the optimizer's."""
+    """A parameter group with its own optimizer settings; two keys are dtrain's, all others the optimizer's."""
 
     model_config = ConfigDict(extra="allow")
 
     params: Names = Field(
         min_length=1,
         description="Patterns that match parameter names ('*.bias') or module classes ('LayerNorm.*').",
+    )
+    lr_factor: float | None = Field(
+        default=None, gt=0, description="The group's learning rate, as a multiple of the optimizer's lr."
     )
 
 
@@ -192,6 +195,30 @@ class InitFrom(Section):
         return RunDir(path).best_weights if path.is_dir() else path
 
 
+class Freeze(Section):
+    """Parameters that are not trained, or not yet; as a text, one pattern."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
+
+    patterns: Names = Field(
+        min_length=1,
+        description="Patterns that match parameter names ('encoder.*') or module classes ('Embedding.*').",
+    )
+    until: StepsOrEpochs | None = Field(
+        default=None,
+        description="Train them after so many optimizer steps, or epochs: 500, 3 epochs; null: not in this run.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_form(cls, value: object) -> object:
+        return {"patterns": [value]} if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str | Mapping | Freeze) else list(value) if isinstance(value, tuple) else value
+
+
 class EarlyStopping(Section):
     """Which value selects the best weights, and when to stop early."""
 
@@ -243,9 +270,13 @@ class Fit(Section):
     restarts: int = Field(
         default=0, ge=0, description="Maximum number of automatic restarts from the last checkpoint after a failure."
     )
+    freeze: Annotated[list[Freeze], BeforeValidator(_listed)] = Field(
+        default_factory=list,
+        description="Parameters that are not trained, or not yet; of entries that match one the first counts.",
+    )
     sync_batchnorm: bool = Field(default=False, description="Compute batch norm statistics over all ranks (CUDA only).")
-    find_unused_parameters: bool = Field(
-        default=False, description="ddp only: allow batches whose loss does not use all parameters."
+    unused_parameters: Literal["refuse", "allow"] = Field(
+        default="refuse", description="Batches whose loss does not depend on all parameters; allow: ddp only."
     )
     activation_checkpointing: Names = Field(
         default_factory=list,
@@ -274,6 +305,15 @@ class Fit(Section):
         default=None,
         description="On inf or nan gradients: stop ends the run, skip skips the batch; null: no check.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_name(cls, value: object) -> object:
+        """With unused_parameters as runs have it in their job.yaml that were made when it was a yes or no."""
+        if not isinstance(value, Mapping) or "find_unused_parameters" not in value:
+            return value
+        rest = {key: each for key, each in value.items() if key != "find_unused_parameters"}
+        return {"unused_parameters": "allow" if value["find_unused_parameters"] else "refuse", **rest}
 
 
 class Checkpoint(Section):

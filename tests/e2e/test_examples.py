@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from marks import campaign
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -120,6 +121,22 @@ def test_resnet(project):
     rows = project.run_dir().rows()
     assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.07])  # warm-up, halfway down the cosine
     assert all("ema_acc" in row for row in rows)
+
+
+def test_finetune(project):
+    """A part stays as it was in the file, a part is trained after an epoch, and the whole learns."""
+    torch.manual_seed(0)
+    before = torchvision.models.resnet18().state_dict()  # of 1000 classes
+    torch.save(before, project.folder / "resnet18.pt")
+    done = project.run("launch", "--gpus", "2", "--run-dir", "run", str(EXAMPLES / "finetune" / "job.yaml"))
+    assert done.code == 0, done.err
+    assert "init_from: left out of the file: fc.weight, fc.bias" in done.err
+    run = project.run_dir()
+    assert run.rows()[-1]["val_acc"] > 0.9
+    after = torch.load(run.last_weights, weights_only=True)
+    ends = ("weight", "mean")
+    same = {name: torch.equal(after[name], value) for name, value in before.items() if name.endswith(ends)}
+    assert {name.split(".")[0] for name, is_same in same.items() if not is_same} == {"layer4", "fc"}
 
 
 def test_lenet(project, mnist_root):

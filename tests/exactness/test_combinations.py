@@ -93,7 +93,7 @@ def _fit(combination: Combination, folder: str, *, is_first: bool) -> Any:
         activations={name: METRICS[name].activation for name in combination.metrics if METRICS[name].activation},
         strategy=STRATEGIES[combination.strategy],
         micro_batch_size=combination.micro_batch_size,
-        find_unused_parameters=combination.model == "experts" and combination.strategy == "ddp",
+        unused_parameters="allow" if combination.model == "experts" and combination.strategy == "ddp" else "refuse",
         device="cpu",
         seed=combination.seed,
         **{name: LIMITS[name] for name in combination.limits},

@@ -98,7 +98,7 @@ def make_loop(folder: str, job: Job) -> Loop:
     assert optimizer is not None
     update = Update(model, optimizer, precision, trainer.settings.fit)
     ema = None if trainer.ema is None else Ema(trainer.net, trainer.ema)
-    trained = Trained(model, trainer.step, precision, optimizer, update, trainer.scheduling, ema)
+    trained = Trained(model, trainer.step, precision, optimizer, update, trainer.scheduling, trainer.freezing, ema)
     cadence = Cadence(trainer.settings, validates=False, num_steps=data.train.num_steps)
     return Loop(run, trained, data, trainer.settings, Best(EarlyStopping(monitor="train_loss")), cadence, Callbacks([]))
 

@@ -139,7 +139,7 @@ def fit_again(rank, world_size, folder, strategy, by_another):
     trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=strategy, device="cpu")
     loader = DataLoader(POINTS, batch_size=5, shuffle=True)
     first = trainer.fit(loader, epochs=2)
-    if strategy == "ddp" or by_another:
+    if by_another or not isinstance(strategy, dict):  # DeepSpeed can't follow
         net[2].bias.requires_grad_(True)
     if by_another:
         trainer = Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=strategy, device="cpu", seed=trainer.seed)
@@ -187,7 +187,7 @@ def cut_models(rank, world_size, folder, strategy):
         with pytest.raises(UserError) as caught:
             Trainer(net, nn.CrossEntropyLoss(), optimizer, strategy=other, device="cpu")
         said.append(str(caught.value))
-    for parameter in (net[2].bias, net[0].bias):
+    for parameter in (net[2].bias, net[0].bias) if isinstance(strategy, dict) else ():
         parameter.requires_grad_(not parameter.requires_grad)
         with pytest.raises(UserError) as caught:
             trainer.fit(DataLoader(POINTS, batch_size=5), epochs=1)
@@ -207,12 +207,12 @@ def cut_models(rank, world_size, folder, strategy):
 def test_a_model_in_parts_is_fitted_again_by_the_same_trainer_and_with_the_same_parameters(strategy, tmp_path):
     for name in ("again", "cut"):
         prepare(tmp_path / name, 2)
-    losses, drawn = plain_losses(frees=False)
+    losses, drawn = plain_losses(frees=not isinstance(strategy, dict))
     for found, said in run_ranks(2, cut_models, tmp_path, strategy):
         assert found == (pytest.approx(losses, rel=1e-5), drawn)
         assert all(each.startswith("another Trainer has sharded the model") for each in said[:2])
-        assert said[2].startswith("requires_grad of 2.bias was changed after Trainer sharded the model")
-        assert said[3].startswith("requires_grad of 0.bias was changed after Trainer sharded the model")
+        changed = [each.split(" was changed after Trainer sharded the model")[0] for each in said[2:]]
+        assert changed == (["requires_grad of 2.bias", "requires_grad of 0.bias"] if isinstance(strategy, dict) else [])
 
 
 def test_each_fit_has_a_folder_of_its_own(tmp_path):

@@ -85,10 +85,10 @@ def require_rates(optimizer: Optimizer, step: int = 0) -> None:
             raise UserError(Problem(f"{said}: it must be a positive number", "optimizer.lr"))
 
 
-def require_a_rate(optimizer: Optimizer) -> None:
-    """Raise UserError if all learning rates are 0. For an optimizer without a scheduler."""
+def require_a_rate(optimizer: Optimizer, scheduler: Any) -> None:
+    """Raise UserError if all learning rates are 0, and no scheduler may change them."""
     rates = _rates(optimizer)
-    if rates and not any(rate for rate, _ in rates):
+    if scheduler is None and rates and not any(rate for rate, _ in rates):
         raise UserError(Problem("the learning rate is 0, and no scheduler raises it", "optimizer.lr"))
 
 

@@ -48,7 +48,8 @@ def main() -> int:
 def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
     """Train on the first batches. All ranks take part."""
     soon = {name: sooner(getattr(job.fit, name)) for name in ("validate_every", "report_every")}
-    fit = job.fit.model_copy(update={"epochs": EPOCHS, "steps": None, "max_time": None, **soon})
+    freeze = [each.model_copy(update={"until": each.until and sooner(each.until)}) for each in job.fit.freeze]
+    fit = job.fit.model_copy(update={"epochs": EPOCHS, "steps": None, "max_time": None, "freeze": freeze, **soon})
     job, train = settle(job.model_copy(update={"fit": fit}), beginning)
     trainer = build_trainer(job)
     assert trainer.optimizer is not None

@@ -42,7 +42,7 @@ from ..loss.step import user_step
 from ..model.loading import begin_from, load_weights
 from ..model.meta import build_on_meta
 from ..model.weights import without_shape
-from ..optimization.param_groups import group_parameters
+from ..optimization.param_groups import group_parameters, rates_apart
 from ..optimization.run_length import RunLength
 from ..predict import predict_features
 from ..trainer import Trainer
@@ -194,14 +194,19 @@ def build_model(job: Job, trained: Path | None) -> nn.Module:
 
 def build_optimizer(job: Job, net: nn.Module, loss: Any) -> Any:
     """The job's optimizer, of the model's parameters and the loss's, in their groups."""
-    groups = [{"params": group.params, **(group.model_extra or {})} for group in job.optimizer.groups]
+    rate = job.optimizer.arguments.get("lr")
+    groups = [
+        {"params": group.params, **(group.model_extra or {})}
+        | ({} if group.lr_factor is None else {"lr": group.lr_factor * cast(float, rate)})
+        for group in job.optimizer.groups
+    ]
     with _refusals("optimizer", job.optimizer):
         return instantiate(job.optimizer, group_parameters(net, groups, loss))
 
 
 def build_scheduler(target: Target, optimizer: Any) -> Any:
     """The scheduler, which may be made of others: each gets the optimizer."""
-    with _refusals("scheduler", target):
+    with _refusals("scheduler", target), rates_apart(optimizer, "scheduler"):
         return instantiate(target, optimizer, given={"optimizer": optimizer})
 
 

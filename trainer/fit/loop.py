@@ -89,6 +89,7 @@ class Loop:
                 self.callbacks.require_savable()
                 self.saver.resume()
                 begin_training(self.trained.model.bare)
+                self.trained.freezing.start(self.progress.position.step, self.progress.position.epoch - 1)
                 self.callbacks.call("on_start", self.shown)
                 if not self.progress.is_over:
                     self.begin_window()
@@ -101,6 +102,7 @@ class Loop:
                 self.callbacks.call("on_end", self.shown)
                 self.progress.beat()
         finally:
+            self.trained.freezing.end_fit()
             self.progress.enter(Phase.DONE)
 
     def train_epoch(self) -> None:

@@ -19,6 +19,7 @@ from ..model.buffers import shapes_of
 from ..model.learned_loss import beside
 from ..model.weights import mismatches
 from ..optimization.ema import Ema
+from ..optimization.freezing import Freezing
 from ..optimization.optimizer_step import Update
 from ..optimization.precision import Precision
 from ..optimization.scheduler import Scheduling
@@ -35,6 +36,7 @@ class Trained:
     Attributes:
         step: what a micro-batch does with the model.
         update: from a batch's gradient to the optimizer's step.
+        freezing: which of the model's parameters are not trained, or not yet.
         ema: the moving average of the weights, where there is one.
     """
 
@@ -44,6 +46,7 @@ class Trained:
     optimizer: Optimizer
     update: Update
     scheduling: Scheduling
+    freezing: Freezing
     ema: Ema | None = None
 
     @property

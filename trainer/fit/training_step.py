@@ -40,7 +40,9 @@ class TrainingStep:
 
     def __call__(self, micro_batches: Iterable[MicroBatch]) -> None:
         """Make the step. A batch that a collate function has left out whole, on all ranks, passes without one."""
-        trained, number = self._trained, self._progress.position.step + 1
+        trained, position = self._trained, self._progress.position
+        number = position.step + 1
+        trained.freezing.follow(position.step, position.epoch - 1)
         self._read_rate()
         is_done = self._with_closure(micro_batches) if self._by_closure else self._by_gradient(micro_batches, number)
         if trained.ema is not None and is_done:

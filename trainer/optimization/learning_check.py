@@ -46,8 +46,10 @@ class Learning:
         self._losses = losses
         self._report = report
         self._scales = scales
-        self._norm = math.nan  # of the weights at the last `begin`
-        self._untouched: int | None = None  # the checksum of those with which the run began, until they have changed
+        self._weights: list[Tensor] = []  # what was trained at the last `begin`
+        self._norm = math.nan  # of these, then
+        self._first: list[Tensor] = []  # what was trained when the run began
+        self._untouched: int | None = None  # the checksum of these, then, until they have changed
         self._first_step = 1
         self._seen = self._in_doubt = False
 
@@ -70,14 +72,15 @@ class Learning:
         require_rates(self._optimizer, step)
         self._first_step = step + 1
         self._seen = self._in_doubt = False
-        self._norm = self._weights()
+        self._weights = self._model.trained(self._optimizer)
+        self._norm = self._norm_of(self._weights)
         if step == 0:
-            self._untouched = self._checksum()
+            self._first, self._untouched = self._weights, _checksum(self._weights)
 
     def require_finite(self, step: int) -> None:
         """Raise UserError where the weights after so many steps are not finite. All ranks take part."""
         require_rates(self._optimizer, step)
-        if not math.isfinite(self._weights()):
+        if not math.isfinite(self._norm_of(self._model.trained(self._optimizer))):
             raise UserError(f"the weights are not finite after {self._steps(step)}, and with them the loss; {_MEND}")
 
     def judge(self, row: Row, *, epoch_ends: bool, is_last: bool) -> None:
@@ -102,7 +105,7 @@ class Learning:
         step = int(row["step"])
         self.require_finite(step)
         said = f"{self._since(row)}: " + ", ".join(f"{n} is {v}" for n, v in odd.items())
-        if "train_loss" in odd and self._weights() == self._norm:
+        if "train_loss" in odd and self._norm_of(self._weights) == self._norm:
             raise UserError(f"{said}, and the weights have not changed: nothing is learned")
         if untrue := [name for name, value in odd.items() if name != "train_loss" and math.isnan(value)]:
             cause = (
@@ -115,8 +118,8 @@ class Learning:
     def _judge_weights(self, row: Row, untouched: int, *, is_last: bool) -> None:
         """Check whether any step since the run began has changed a weight. All ranks take part."""
         world = self._model.world
-        if world.sum(torch.tensor(float(self._checksum() != untouched), device=world.device)):
-            self._untouched = None
+        if world.sum(torch.tensor(float(_checksum(self._first) != untouched), device=world.device)):
+            self._first, self._untouched = [], None
             return
         said = f"{self._since(row)}: the weights have not changed"
         if row.get("train_loss") == 0:
@@ -131,16 +134,11 @@ class Learning:
         """Whether later steps may change weights though this epoch's did not: a warm-up, a scale still to be found."""
         return self._scales or row["lr"] == 0
 
-    def _weights(self) -> float:
-        """The norm of all that is trained. All ranks take part where each has a part; waits for the device."""
+    def _norm_of(self, weights: list[Tensor]) -> float:
+        """Their norm. All ranks take part where each has a part; waits for the device."""
         with torch.no_grad():
-            weights = [weight.detach() for weight in self._model.trained(self._optimizer)]
-            return float(self._model.norm([each for each in weights if each.is_floating_point() or each.is_complex()]))
-
-    def _checksum(self) -> int:
-        """A checksum over all bits of this rank's part of what is trained. Waits for the device."""
-        sums = [_sum_of_bits(weight) for weight in self._model.trained(self._optimizer)]
-        return int(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0
+            numbers = [each.detach() for each in weights if each.is_floating_point() or each.is_complex()]
+            return float(self._model.norm(numbers))
 
     def _since(self, row: Row) -> str:
         """What the row covers."""
@@ -149,6 +147,12 @@ class Learning:
 
     def _steps(self, step: int) -> str:
         return f"steps {self._first_step} to {step}" if step > self._first_step else f"step {step}"
+
+
+def _checksum(weights: list[Tensor]) -> int:
+    """A checksum over all bits of this rank's parts of them. Waits for the device."""
+    sums = [_sum_of_bits(weight) for weight in weights]
+    return int(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:

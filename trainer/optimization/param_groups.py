@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+
+from dtrain.errors import Problem, UserError
 
 from ..model.patterns import match, require_matches
 
@@ -46,3 +50,18 @@ def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]], loss: 
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     made = [{**setting, "params": each} for setting, each in zip([*settings, {}], members, strict=True)]
     return [group for group in made if group["params"]]
+
+
+@contextlib.contextmanager
+def rates_apart(optimizer: Optimizer, path: str) -> Iterator[None]:
+    """Around making a scheduler: groups that have learning rates of their own keep them apart.
+
+    Raises:
+        UserError: the scheduler gives all of them one, as OneCycleLR does with its max_lr.
+    """
+    before = {float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None}
+    yield
+    after = {float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None}
+    if len(before) > 1 and len(after) == 1 and after != {0.0}:  # a warm-up may begin with 0
+        message = f"gives all parameter groups one learning rate ({after.pop():.4g}) in place of their own"
+        raise UserError(Problem(message, path, hint="give it a list, one rate for each group"))

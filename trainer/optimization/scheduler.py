@@ -88,6 +88,11 @@ class Scheduling:
     monitor: str = ""
     beginning: Beginning | None = None
 
+    def __post_init__(self) -> None:
+        if self.scheduler is not None and is_fed(self.scheduler) and self.interval == "step":
+            name = type(self.scheduler).__name__
+            raise UserError(f"{name} needs an epoch's result: it can't have the interval step")
+
     def begin(self, length: RunLength) -> Scheduling:
         """This, in a run of that length, from the scheduler's present state on.
 

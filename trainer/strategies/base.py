@@ -72,11 +72,11 @@ class Parallel:
         """Mark the model as sharded, so that no other strategy takes it: its parameters are replaced."""
         _cut.update(self.bare.modules())
 
-    def begin_fit(self) -> None:
-        """Begin a fit; parameters may have been frozen or unfrozen since the model was adopted. All ranks take part.
+    def follow_trained(self) -> None:
+        """Train what requires a gradient now, which may have changed since the last call. All ranks take part.
 
         Raises:
-            UserError: they have, and the strategy can't follow.
+            UserError: it has, and the strategy can't follow.
         """
         if changed := sorted(self._trainable.keys() ^ trainable(self.bare).keys()):
             raise UserError(

@@ -33,30 +33,31 @@ from .base import (
     trainable,
 )
 
-_ALLOW = ", or allow it: fit.find_unused_parameters: true"
+_ALLOW = ", or allow it: fit.unused_parameters: allow"
 
 
 class DataParallel(Parallel):
     """The whole model on each rank. All ranks take part in making it.
 
     Args:
-        find_unused_parameters: whether steps may leave out parameters, each step others; DDP then looks for them.
+        allows_unused: whether steps may leave out parameters, each step others; DDP then looks for them.
     """
 
     def __init__(
-        self, net: nn.Module, world: World, *, sync_batchnorm: bool = False, find_unused_parameters: bool = False
+        self, net: nn.Module, world: World, *, sync_batchnorm: bool = False, allows_unused: bool = False
     ) -> None:
         super().__init__(net, world, sync_batchnorm=sync_batchnorm)
-        self._finds_unused = find_unused_parameters
+        self._allows_unused = allows_unused
         self.bare.to(world.device)
         self._stepping = Stepping(self.bare)
+        self._is_synchronised = False
         self._wrap()
 
     def adopt(self, optimizer: Optimizer | None) -> None:
         if optimizer is not None:
             to_parameters(optimizer)
 
-    def begin_fit(self) -> None:
+    def follow_trained(self) -> None:
         before, now = self._trainable.values(), trainable(self.bare).values()
         if list(map(id, before)) != list(map(id, now)):
             self._wrap()
@@ -67,17 +68,20 @@ class DataParallel(Parallel):
         self._trainable = trainable(self.bare)
         device = self.world.device
         if self.world.world_size > 1 and self._trainable:
-            share_buffers(self.bare, self.world)
+            if not self._is_synchronised:
+                share_buffers(self.bare, self.world)
             wrapped = Averaging(
                 self.bare,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 **BUFFERS_APART,  # batch norm's are each rank's own until they are shared again
+                init_sync=not self._is_synchronised,  # later ones must leave each rank its own
                 gradient_as_bucket_view=True,
-                find_unused_parameters=self._finds_unused,
+                find_unused_parameters=self._allows_unused,
             )
             if not has_sparse_gradients(self.bare):  # those travel by themselves, in no bucket with others
                 settle_buckets(wrapped)
             self.module = wrapped
+            self._is_synchronised = True
 
     def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
         if not isinstance(self.module, Averaging):
@@ -110,7 +114,7 @@ class DataParallel(Parallel):
                 f"the loss depends on none of the model's parameters that this {type(optimizer).__name__} trains: "
                 "something was detached on the way to it, or the optimizer has other parameters; nothing is learned"
             )
-        if self.module is not self.bare and not self._finds_unused:
+        if self.module is not self.bare and not self._allows_unused:
             # DDP waits for every parameter's gradient. Checked now: the backward pass would hang.
             require_all_used(self.bare, loss, mend=_ALLOW)
 
@@ -193,5 +197,5 @@ class _TouchAll(nn.Module):
 
 def parallel(net: nn.Module, world: World, settings: None, fit: Fit, dtype: torch.dtype | None) -> DataParallel:
     """A model whole on each rank. All ranks take part. Its parameters stay float32, whatever `dtype` it computes in."""
-    finds_unused = fit.find_unused_parameters
-    return DataParallel(net, world, sync_batchnorm=fit.sync_batchnorm, find_unused_parameters=finds_unused)
+    is_allowed = fit.unused_parameters == "allow"
+    return DataParallel(net, world, sync_batchnorm=fit.sync_batchnorm, allows_unused=is_allowed)

@@ -32,7 +32,7 @@ from ..loss.step import Outcome, Step
 from ..model.blocks import of_classes, repeated
 from ..model.buffers import copied
 from ..model.weights import bare_state_dict
-from .base import Parallel, Stepping, require_divisible, run_within, shortened
+from .base import Parallel, Stepping, require_divisible, run_within, shortened, trainable
 
 
 class FullySharded(Parallel):
@@ -95,6 +95,7 @@ class FullySharded(Parallel):
         self.share_buffers()
         self._used: set[str] = set()  # parameters that this batch has given a gradient
         self._unused: set[str] | None = None  # those that the first one has given none
+        self._watched: set[str] = set()  # parameters of which it is seen
 
     def _fill(self, block: nn.Module) -> None:
         """Bring the block's parameters to the device, with rank 0's values. All ranks take part."""
@@ -129,6 +130,13 @@ class FullySharded(Parallel):
         if self.world.world_size > 1:
             self._watch_use()
 
+    def follow_trained(self) -> None:
+        now = trainable(self.bare)  # FSDP2 has whole parameters require gradients as their parts do
+        if now.keys() != self._trainable.keys():
+            self._trainable, self._unused = now, None
+            if self.world.world_size > 1:
+                self._watch_use()
+
     def _watch_use(self) -> None:
         """See which parameters get a gradient on this rank. All ranks take part, in gathering each block once.
 
@@ -141,8 +149,9 @@ class FullySharded(Parallel):
             if isinstance(block, FSDPModule):
                 block.unshard()
                 for name, whole in self.bare.named_parameters():
-                    if whole.requires_grad and not isinstance(whole, DTensor):
+                    if whole.requires_grad and not isinstance(whole, DTensor) and name not in self._watched:
                         whole.register_post_accumulate_grad_hook(functools.partial(_add_name, self._used, name))
+                        self._watched.add(name)
                 block.reshard()
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
@@ -156,7 +165,7 @@ class FullySharded(Parallel):
             raise UserError(
                 f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. fsdp needs "
                 "the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
-                "chance, or use ddp with fit.find_unused_parameters: true"
+                "chance, or use ddp with fit.unused_parameters: allow"
             )
         parts = dict(self.bare.named_parameters())
         for name in unused:  # by any rank: as in one process, it has no gradient

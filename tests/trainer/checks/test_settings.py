@@ -30,7 +30,8 @@ BOTH = {
     "fit.micro_batch_size": ("micro_batch_size", [0, 2.5]),
     "fit.deterministic": ("deterministic", ["of", 3]),
     "fit.sync_batchnorm": ("sync_batchnorm", ["maybe"]),
-    "fit.find_unused_parameters": ("find_unused_parameters", ["some"]),
+    "fit.unused_parameters": ("unused_parameters", ["some", True]),
+    "fit.freeze": ("freeze", [3, [["a"]], {"until": 3}, {"patterns": "*", "until": "3 days"}, {"pattern": "*"}]),
     "fit.clip_norm": ("clip_norm", [-1, "a lot"]),
     "fit.clip_value": ("clip_value", [0]),
     "fit.l1": ("l1", [-0.5]),
@@ -52,7 +53,8 @@ OF_FIT = {
 }
 TOGETHER = {
     "clipped twice": {"clip_norm": 1.0, "clip_value": 1.0},
-    "unused": {"find_unused_parameters": True, "strategy": "fsdp"},
+    "unused": {"unused_parameters": "allow", "strategy": "fsdp"},
+    "unfrozen": {"freeze": [{"patterns": "*", "until": 3}], "strategy": "deepspeed"},
     "fp16": {"precision": "fp16", "on_nonfinite": "stop"},
 }
 JOB = """

@@ -505,7 +505,7 @@ def sparse_fit(
 ) -> tuple[dict[str, torch.Tensor], float]:
     net, made = sparse_parts(optimizer)
     os.environ[RUN_DIR_VARIABLE] = folder
-    options = {"micro_batch_size": micro_batch_size, "find_unused_parameters": True, "device": "cpu"}
+    options = {"micro_batch_size": micro_batch_size, "unused_parameters": "allow", "device": "cpu"}
     trainer = Trainer(net, Halved(), made, **options)
     rows = trainer.fit(DataLoader(dataset, 6, collate_fn=whole, num_workers=workers), epochs=2)
     return trainer.model.state_dict(), rows.train_loss.iloc[-1]
@@ -576,7 +576,7 @@ def uneven_parts() -> tuple[nn.Module, torch.optim.Optimizer]:
 def uneven_fit(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
     os.environ[RUN_DIR_VARIABLE] = folder
     net, optimizer = uneven_parts()
-    trainer = Trainer(net, nn.MSELoss(), optimizer, find_unused_parameters=True, device="cpu")
+    trainer = Trainer(net, nn.MSELoss(), optimizer, unused_parameters="allow", device="cpu")
     trainer.fit(Uneven(rank), epochs=1)
     return trainer.model.state_dict()
 

@@ -15,8 +15,10 @@ from training import Job, Samples, epoch_order, final_state, fit, prepare, train
 
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
+from dtrain.schema.loading import load_job
 from dtrain.schema.sections import Fit, Fsdp
 from dtrain.trainer.distributed.world import World
+from dtrain.trainer.entrypoints.train import build_model, build_optimizer, build_scheduler
 from dtrain.trainer.optimization.optimizer_step import Update
 from dtrain.trainer.optimization.param_groups import group_parameters
 from dtrain.trainer.optimization.precision import Precision
@@ -219,6 +221,42 @@ def test_parameters_in_groups():
     assert names(net, group_parameters(net, [{"params": "*"}])) == [
         (["scale", "norm.weight", "norm.bias", "linear.weight", "linear.bias"], {})
     ]
+
+
+FACTORS = """
+name: factors
+model: {_target_: torch.nn.Sequential, _args_: [{_target_: torch.nn.Linear, in_features: 2, out_features: 2}]}
+data: {train: {_target_: builtins.list}, batch_size: 8}
+loss: {_target_: torch.nn.MSELoss}
+optimizer: {_target_: torch.optim.SGD, lr: 0.5, groups: [{params: "*.bias", lr_factor: 0.1}]}
+scheduler: {_target_: torch.optim.lr_scheduler.CosineAnnealingLR, T_max: 2}
+fit: {epochs: 2}
+"""
+
+
+def test_a_factor_of_the_learning_rate_is_kept_by_the_schedule(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(FACTORS)
+
+    def made(*overrides: str) -> torch.optim.Optimizer:
+        job = load_job(path, overrides).job
+        optimizer = build_optimizer(job, build_model(job, None), None)
+        scheduler = build_scheduler(job.scheduler, optimizer)
+        optimizer.step()
+        scheduler.step()
+        return optimizer
+
+    assert [group["lr"] for group in made().param_groups] == pytest.approx([0.025, 0.25])
+    assert [group["lr"] for group in made("optimizer.lr=2").param_groups] == pytest.approx([0.1, 1.0])
+    path.write_text(FACTORS.replace("CosineAnnealingLR, T_max: 2", "OneCycleLR, max_lr: 1.0, total_steps: 4"))
+    with pytest.raises(UserError, match=r"scheduler: gives all parameter groups one learning rate \(0.04\) in place"):
+        made()
+    assert len({group["lr"] for group in made("scheduler.max_lr=[0.1, 1.0]").param_groups}) == 2
+    with pytest.raises(UserError, match=r"lr_factor: is a second learning rate; give either lr or lr_factor"):
+        made("optimizer.groups.0.lr=1")
+    path.write_text(FACTORS.replace("lr: 0.5", "momentum: 0.5"))
+    with pytest.raises(UserError, match=r"lr_factor: is a multiple of optimizer.lr, which must be a number then"):
+        made()
 
 
 def test_a_pattern_that_matches_nothing():
