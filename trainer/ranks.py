@@ -60,7 +60,7 @@ class Ranks:
         self._models: list[DataParallel] = []
         self._tracked = Tracked(self.world, seed)
         self._hand = Hand(self._tracked, self._models)
-        self._kept: set[int] = set()  # models of loops before, by their ids
+        self._kept: set[int] = set()  # models that a loop was given, by their ids
 
     @property
     def has_samples(self) -> bool:
@@ -158,9 +158,7 @@ class Ranks:
         from .metrics.metric_set import MetricSet
 
         made = as_metrics(metrics)
-        own = {name: MetricSet({name: made[name]}, {}, self.device) for name in made}
-        for each in own.values():
-            self._tracked.add_metric(each)
+        own = {name: self._tracked.add_metric(MetricSet({name: made[name]}, {}, self.device)) for name in made}
         return {name: Synchronised(self, name, each) for name, each in own.items()}
 
     def epochs(
@@ -186,14 +184,15 @@ class Ranks:
             checkpoint_every: "epoch", a number of batches trained on, or text such as "5 epochs" or "30 min".
             keep: how many of the newest checkpoints are kept.
             run_dir, resume: as Trainer's.
-            states: the optimizer, and whatever else has state_dict and load_state_dict, the same on all ranks: a
-                scheduler, another model, a GradScaler.
+            states: the optimizer, and whatever else has a state_dict that is the same on all ranks: a scheduler,
+                another model, a GradScaler.
         """
         settings = settings_of_loop(count, monitor, mode, checkpoint_every, keep, self._seed)
-        given = {"net": net, **states}
-        models = {
-            name: self._wrapped("epochs", name, each) for name, each in given.items() if isinstance(each, nn.Module)
-        }
+        models = {"net": self._wrapped("epochs", "net", net)}
+        wrapped = {id(model.bare): model for model in self._models}
+        for name, each in states.items():
+            if isinstance(each, nn.Module) and (model := wrapped.get(id(bare_of(each)))) is not None:
+                models[name] = model
         self._kept |= {id(model) for model in models.values()}
         for model in self._models:
             if id(model) not in self._kept:
@@ -205,12 +204,11 @@ class Ranks:
             self._hand.loop.leave(None)  # it may have been left by `break`
         optimizer = next(iter(parts.optimizers.values()))
         kind = full_name(bare_of(net))
-        folder = fit_folder(
-            self.world,
-            run_dir,
-            resume=resume,
-            job_text=lambda name: job_of(name, self._seed, kind, optimizer, Scheduling(), {}),
-        )
+
+        def text(name: str) -> str:
+            return job_of(name, self._seed, kind, optimizer, Scheduling(), {})
+
+        folder = fit_folder(self.world, run_dir, resume=resume, job_text=text)
         is_chosen = monitor is not None
         self._hand.loop = Epochs(self.world, folder, parts, self._tracked, settings, is_chosen=is_chosen)
         return self._hand.loop

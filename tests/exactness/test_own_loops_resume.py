@@ -110,12 +110,9 @@ def own_loop(rank: int, world_size: int, folder: str, options: Options) -> bool:
                     metrics["val"].update(loss_fn(predictions, target), len(target))
                     metrics["acc"].update(predictions, target)
                     turn()
-            row = ranks.report(
-                train_loss=train_loss, **{f"val_{name}": metrics[name].compute() for name in ("val", "acc")}
-            )
-            assert row["val_val"] == metrics["val"].compute()
-            for name in ("val", "acc"):
-                metrics[name].reset()
+            ranks.report(train_loss=train_loss, val_loss=metrics["val"].compute(), val_acc=metrics["acc"].compute())
+            metrics["val"].reset()
+            metrics["acc"].reset()
     except Stopped:
         return False
     return True

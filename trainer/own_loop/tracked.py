@@ -56,10 +56,11 @@ class Tracked:
         self._made += 1
         return loader
 
-    def add_metric(self, metric: MetricSet) -> None:
+    def add_metric(self, metric: MetricSet) -> MetricSet:
         """Know it from now on. Those of an epoch's own get the same numbers in each epoch, see `num_metrics`."""
         self._metrics[self.num_metrics] = metric
         self.num_metrics += 1
+        return metric
 
     def share_done(self, number: int, done: Mapping[int, int]) -> float:
         """Of an iteration over the loader of that number; 0 where its length is not known."""
