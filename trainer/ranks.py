@@ -200,8 +200,8 @@ class Ranks:
                 raise UserError(f"Ranks.epochs was not given the {kind} that Ranks.wrap returned: NAME=it, to save it")
         parts = Parts(models, {name: each for name, each in states.items() if name not in models})
         require_same_settings(self.world, {**settings.model_dump(), **parts.kinds()})
-        if self._hand.loop is not None:
-            self._hand.loop.leave(None)  # it may have been left by `break`
+        if (left := self._hand.running) is not None:  # by `break`
+            left.leave(None)
         optimizer = next(iter(parts.optimizers.values()))
         kind = full_name(bare_of(net))
 

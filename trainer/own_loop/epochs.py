@@ -83,12 +83,17 @@ class Epochs:
     def __next__(self) -> int:
         if self.is_over:
             raise StopIteration
-        if self._saver is None:
-            self._begin()
-        else:
-            self._end_epoch()
-        if self.state.place.epoch > self.count:
-            self._finish()
+        try:
+            if self._saver is None:
+                self._begin()
+            else:
+                self._end_epoch()
+            if self.state.place.epoch > self.count:
+                self._finish()
+        except BaseException as error:
+            self.leave(error)
+            raise
+        if self.is_over:
             raise StopIteration
         self._tracked.num_metrics = self._num_metrics
         self._beat()
@@ -96,17 +101,13 @@ class Epochs:
 
     def _begin(self) -> None:
         run = self._folder.__enter__()
-        try:
-            self._heartbeat = Heartbeat(run.heartbeat(self._world.rank))
-            self._agreement = Agreement(self._world, self._heartbeat)
-            self._saver = LoopSaver(run, self._world, self._settings)
-            if (snapshot := self._saver.load(self.state.misfit)) is not None:
-                self.state.resume(snapshot)
-            self._saver.begin_rows(self.state.rows)
-        except BaseException as error:
-            self.leave(error)
-            raise
+        self._heartbeat = Heartbeat(run.heartbeat(self._world.rank))
+        self._agreement = Agreement(self._world, self._heartbeat)
+        self._saver = LoopSaver(run, self._world, self._settings)
         atexit.register(self._leave_at_exit)  # after `break`, or an error
+        if (snapshot := self._saver.load(self.state.misfit)) is not None:
+            self.state.resume(snapshot)
+        self._saver.begin_rows(self.state.rows)
 
     def _end_epoch(self) -> None:
         self.state.require_continued()
@@ -143,13 +144,9 @@ class Epochs:
     def _finish(self) -> None:
         saver = self._begun
         self._heartbeat.enter(Phase.SAVING)
-        try:
-            saver.finish()
-            if self._world.is_main and (self._samples or not saver.run.plots.exists()):
-                try_to_draw(saver.run, self.state.rows, self.state.best.step, ("train", "val"))
-        except BaseException as error:
-            self.leave(error)
-            raise
+        saver.finish()
+        if self._world.is_main and (self._samples or not saver.run.plots.exists()):
+            try_to_draw(saver.run, self.state.rows, self.state.best.step, ("train", "val"))
         self.leave(None)
 
     def leave(self, error: BaseException | None) -> None:
