@@ -1,30 +1,37 @@
 """Ranks: what a script with its own training loop needs on several processes, one line each.
 
-The loop stays the user's, and so do its checkpoints: `Trainer` has a loop that continues where it was stopped.
+The loop stays the user's. With `epochs` it continues where it was stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.errors import UserError
 
 from .batches import batches_of
-from .checks.arguments import require_model, unwrapped
-from .data.indexed import Batches, Data, MicroBatch
-from .distributed.seeds import derive_seed, seed_everything
+from .checks.agreement import require_same_settings
+from .checks.arguments import require_model, settings_of_loop, unwrapped
+from .data.indexed import Data
 from .distributed.world import join_world
+from .fit.description import full_name, job_of
+from .fit_folder import fit_folder
+from .loss.logs import read_logs
 from .loss.step import as_units, require_rows
 from .metrics.reduce import reduce_states
 from .model.call_proxy import bare_of, called_as
 from .model.weights import bare_state_dict, save_weights
+from .optimization.scheduler import Scheduling
+from .own_loop.epochs import Epochs
+from .own_loop.parts import Parts
+from .own_loop.sharded import Hand, Sharded
+from .own_loop.tracked import Tracked
 from .strategies.ddp import DataParallel
 
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
@@ -51,22 +58,34 @@ class Ranks:
         self.device = self.world.device
         self._seed = seed
         self._models: list[DataParallel] = []
-        self._part: MicroBatch | None = None  # the loop's current batch
-        self._is_seeded = False
-        self._num_batches = 0  # that the loop has had in hand, as many on all ranks
+        self._tracked = Tracked(self.world, seed)
+        self._hand = Hand(self._tracked, self._models)
+        self._kept: set[int] = set()  # models that a loop was given, by their ids
 
     @property
     def has_samples(self) -> bool:
         """Whether the current batch counts. If a short batch leaves this rank no samples, it gets two that don't."""
-        return self._part is None or self._part.samples > 0
+        return self._hand.part is None or self._hand.part.samples > 0
 
-    def shard(self, data: Data) -> Sharded:
+    @property
+    def ends_batch(self) -> bool:
+        """Whether the current micro-batch is its batch's last one, after which the optimizer steps."""
+        self._hand.is_end_seen = True
+        return self._hand.part is None or self._hand.part.is_last
+
+    def shard(self, data: Data, *, micro_batch_size: int | None = None) -> Sharded:
         """The batches of a DataLoader, whose batch_size is that of all ranks together: each rank gets its share.
 
         They arrive on the device. A rank's share of a short batch may be empty; it then computes with two samples that
         count for nothing, since the others wait for its part in the gradient.
+
+        Args:
+            micro_batch_size: most samples at once: a rank's share comes in parts, with `ends_batch` at the last one.
         """
-        return Sharded(self, batches_of(data, self.world, self._seed, fill_empty=True))
+        if self._hand.running is not None:
+            raise UserError("Ranks.shard: make the loaders before the loop over Ranks.epochs, which continues in them")
+        batches = batches_of(data, self.world, self._seed, micro_batch_size, fill_empty=True)
+        return Sharded(self._hand, self._tracked.add_loader(batches, micro_batch_size))
 
     def wrap(self, net: nn.Module) -> nn.Module:
         """The model on this rank's device with rank 0's weights; its gradients are averaged over the ranks.
@@ -103,8 +122,16 @@ class Ranks:
             raise UserError("Ranks.scale_loss is for a model whose gradients are averaged: net = ranks.wrap(net)")
         for model in self._models:
             model.expect_backward(loss)
+        self._hand.is_scaled = True
+        if self._hand.running is not None and self._hand.part is not None:
+            self._hand.running.count_step(self._hand.part.batch_samples)
+        if self._hand.is_cut and (units is not None or not (self._hand.part is None or self._hand.part.is_regular)):
+            raise UserError(
+                "Ranks.scale_loss: a batch that comes in micro-batches is scaled by its samples; its `units` are not "
+                "known before its last part: leave out micro_batch_size"
+            )
         if units is None:
-            if (part := self._part) is None:
+            if (part := self._hand.part) is None:
                 raise UserError("Ranks.scale_loss: iterate over the batches of ranks.shard(loader), or give `units`")
             if part.is_regular:
                 return loss * (part.samples * self.world_size / part.batch_samples)
@@ -131,13 +158,96 @@ class Ranks:
         from .metrics.metric_set import MetricSet
 
         made = as_metrics(metrics)
-        return {name: Synchronised(self, name, MetricSet({name: made[name]}, {}, self.device)) for name in made}
+        own = {name: self._tracked.add_metric(MetricSet({name: made[name]}, {}, self.device)) for name in made}
+        return {name: Synchronised(self, name, each) for name, each in own.items()}
+
+    def epochs(
+        self,
+        count: int,
+        *,
+        net: nn.Module,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        checkpoint_every: int | str = "epoch",
+        keep: int = 2,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        **states: Any,
+    ) -> Epochs:
+        """The numbers 1 to `count`, for a loop that continues where it was stopped, with what it is given here.
+
+        A stop is answered between two batches of `shard`, with a checkpoint and exit code 75. All ranks take part.
+
+        Args:
+            net: as `wrap` returned it; its weights are the run's last.pt and best.pt.
+            monitor, mode: what a row of `report` must have to be the best; by default the lowest val_loss.
+            checkpoint_every: "epoch", a number of batches trained on, or text such as "5 epochs" or "30 min".
+            keep: how many of the newest checkpoints are kept.
+            run_dir, resume: as Trainer's.
+            states: the optimizer, and whatever else has a state_dict that is the same on all ranks: a scheduler,
+                another model, a GradScaler.
+        """
+        settings = settings_of_loop(count, monitor, mode, checkpoint_every, keep, self._seed)
+        models = {"net": self._wrapped("epochs", "net", net)}
+        wrapped = {id(model.bare): model for model in self._models}
+        for name, each in states.items():
+            if isinstance(each, nn.Module) and (model := wrapped.get(id(bare_of(each)))) is not None:
+                models[name] = model
+        self._kept |= {id(model) for model in models.values()}
+        for model in self._models:
+            if id(model) not in self._kept:
+                kind = type(model.bare).__name__
+                raise UserError(f"Ranks.epochs was not given the {kind} that Ranks.wrap returned: NAME=it, to save it")
+        parts = Parts(models, {name: each for name, each in states.items() if name not in models})
+        require_same_settings(self.world, {**settings.model_dump(), **parts.kinds()})
+        if (left := self._hand.running) is not None:  # by `break`
+            left.leave(None)
+        optimizer = next(iter(parts.optimizers.values()))
+        kind = full_name(bare_of(net))
+
+        def text(name: str) -> str:
+            return job_of(name, self._seed, kind, optimizer, Scheduling(), {})
+
+        folder = fit_folder(self.world, run_dir, resume=resume, job_text=text)
+        is_chosen = monitor is not None
+        self._hand.loop = Epochs(self.world, folder, parts, self._tracked, settings, is_chosen=is_chosen)
+        return self._hand.loop
+
+    def log(self, **values: Any) -> None:
+        """Add values to the means that the next `report` has by these names, over all batches and ranks. No collective.
+
+        Args:
+            values: each a number or a tensor of one, which counts as its samples do; or (value, weight).
+        """
+        self._require_loop("log")
+        samples = 1 if self._hand.part is None else self._hand.part.samples
+        weight = torch.full((), float(samples), dtype=torch.float64, device=self.device)
+        self._tracked.logged.add(read_logs(values, weight))
+
+    def report(self, **values: Any) -> dict[str, Any]:
+        """Add a row to the run's metrics.jsonl, of these values and of what was logged, and return it.
+
+        Names that begin with train_ or val_ are drawn together. Rank 0's values count; all ranks take part.
+
+        Args:
+            values: numbers, or what `compute` returned.
+        """
+        return self._require_loop("report").report(values)
+
+    def _require_loop(self, name: str) -> Epochs:
+        if (loop := self._hand.running) is None:
+            raise UserError(f"Ranks.{name} is for the lines in a loop over Ranks.epochs")
+        return loop
+
+    def _wrapped(self, method: str, name: str, net: nn.Module) -> DataParallel:
+        for model in self._models:
+            if bare_of(net) is model.bare:
+                return model
+        raise UserError(f"Ranks.{method}: {name}, a {type(net).__name__}, was not returned by Ranks.wrap")
 
     def save(self, net: nn.Module, path: str | os.PathLike[str]) -> None:
         """Write the bare module's state_dict, on rank 0; when it returns, the file exists. All ranks take part."""
-        model = next((each for each in self._models if bare_of(net) is each.bare), None)
-        if model is None:
-            raise UserError(f"Ranks.save: this {type(net).__name__} was not returned by Ranks.wrap")
+        model = self._wrapped("save", "its model", net)
         model.share_buffers()
         refused = ""
         if self.world.is_main:
@@ -151,50 +261,8 @@ class Ranks:
     def _update(self, metrics: MetricSet, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from .metrics.metric_set import Arguments
 
-        samples = None if self._part is None else self._part.samples
-        metrics.update(None, None, {name: Arguments(args, kwargs)}, batch=self._num_batches, samples=samples)
-
-    def _epoch(self, batches: Batches, epoch: int) -> Iterator[Any]:
-        if not self._is_seeded:  # the model is made, alike everywhere; from here on ranks draw masks of their own
-            seed_everything(derive_seed("rank", self._seed, self.rank))
-            self._is_seeded = True
-        for model in self._models:
-            if not model.bare.training:  # about to be evaluated, alike on all ranks
-                model.share_buffers()
-        outer = self._part  # of a loop around this one
-        try:
-            for batch in batches.epoch(epoch):
-                self._num_batches += 1
-                for part in batch.micro_batches:
-                    self._part = part
-                    with contextlib.ExitStack() as undone:
-                        for model in self._models if not part.samples else ():
-                            undone.enter_context(model.preserving_state())
-                        yield part.data
-        finally:
-            self._part = outer
-
-
-class Sharded:
-    """A rank's shares of a loader's batches. To iterate over it is an epoch; equally many batches on all ranks."""
-
-    def __init__(self, ranks: Ranks, batches: Batches) -> None:
-        self._ranks = ranks
-        self._batches = batches
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration this epoch (from 1), for a loop that resumes."""
-        self._epoch = epoch - 1
-
-    def __len__(self) -> int:
-        if (steps := self._batches.num_steps) is None:
-            raise TypeError("the number of batches is not known before an epoch ends")
-        return steps
-
-    def __iter__(self) -> Iterator[Any]:
-        self._epoch += 1
-        return self._ranks._epoch(self._batches, self._epoch)
+        samples = None if self._hand.part is None else self._hand.part.samples
+        metrics.update(None, None, {name: Arguments(args, kwargs)}, batch=self._tracked.num_batches, samples=samples)
 
 
 class Synchronised:
@@ -216,6 +284,10 @@ class Synchronised:
 
     def compute(self) -> Result | dict[str, Result]:
         """The value, on all ranks: a number, lists of numbers, or such by name. All ranks take part."""
+        loop = self._ranks._hand.running
+        return self._compute() if loop is None else loop.state.once(self._compute)
+
+    def _compute(self) -> Result | dict[str, Result]:
         kept = self._own.state_dict()
         reduced = reduce_states(self._own.states())
         values = {} if reduced is None else self._own.finish(reduced)

@@ -249,8 +249,33 @@ print("trained to the end")
 """
 
 
-def test_a_script_with_a_trainer_stops_and_continues(project):
-    project.write("train.py", SCRIPT)
+OWN_LOOP = """
+import sys
+import torch
+from torch.utils.data import DataLoader
+from dtrain import Ranks
+import data, net
+
+torch.manual_seed(0)
+ranks = Ranks()
+loader = ranks.shard(DataLoader(data.points(40), batch_size=8, shuffle=True))
+model = ranks.wrap(net.Net(gate=7))
+optimizer = torch.optim.SGD(model.parameters(), lr=float(sys.argv[1]))
+for epoch in ranks.epochs(2, net=model, optimizer=optimizer):
+    for features, target in loader:
+        loss = torch.nn.functional.cross_entropy(model(features), target)
+        optimizer.zero_grad()
+        ranks.scale_loss(loss).backward()
+        optimizer.step()
+        ranks.log(train_loss=loss)
+    ranks.report()
+print("trained to the end")
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, OWN_LOOP], ids=["Trainer", "own loop"])
+def test_a_script_stops_and_continues(script, project):
+    project.write("train.py", script)
     done = stop(
         project, signal.SIGTERM, arguments=("launch", "--gpus", "2", "--run-dir", "run", "train.py", "--", "0.1")
     )

@@ -187,3 +187,9 @@ def test_a_loop_of_ones_own_differs_in_eight_lines():
     plain, own = (code(STYLES / f"{name}_loop.py") for name in ("plain", "own"))
     changed = [line for line in difflib.ndiff(plain.splitlines(), own.splitlines()) if line.startswith("+")]
     assert len(changed) == 8, changed
+
+
+def test_a_loop_of_ones_own_continues_by_two_lines():
+    own, resumed = (code(STYLES / f"{name}.py") for name in ("own_loop", "own_loop_resumed"))
+    changed = [line for line in difflib.ndiff(own.splitlines(), resumed.splitlines()) if line.startswith("+")]
+    assert len(changed) == 2, changed

@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "trainer/optimization": (*CONTRACT, *BASE, "trainer/loss", "trainer/strategies"),
     "trainer/fit": (*CONTRACT, *PARTS),
     "trainer/callbacks": (*CONTRACT, *PARTS, "trainer/fit"),
-    "trainer": (*CONTRACT, *PARTS, "trainer/streams", "trainer/fit"),
+    "trainer/own_loop": (*CONTRACT, *PARTS),
+    "trainer": (*CONTRACT, *PARTS, "trainer/streams", "trainer/fit", "trainer/own_loop"),
     "trainer/tracking": CONTRACT,
     "trainer/entrypoints": (*CONTRACT, *PARTS, "trainer/fit", "trainer/callbacks", "trainer"),
 }

@@ -84,6 +84,13 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     return _checked(values, problems_in(SchedulerTarget, scheduler))
 
 
+def settings_of_loop(epochs: int, monitor: str | None, mode: str, every: int | str, keep: int, seed: int) -> Settings:
+    """Those of a loop of the user's own; raises UserError as `settings_of` does."""
+    best = {"monitor": monitor or "val_loss", "mode": mode}
+    fit, checkpoint = {"epochs": epochs, "early_stopping": best}, {"every": every, "keep": keep}
+    return _checked({"fit": fit, "checkpoint": checkpoint, "launch": {}, "seed": seed, "init_from": None})
+
+
 def _checked(values: Mapping[str, Any], others: Sequence[Problem] = ()) -> Settings:
     """The settings; raises UserError with all that is wrong with them, and the other problems."""
     values = _plain(values)

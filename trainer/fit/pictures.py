@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtrain.run.folder import RunDir
-from dtrain.schema.packages import missing
-from dtrain.stderr import say
 
 from ..metrics.epoch_totals import Tally
 from .progress import Progress
@@ -17,11 +15,7 @@ def draw_fit(run: RunDir, progress: Progress, tallies: Sequence[Tally], metrics:
     """Draw its curves, and the confusion matrices of its best weights; say so if that can't be done. Rank 0 only."""
     if run.plots.exists() and not progress.samples_done:
         return  # what was over before is drawn
-    from ..metrics.plots import draw
+    from ..metrics.plots import try_to_draw
 
     confusions = [name for name, metric in metrics.items() if type(metric).__name__.endswith("ConfusionMatrix")]
-    try:
-        draw(run.plots, progress.rows, progress.best.step, [tally.phase for tally in tallies], confusions)
-    except (OSError, ImportError) as error:
-        cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
-        say(f"{run}: can't draw plots/: {cause or error}; everything else is there")
+    try_to_draw(run, progress.rows, progress.best.step, [tally.phase for tally in tallies], confusions)

@@ -8,14 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.files import write_atomic
-from dtrain.run.folder import Row
+from dtrain.run.folder import Row, RunDir
 from dtrain.schema.metrics.sets import value_of
+from dtrain.schema.packages import missing
+from dtrain.stderr import say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WITHOUT_CURVE = ("epoch", "step", "samples_per_s")  # numbers, but no results
 _MOST_CELLS = 20  # classes, of which the numbers can be read
+
+
+def try_to_draw(
+    run: RunDir, rows: Sequence[Row], best_step: int, phases: Sequence[str], confusions: Sequence[str] = ()
+) -> None:
+    """`draw` in a run's folder; say so if that can't be done."""
+    try:
+        draw(run.plots, rows, best_step, phases, confusions)
+    except (OSError, ImportError) as error:
+        cause = error.strerror if isinstance(error, OSError) else missing("matplotlib")
+        say(f"{run}: can't draw plots/: {cause or error}; everything else is there")
 
 
 def draw(

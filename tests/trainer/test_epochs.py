@@ -1,0 +1,126 @@
+"""Ranks.epochs: what it refuses, and what a script may do around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain import Ranks
+from dtrain.errors import UserError
+from dtrain.run.folder import RunDir
+from dtrain.trainer import fit_folder
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+
+class Script:
+    """A script's beginning."""
+
+    def __init__(self, micro_batch_size: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.ranks = Ranks(device="cpu")
+        loader = DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=4)
+        self.data = self.ranks.shard(loader, micro_batch_size=micro_batch_size)
+        self.net = self.ranks.wrap(nn.Linear(3, 1))
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def epochs(self, count: int = 2, **given: Any) -> Any:
+        return self.ranks.epochs(count, **{"net": self.net, "optimizer": self.optimizer, **given})
+
+    def train(self) -> None:
+        for (features,) in self.data:
+            self.optimizer.zero_grad()
+            self.ranks.scale_loss(self.net(features).square().mean()).backward()
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": 0}, "epochs: expected|epochs: .*0"),
+        ({"checkpoint_every": "now"}, "every"),
+        ({"net": nn.Linear(3, 1)}, "net, a Linear, was not returned by Ranks.wrap"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, "optimizer trains none of the parameters of net"),
+        ({"extra": 3}, "extra is a int, without state_dict"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_before_the_first_epoch(given, message):
+    with pytest.raises(UserError, match=message):
+        Script().epochs(**given)
+
+
+def test_a_loop_needs_its_optimizer_and_all_wrapped_models():
+    script = Script()
+    with pytest.raises(UserError, match="needs the optimizer too"):
+        script.ranks.epochs(2, net=script.net)
+    script.ranks.wrap(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="was not given the Linear that"):
+        script.epochs()
+
+
+def test_what_is_refused_within_the_loop():
+    script = Script()
+    for name in ("log", "report"):
+        with pytest.raises(UserError, match=f"Ranks.{name} is for the lines in a loop over Ranks.epochs"):
+            getattr(script.ranks, name)(val_loss=1.0)
+    for _ in script.epochs(1):
+        with pytest.raises(UserError, match="make the loaders before the loop"):
+            script.ranks.shard(DataLoader(TensorDataset(torch.zeros(4, 3)), batch_size=2))
+        with pytest.raises(UserError, match="val_loss is a str, expected a number"):
+            script.ranks.report(val_loss="low")
+        with pytest.raises(UserError, match="there is another value called step"):
+            script.ranks.report(step=1)
+        script.train()
+
+
+def test_a_monitor_that_is_never_reported_is_refused_after_the_first_epoch():
+    script = Script()
+    epochs = script.epochs(monitor="val_acc")
+    assert next(epochs) == 1
+    script.train()
+    script.ranks.report(val_loss=1.0)
+    with pytest.raises(UserError, match="no row of epoch 1 has val_acc"):
+        next(epochs)
+
+
+def test_micro_batches_need_a_loop_that_asks_where_the_batch_ends():
+    script = Script(micro_batch_size=2)
+    with pytest.raises(UserError, match="does not ask where it ends"):
+        script.train()
+    (features,) = next(batches := iter(script.data))
+    with pytest.raises(UserError, match="its `units` are not known"):
+        script.ranks.scale_loss(script.net(features).mean(), units=2)
+    batches.close()
+
+
+def test_a_script_may_have_several_loops_and_leave_them(monkeypatch):
+    """Each has a run folder of its own; what is continued after `break` comes again from the last checkpoint."""
+    script = Script()
+    average = AveragedModel(script.net)
+    for epoch in script.epochs(3, run_dir="first", average=average):
+        script.train()
+        average.update_parameters(script.net)
+        script.ranks.report(val_loss=1 / epoch)
+        if epoch == 2:
+            break
+    for epoch in script.epochs(2, run_dir="second", average=average):
+        script.train()
+        script.ranks.report(val_loss=float(epoch))
+    assert [row["step"] for row in RunDir("first").rows()] == [2, 4]
+    assert [row["step"] for row in RunDir("second").rows()] == [2, 4]
+    monkeypatch.setattr(fit_folder, "_fits", {})  # as in another process
+    again = Script()
+    seen = AveragedModel(again.net)
+    assert list(again.epochs(2, run_dir="second", resume=True, average=seen)) == []
+    assert torch.equal(again.net.weight, script.net.weight)
+    assert int(seen.n_averaged) == 2

@@ -1,0 +1,106 @@
+"""What a loop of the user's own trains and keeps: models, optimizers, and whatever else has a state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dtrain.errors import UserError
+
+from ..checkpoint.codec import require_data
+from ..model.buffers import shapes_of
+from ..model.weights import mismatches
+from ..optimization.scheduler import Scheduling  # whose state leaves out what is code
+from ..strategies.base import Parallel
+
+
+class Parts:
+    """By the names that the script gives them, the same on all ranks.
+
+    Args:
+        models: those that are wrapped.
+        others: optimizers, and objects with state_dict and load_state_dict.
+
+    Raises:
+        UserError: something could not be saved.
+    """
+
+    def __init__(self, models: Mapping[str, Parallel], others: Mapping[str, Any]) -> None:
+        self.models = models
+        self.optimizers = {name: each for name, each in others.items() if isinstance(each, Optimizer)}
+        self._others = {name: each for name, each in others.items() if name not in self.optimizers}
+        if not self.optimizers:
+            raise UserError("Ranks.epochs needs the optimizer too, whose state is saved: optimizer=optimizer")
+        self._owners = {name: self._owner(name, each) for name, each in self.optimizers.items()}
+        for name, each in self._others.items():
+            if not all(hasattr(each, method) for method in ("state_dict", "load_state_dict")):
+                kind = type(each).__name__
+                raise UserError(f"Ranks.epochs: {name} is a {kind}, without state_dict and load_state_dict")
+            require_data(name, each, Scheduling(each).state_dict())
+
+    def _owner(self, name: str, optimizer: Optimizer) -> Parallel:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for model in self.models.values():
+            if trained & {id(parameter) for parameter in model.bare.parameters()}:
+                return model
+        raise UserError(f"Ranks.epochs: {name} trains none of the parameters of {', '.join(self.models)}")
+
+    @property
+    def net(self) -> Parallel:
+        """The model whose weights are the run's result."""
+        return self.models["net"]
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first optimizer's first group. Waits for the device where it is a tensor there."""
+        return float(next(iter(self.optimizers.values())).param_groups[0].get("lr", 0.0))
+
+    def kinds(self) -> dict[str, str]:
+        """Their classes, by name."""
+        models = {name: type(model.bare).__name__ for name, model in self.models.items()}
+        return models | {name: type(each).__name__ for name, each in (self.optimizers | self._others).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on all ranks, but for the models' buffers, of which rank 0's count. All ranks take part."""
+        state = {name: model.state_dict() for name, model in self.models.items()}
+        state |= {name: self._owners[name].optimizer_state(each) for name, each in self.optimizers.items()}
+        return state | {name: Scheduling(each).state_dict() for name, each in self._others.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what `state_dict` gave. All ranks take part."""
+        for name, model in self.models.items():
+            model.load_state_dict(state[name])
+        for name, each in self.optimizers.items():
+            self._owners[name].load_optimizer_state(each, state[name])
+        for name, each in self._others.items():
+            each.load_state_dict(state[name])
+
+    def own_buffers(self) -> dict[str, Any]:
+        """What this rank has of the models' buffers. No collective."""
+        return {name: model.own_buffers() for name, model in self.models.items()}
+
+    def load_own_buffers(self, buffers: Mapping[str, Any]) -> None:
+        for name, model in self.models.items():
+            model.load_own_buffers(buffers[name])
+
+    def misfit(self, kinds: Mapping[str, str], state: Mapping[str, Any]) -> str | None:
+        """Why a state is not one of these parts, if it is not. No collective."""
+        own = self.kinds()
+        if lacking := sorted(own.keys() - kinds.keys()):
+            return f"a checkpoint without {', '.join(lacking)}, which this loop has"
+        if others := sorted(kinds.keys() - own.keys()):
+            return f"a checkpoint with {', '.join(others)}, which Ranks.epochs was not given"
+        for name, kind in own.items():
+            if kinds[name] != kind:
+                return f"a checkpoint with {name} {kinds[name]}, this loop has {kind}"
+        for name, model in self.models.items():
+            shapes = shapes_of(state[name])
+            grown = {buffer: shapes[buffer] for buffer in model.own_buffers() if buffer in shapes}
+            if problems := mismatches(shapes, model.shapes() | grown):
+                return f"a checkpoint of another model ({name}): {'; '.join(problems)}"
+        for name, each in self.optimizers.items():
+            if [group["params"] for group in state[name]["param_groups"]] != self._owners[name].parameter_groups(each):
+                return f"a checkpoint whose {name} has other parameters, or other groups of them"
+        return None
