@@ -19,7 +19,7 @@ from dtrain.schema.metrics.monitor import monitor_problem
 from dtrain.schema.metrics.sets import value_of
 from dtrain.schema.metrics.unfit import why_unfit
 from dtrain.schema.metrics.values import values_of_no_sample
-from dtrain.schema.sections import MetricTarget, Target
+from dtrain.schema.targets import MetricTarget, Target
 
 _ARGS, _PARTIAL = "_args_", "_partial_"
 _HYDRAS = ("_convert_", "_recursive_")  # keys that Hydra knows besides

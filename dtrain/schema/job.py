@@ -12,23 +12,15 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from dtrain.errors import Problem
 from dtrain.run.folder import RunDir
 from dtrain.schema.metrics.sets import default_monitor, phase_of
-from dtrain.schema.sections import (
-    Checkpoint,
-    Data,
-    EarlyStopping,
-    Fit,
-    Fsdp,
-    InitFrom,
-    Launch,
+from dtrain.schema.sections import Checkpoint, Data, EarlyStopping, Fit, Fsdp, InitFrom, Launch, Mlflow, Slurm
+from dtrain.schema.targets import (
     MetricName,
     MetricTarget,
-    Mlflow,
     Name,
     OptimizerTarget,
     SchedulerTarget,
     Section,
     Seed,
-    Slurm,
     Target,
 )
 

@@ -282,10 +282,13 @@ def _salvage(values: dict[Any, Any], errors: Sequence[ErrorDetails]) -> Job:
     """The job without what is wrong with it."""
     rest = copy.deepcopy(values)
     for error in errors:
-        *parents, last = error["loc"][: _SALVAGE_DEPTHS.get(str(error["loc"][0]), 2)]
+        last, *following = error["loc"][: _SALVAGE_DEPTHS.get(str(error["loc"][0]), 2)]
         here, stand_in = rest, _STAND_INS
-        for part in parents:
-            here, stand_in = here.get(part, {}), stand_in.get(str(part), {})
+        for part in following:
+            within = here.get(last, {})
+            if isinstance(part, int) and not (isinstance(within, dict) and part in within):
+                break  # a list, or what stands for one, is dropped whole
+            here, stand_in, last = within, stand_in.get(str(last), {}), part
         for key in [key for key in here if key == last or not isinstance(key, str)]:
             del here[key]
         if last in stand_in:

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from dtrain.errors import Problem, did_you_mean, nearest
 from dtrain.schema.job import Job, ScriptJob
-from dtrain.schema.sections import Section
+from dtrain.schema.targets import Section
 
 # pydantic's kinds of error in plain words: "expected ..., found ...".
 _EXPECTED = {
@@ -86,6 +86,8 @@ def _fields(job: type[Section], path: Sequence[str]) -> list[str]:
     """The keys that the section at this path may have."""
     section: type[BaseModel] = job
     for part in path:
+        if part.isdecimal():  # a list's item, whose type is already found
+            continue
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))

@@ -10,7 +10,7 @@ import pytest
 from dtrain.errors import Problem, UserError, nearest
 from dtrain.schema.job import job_json_schema
 from dtrain.schema.loading import LoadedJob, differences, dump_job, load_job
-from dtrain.schema.sections import Target
+from dtrain.schema.targets import Target
 
 GOOD = """\
 name: digits

@@ -12,7 +12,7 @@ from dtrain.errors import UserError
 from dtrain.names import job_path, resolve
 from dtrain.schema.instantiate import bind_function, check_job, check_target, instantiate
 from dtrain.schema.loading import load_job
-from dtrain.schema.sections import Target
+from dtrain.schema.targets import Target
 
 
 @pytest.fixture(autouse=True)

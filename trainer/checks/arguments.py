@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError
 from dtrain.schema.contradictions import contradictions_of
-from dtrain.schema.sections import Checkpoint, Fit, InitFrom, Launch, SchedulerTarget, Section, Seed
+from dtrain.schema.sections import Checkpoint, Fit, InitFrom, Launch
 from dtrain.schema.strategies import name_of
+from dtrain.schema.targets import SchedulerTarget, Section, Seed
 from dtrain.schema.validation import problems_in
 
 from ..checkpoint.codec import flatten

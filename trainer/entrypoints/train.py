@@ -25,8 +25,8 @@ from dtrain.run.rank_request import RankRequest, Train
 from dtrain.schema.instantiate import bind_function, build_metric, instantiate
 from dtrain.schema.job import Job
 from dtrain.schema.loading import load_job
-from dtrain.schema.sections import Target
 from dtrain.schema.strategies import STRATEGIES
+from dtrain.schema.targets import Target
 from dtrain.stderr import say
 
 from ..callbacks.profiler import Profiler

@@ -31,7 +31,7 @@ BOTH = {
     "fit.deterministic": ("deterministic", ["of", 3]),
     "fit.sync_batchnorm": ("sync_batchnorm", ["maybe"]),
     "fit.unused_parameters": ("unused_parameters", ["some", True]),
-    "fit.freeze": ("freeze", [3, [["a"]], {"until": 3}, {"patterns": "*", "until": "3 days"}, {"pattern": "*"}]),
+    "fit.freeze": ("freeze", [[["a"]], {"until": 3}, {"patterns": "*", "until": "3 days"}, {"patterns": "*", "at": 1}]),
     "fit.clip_norm": ("clip_norm", [-1, "a lot"]),
     "fit.clip_value": ("clip_value", [0]),
     "fit.l1": ("l1", [-0.5]),

@@ -18,7 +18,7 @@ from training import epoch_order, prepare
 from dtrain import Trainer
 from dtrain.run.folder import RUN_DIR_VARIABLE
 from dtrain.schema.instantiate import check_target, instantiate
-from dtrain.schema.sections import OptimizerTarget
+from dtrain.schema.targets import OptimizerTarget
 from dtrain.trainer.data.indexed import MicroBatch, Source
 from dtrain.trainer.loss.step import Outcome, Step, supervised_step, user_step
 
