@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torchvision
 from marks import campaign
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from training import epoch_order
+from training import approximately, epoch_order, timeless
 
 import dtrain
 
@@ -111,6 +112,30 @@ def test_gpt_is_the_same_under_any_strategy(name, ranks, gpt):
     assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
     assert row["val_acc"] == pytest.approx(expected["val_acc"], rel=1e-3)
     assert torch.load(run.best_weights, weights_only=True)["head.weight"].shape == (256, 32)
+
+
+def test_a_stream_without_an_end_goes_on_where_it_was_stopped(project):
+    small = ["model.width=32", "model.depth=2", "data.batch_size=16", "fit.report_every=20", "fit.validate_every=100"]
+    small += [f"{where}.context=32" for where in ("model", "data.train", "data.val")]
+    small += [f"data.{split}.modules=[argparse, ast]" for split in ("train", "val")]
+
+    def start(ranks, *options):
+        job = str(EXAMPLES / "gpt" / "endless.yaml")
+        return project.start("launch", "--gpus", ranks, "--run-dir", ranks, *options, job, *small, "fit.steps=200")
+
+    whole = start("1").wait()
+    assert whole.code == 0, whole.err
+    stopped = start("2")
+    stopped.until(lambda: project.run_dir("2").metrics.exists() and project.run_dir("2").rows())
+    stopped.signal(signal.SIGTERM)
+    assert stopped.wait().code == 75
+    continued = start("2", "--resume").wait()
+    assert continued.code == 0, continued.err
+    rows, expected = project.run_dir("2").rows(), project.run_dir("1").rows()
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [*range(20, 201, 20)]
+    for row, alone in zip(rows, expected, strict=True):
+        assert timeless(row) == approximately(timeless(alone), rel=1e-5)
+    assert rows[-1]["val_loss"] < 3.5  # of a uniform guess it is 5.5
 
 
 def test_resnet(project):
