@@ -66,10 +66,9 @@ class Screen:
             self._last_line = time.monotonic()
             phase = beat.evaluating or "step"
             total = f"/{beat.steps_in_epoch}" if beat.steps_in_epoch else ""
-            self.print(
-                f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}{total}"
-                f"  loss {beat.loss:.4g}  {self._rate.samples_per_s:,.0f} samples/s"
-            )
+            place = f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}  {phase} {beat.step_in_epoch}{total}"
+            rate = f"{self._rate.samples_per_s:,.0f} samples/s"
+            self.print("  ".join(filter(None, (place, _loss(beat), rate))))
 
     def close(self) -> None:
         """Remove the progress bar."""
@@ -88,10 +87,15 @@ class Screen:
             description=f"{beat.in_fit}epoch {beat.epoch}/{beat.epochs}{beat.evaluating and f' {beat.evaluating}'}",
             completed=beat.step_in_epoch,
             total=beat.steps_in_epoch or None,
-            loss="" if math.isnan(beat.loss) else f"loss {beat.loss:.4g}",
+            loss=_loss(beat),
             rate=f"{self._rate.samples_per_s:,.0f} samples/s",
             left=f"{duration(self._rate.seconds_left(beat))} left" if beat.steps_in_epoch else "",
         )
+
+
+def _loss(beat: Beat) -> str:
+    """Nothing before the first is seen, and in a loop of one's own, which keeps its losses to itself."""
+    return "" if math.isnan(beat.loss) else f"loss {beat.loss:.4g}"
 
 
 class Rate:

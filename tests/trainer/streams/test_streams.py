@@ -626,6 +626,8 @@ def test_progress_without_totals(capsys, monkeypatch):
     monkeypatch.setattr("dtrain.monitoring.screen.PLAIN_LINE_EVERY_S", -1.0)
     Screen().show_beat(Beat(epoch=1, epochs=3, step=2, step_in_epoch=2, loss=0.5))
     assert capsys.readouterr().err == "epoch 1/3  step 2  loss 0.5  0 samples/s\n"
+    Screen().show_beat(Beat(epoch=1, epochs=3, step=2, step_in_epoch=2))  # a loss that nobody has seen yet
+    assert capsys.readouterr().err == "epoch 1/3  step 2  0 samples/s\n"
 
 
 class Empty(IterableDataset):
