@@ -89,7 +89,7 @@ class Scheduling:
     beginning: Beginning | None = None
 
     def __post_init__(self) -> None:
-        if self.scheduler is not None and is_fed(self.scheduler) and self.interval == "step":
+        if self.scheduler is not None and self.interval == "step" and is_fed(self.scheduler):
             name = type(self.scheduler).__name__
             raise UserError(f"{name} needs an epoch's result: it can't have the interval step")
 

@@ -310,16 +310,16 @@ def weighed(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[str]]:
     """Gradients of an own loop: of methods of the model, and of a ragged batch; and what is refused."""
     ranks = Ranks(device="cpu")
     net = ranks.wrap(Net(torch.clone))
-    ranks._part = next(iter(micro_batches(CASES["MSE"], True, rank, world_size)))
+    ranks._hand.part = next(iter(micro_batches(CASES["MSE"], True, rank, world_size)))
     by_method = []
     for _ in range(2):  # once called, once not
         net.zero_grad()
-        ranks.scale_loss(net.layer(ranks._part.data[0]).square().mean()).backward()
+        ranks.scale_loss(net.layer(ranks._hand.part.data[0]).square().mean()).backward()
         by_method.append(net.layer.weight.grad.clone())
-    ranks._part = MicroBatch(ranks._part.data, ranks._part.samples, 8, is_whole=False, is_regular=False)
+    ranks._hand.part = MicroBatch(ranks._hand.part.data, ranks._hand.part.samples, 8, is_whole=False, is_regular=False)
     net.zero_grad()
-    ranks.scale_loss(net(ranks._part.data[0]).square().mean()).backward()
-    ranks._part = MicroBatch(torch.ones(9), 1, 8, is_whole=False, is_regular=False)
+    ranks.scale_loss(net(ranks._hand.part.data[0]).square().mean()).backward()
+    ranks._hand.part = MicroBatch(torch.ones(9), 1, 8, is_whole=False, is_regular=False)
     with pytest.raises(UserError) as refused:
         ranks.scale_loss(net(torch.ones(9, 3)).mean())
     assert by_method[0].equal(by_method[1])
