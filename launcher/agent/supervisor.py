@@ -137,7 +137,8 @@ class Supervisor(LocalAgent):
         if self.cause is not None:
             return RunResult(state=WorkerState.FAILED)
         codes = self._exit_codes()
-        return RunResult(WorkerState.HEALTHY if None in codes.values() else WorkerState.SUCCEEDED, return_values=codes)
+        is_done = all(code == 0 for code in codes.values())  # what has failed since that look, the next one sees
+        return RunResult(WorkerState.SUCCEEDED if is_done else WorkerState.HEALTHY, return_values=codes)
 
     def restarting(self) -> None:
         assert self.cause is not None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from command import Command
 from mlflow import MlflowClient
 
 from dtrain.trainer.checkpoint.manager import saved
@@ -225,6 +227,36 @@ def test_victims_are_not_blamed(project):
     assert third.startswith("rank 1 failed: it left with exit code 0 at ")
     assert third.endswith(" was waiting for it to join")
     assert project.status()["error"]["type"] == "LeftEarly"
+
+
+# Runs the launcher here. All ranks end between its look at them and what it does next.
+LATE = """
+import time
+
+from dtrain.launcher.agent.supervisor import Supervisor
+from dtrain.launcher.commands import launch
+from dtrain.launcher.commands.request import RankOptions, Request
+
+look = Supervisor._look
+
+
+def look_and_wait(self):
+    look(self)
+    while self.cause is None and None in self.poll().values():
+        time.sleep(0.02)
+
+
+Supervisor._look = look_and_wait
+launch.launch(Request(("train.py",), RankOptions("2"), run_dir="run"))
+"""
+
+
+def test_ranks_that_fail_behind_the_agents_back_have_failed(project):
+    project.write("train.py", "import sys\nimport time\n\ntime.sleep(2)\nsys.exit(3)\n")
+    project.write("late.py", LATE)
+    done = Command([sys.executable, "late.py"], project.folder, project.environment).wait()
+    assert project.status()["state"] == "failed", done.err
+    assert "rank 0 failed: exit code 3" in done.err
 
 
 def test_status_tells_the_same(outcomes):
