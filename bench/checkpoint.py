@@ -25,6 +25,7 @@ from torch import nn
 
 from dtrain.files import write_text
 from dtrain.run.folder import RunDir
+from dtrain.schema.sections import Checkpoint
 from dtrain.trainer.checkpoint.background import Background, Disk
 from dtrain.trainer.checkpoint.manager import Checkpoints, Moment
 from dtrain.trainer.checkpoint.optimizer_state import named_state
@@ -82,7 +83,7 @@ class Ours:
         run.create()
         write_text(run.job, "name: bench\n")
         self._training, self._world = training, world
-        self._checkpoints = Checkpoints(run, world, 1, Disk(run))
+        self._checkpoints = Checkpoints(run, world, Checkpoint(keep=1), Disk(run))
         self._background = Background()
 
     def measure(self, number: int) -> tuple[float, float, float]:
