@@ -101,6 +101,7 @@ MOST_ALLOCATIONS = 100_000  # the newest; all of a long run would fill the host'
 def record_memory(out_of_memory: Path) -> None:
     """Have this process note what it allocates on its GPU, and write that to the file if memory runs out."""
     torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+    # In a torch that is built for CUDA, which its stubs leave out.
     torch._C._cuda_attach_out_of_memory_observer(lambda *_: dump_memory(out_of_memory))  # type: ignore[attr-defined]
 
 

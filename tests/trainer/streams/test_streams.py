@@ -657,7 +657,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "micro_batch_size has no effect on batches that Own makes",
     ),
     "sampler": (
-        lambda: Source(Empty(), 4, True, sampling=Sampling(range(3))),  # type: ignore[arg-type]  # on purpose
+        lambda: Source(Empty(), 4, True, sampling=Sampling(range(3))),  # type: ignore[arg-type]  # no sampler, and refused
         "Empty is a stream, from which a sampler can't",
     ),
     "fewer than ranks": (
