@@ -7,14 +7,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import Phase
 
-from ..checkpoint.background import GRACE_S, Background, Disk
-from ..checkpoint.manager import Checkpoints, Moment, restore_best
+from ..checkpoint.manager import Moment
 from ..checkpoint.reader import Snapshot
-from ..checkpoint.results import Results
+from ..checkpoint.run_writer import RunWriter
 from ..checks.arguments import Settings
 from ..checks.optimizer_kinds import judged
 from ..distributed.seeds import derive_seed, rng_state, seed_everything, set_rng_state
@@ -50,20 +48,15 @@ class Saver:
         self._progress = progress
         self._seed = settings.seed
         self._world = trained.world
-        self._disk = Disk(run)
-        self._results = Results(run, self._disk)
-        self._checkpoints = Checkpoints(run, trained.world, settings.checkpoint, self._disk, trained.room)
-        self._background = Background()
+        self._writer = RunWriter(run, trained.world, settings.checkpoint, trained.room)
 
     def __enter__(self) -> Saver:
-        self._background.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._background.__exit__(kind, error, traceback)
-        self._results.history.wait(GRACE_S)
+        self._writer.leave(error)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -75,29 +68,25 @@ class Saver:
             checkpoint: whether to save a checkpoint.
         """
         self._progress.beat(Phase.SAVING)
-        self._background.wait()  # until the previous copies are written
+        self._writer.wait()
         began = time.monotonic()
-        # Results first, including those that the disk refused before: a checkpoint links to the best weights.
-        jobs: list[Callable[[], None]] = [self._results.write] if self._world.is_main else []
         if results:
             self._copy_results(is_best=is_best)
+        jobs: list[Callable[[], None]] = []
         if checkpoint:
-            jobs.append(self._copy_checkpoint())
-            jobs.append(lambda: setattr(self._progress, "checkpoint_s", time.monotonic() - began))
-        self._background.start(jobs)
+            jobs = [self._copy_checkpoint(), lambda: setattr(self._progress, "checkpoint_s", time.monotonic() - began)]
+        self._writer.write(*jobs)
         self._progress.enter(Phase.LOADING)
 
     def write_rows(self) -> None:
         """Have the rows written, without waiting. No collective."""
-        if self._world.is_main:
-            self._results.history.write(self._progress.rows)
+        self._writer.write_rows(self._progress.rows)
 
     def _copy_results(self, *, is_best: bool) -> None:
         of_average = self._progress.best.is_of_average
         with judged(self._trained.optimizer):
             weights = self._trained.weights(self.run, is_best=is_best, is_best_of_average=of_average)
-            if self._world.is_main:
-                self._results.snapshot(weights)
+            self._writer.copy_weights(weights)
 
     def _copy_checkpoint(self) -> Callable[[], None]:
         """Copy the state; what is returned writes it."""
@@ -108,7 +97,7 @@ class Saver:
             position.step, position.epoch - 1 if is_at_epochs_end else 0, position.has_row and not is_at_epochs_end
         )
         shared = {**self._progress.state_dict(), **self._trained.state_dict()}
-        return self._checkpoints.snapshot(moment, self._progress.best.step, shared, own, buffers)
+        return self._writer.copy_state(moment, self._progress.best.step, shared, own, buffers)
 
     def _own_state(self) -> dict[str, Any]:
         """What each rank has to itself."""
@@ -133,18 +122,12 @@ class Saver:
         self.save(results=False)  # first, since the time may not suffice for both
         self.save(results=True, checkpoint=False)
         self._progress.enter(Phase.SAVING)
-        self._background.wait()
-        self._results.history.wait()
-        if self._world.from_main(self._checkpoints.failed):  # rank 0 has said why, before another rank ends
-            step, last = self._progress.position.step, self._disk.last_good()
-            raise UserError(f"stopped at step {step}, but the checkpoint could not be written; {last}")
+        self._writer.require_written(self._progress.position.step)
 
     def settle(self) -> None:
         """Wait until all is written. All ranks take part; raises UserError where results can't be written."""
         self._progress.enter(Phase.SAVING)
-        self._background.wait()
-        if self._world.is_main:
-            self._results.finish()
+        self._writer.finish()
 
     # -- continuing ------------------------------------------------------------------------------
 
@@ -155,12 +138,10 @@ class Saver:
             ResumeError: there are checkpoints, and none that can be used.
         """
         seed_everything(derive_seed("rank", self._seed, self._world.rank))
-        snapshot = self._checkpoints.load(self._trained.misfit)
+        snapshot = self._writer.load(self._trained.misfit)
         if snapshot is not None:
             self._restore(snapshot)
-        if self._world.is_main:
-            self._results.history.begin(self._progress.rows)
-        self._world.barrier()  # no rank saves before all have read
+        self._writer.begin_rows(self._progress.rows)
         self._progress.beat()
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -188,6 +169,3 @@ class Saver:
             if self._world.is_main:
                 for tally in known:
                     tally.load_merged([own[tally.phase] for own in snapshot.ranks.values()])
-        if self._world.is_main:
-            with self._disk.tolerated("write weights/best.pt"):
-                restore_best(snapshot.path, self.run)

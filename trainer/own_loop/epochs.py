@@ -16,6 +16,7 @@ from dtrain.run.heartbeat import Beat, Heartbeat, Phase
 from dtrain.schema.interval import Interval, seconds
 from dtrain.stderr import say
 
+from ..checkpoint.run_writer import RunWriter
 from ..checks.arguments import Settings
 from ..distributed.stop import Stopped
 from ..distributed.wishes import NONE, Agreement, Wish
@@ -24,7 +25,6 @@ from ..metrics.early_stopping import Best
 from ..metrics.plots import try_to_draw
 from .parts import Parts
 from .rows import row_of
-from .saver import LoopSaver
 from .state import State
 from .tracked import Loader, Tracked
 
@@ -63,7 +63,7 @@ class Epochs:
         self._is_chosen = is_chosen
         self.state = State(world, parts, tracked, Best(settings.fit.early_stopping))
         self._num_metrics = tracked.num_metrics
-        self._saver: LoopSaver | None = None  # once it has begun
+        self._saver: RunWriter | None = None  # once it has begun
         self._is_asked = self._is_counted = False  # of the batch in hand
         self._samples = 0  # trained on since this process began
         self._saved_at = self._turned_at = time.monotonic()
@@ -103,7 +103,7 @@ class Epochs:
         run = self._folder.__enter__()
         self._heartbeat = Heartbeat(run.heartbeat(self._world.rank))
         self._agreement = Agreement(self._world, self._heartbeat)
-        self._saver = LoopSaver(run, self._world, self._settings)
+        self._saver = RunWriter(run, self._world, self._settings)
         atexit.register(self._leave_at_exit)  # after `break`, or an error
         if (snapshot := self._saver.load(self.state.misfit)) is not None:
             self.state.resume(snapshot)
@@ -165,7 +165,7 @@ class Epochs:
         self.leave(getattr(sys, "last_value", None))
 
     @property
-    def _begun(self) -> LoopSaver:
+    def _begun(self) -> RunWriter:
         assert self._saver is not None
         return self._saver
 

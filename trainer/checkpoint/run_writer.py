@@ -1,4 +1,4 @@
-"""What a loop of the user's own writes to disk: checkpoints, rows, weights."""
+"""What a run writes to disk: checkpoints, rows, weights; behind the training."""
 
 from __future__ import annotations
 
@@ -6,30 +6,41 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dtrain.errors import UserError
 from dtrain.run.folder import Row, RunDir
 from dtrain.schema.sections import Checkpoint
 
-from ..checkpoint.background import GRACE_S, Background, Disk
-from ..checkpoint.manager import Checkpoints, Moment, restore_best
-from ..checkpoint.reader import Misfit, Snapshot
-from ..checkpoint.results import Results
 from ..distributed.world import World
+from .background import GRACE_S, Background, Disk
+from .manager import Checkpoints, Moment, restore_best
+from .reader import Misfit, Snapshot
+from .results import Results
 
 
-class LoopSaver:
+class RunWriter:
     """Copies what must be kept, and writes it in the background; all ranks take part in all of it.
 
     Attributes:
         run: where it goes.
+
+    Args:
+        room: see `Checkpoints`.
     """
 
-    def __init__(self, run: RunDir, world: World, settings: Checkpoint) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        world: World,
+        settings: Checkpoint,
+        room: Callable[[str, Tensor], Tensor | None] = lambda *_: None,
+    ) -> None:
         self.run = run
         self._world = world
         self._disk = Disk(run)
         self._results = Results(run, self._disk)
-        self._checkpoints = Checkpoints(run, world, settings, self._disk)
+        self._checkpoints = Checkpoints(run, world, settings, self._disk, room)
         self._background = Background()
 
     def load(self, misfit: Misfit) -> Snapshot | None:
@@ -57,10 +68,14 @@ class LoopSaver:
         if self._world.is_main:
             self._results.snapshot(weights)
 
-    def write(self, checkpoint: Callable[[], None] | None = None) -> None:
-        """Write what was copied. Results come first, since a checkpoint links to the best weights."""
+    def wait(self) -> None:
+        """Until what was copied is written."""
+        self._background.wait()
+
+    def write(self, *jobs: Callable[[], None]) -> None:
+        """Write what was copied, also what the disk refused before: results first, since checkpoints link to them."""
         results = [self._results.write] if self._world.is_main else []
-        self._background.start([*results, *([checkpoint] if checkpoint else [])])
+        self._background.start([*results, *jobs])
 
     def copy_state(
         self,
@@ -82,7 +97,7 @@ class LoopSaver:
         """
         self._background.wait()
         self._results.history.wait()
-        if self._world.from_main(self._checkpoints.failed):
+        if self._world.from_main(self._checkpoints.failed):  # rank 0 has said why, before another rank ends
             last = self._disk.last_good()
             raise UserError(f"stopped at step {step}, but the checkpoint could not be written; {last}")
 
