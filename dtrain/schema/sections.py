@@ -192,10 +192,10 @@ class Fit(Section):
     @classmethod
     def _read_former_name(cls, value: object) -> object:
         """With unused_parameters as runs have it in their job.yaml that were made when it was a yes or no."""
-        if not isinstance(value, Mapping) or "find_unused_parameters" not in value:
+        if not isinstance(value, Mapping) or not isinstance(former := value.get("find_unused_parameters"), bool):
             return value
         rest = {key: each for key, each in value.items() if key != "find_unused_parameters"}
-        return {"unused_parameters": "allow" if value["find_unused_parameters"] else "refuse", **rest}
+        return {"unused_parameters": "allow" if former else "refuse", **rest}
 
 
 class Checkpoint(Section):

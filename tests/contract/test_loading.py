@@ -449,6 +449,12 @@ def test_an_argument_may_have_any_name():
     assert load(dump_job(job)).job == job
 
 
+def test_a_run_of_before_says_which_parameters_may_be_unused_by_yes_or_no():
+    for former, now in ((True, "allow"), (False, "refuse")):
+        assert load(GOOD, f"fit.find_unused_parameters={str(former).lower()}").job.fit.unused_parameters == now
+    assert "fit.find_unused_parameters: unknown key" in mistakes(GOOD, "fit.find_unused_parameters=some")[0]
+
+
 def test_deepspeed_settings_come_from_a_file():
     Path("zero.json").write_text('{"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}')
     job = load(GOOD, "fit.strategy=deepspeed", "deepspeed=zero.json").job

@@ -187,7 +187,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("how", INTERRUPTED)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_continued_loop_has_the_bits_of_one_that_never_stopped(how, world_size, whole, tmp_path):
-    train(tmp_path / "run", (world_size, INTERRUPTED[how]), (world_size, Options()))
+    # Those that are stopped are stopped again, after one more batch.
+    again = [(world_size, Options(stop_at_turn=1))] * (INTERRUPTED[how].stop_at_turn is not None)
+    train(tmp_path / "run", (world_size, INTERRUPTED[how]), *again, (world_size, Options()))
     assert rows(tmp_path / "run") == rows(whole(world_size))
     for name in ("last", "best"):
         for key, value in weights(whole(world_size), name).items():
