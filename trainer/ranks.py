@@ -27,7 +27,7 @@ from .loss.step import as_units, require_rows
 from .metrics.reduce import reduce_states
 from .model.call_proxy import bare_of, called_as
 from .model.weights import bare_state_dict, save_weights
-from .optimization.scheduler import Scheduling
+from .optimization.scheduling import Scheduling
 from .own_loop.epochs import Epochs
 from .own_loop.parts import Parts
 from .own_loop.sharded import Hand, Sharded

@@ -22,10 +22,10 @@ from dtrain.stderr import say
 from .batches import Sets, batches_of, by_phase
 from .checks.agreement import require_same_settings
 from .checks.arguments import (
+    optimizer_of,
     require_loss,
     require_metrics,
     require_model,
-    require_optimizer,
     require_scheduler,
     settings_of,
     unwrapped,
@@ -58,7 +58,7 @@ from .optimization.ema import Ema
 from .optimization.freezing import Freezing
 from .optimization.optimizer_step import Update
 from .optimization.run_length import Interval, RunLength
-from .optimization.scheduler import Scheduling
+from .optimization.scheduling import Scheduling
 from .predict import predict_features, predict_shares
 from .strategies.base import Parallel, require_uncut
 from .summary import summary
@@ -80,13 +80,14 @@ class Trainer:
     Args:
         net: the model, the same on all ranks (they get rank 0's weights).
         loss_fn: `loss_fn(predictions, target)`, a mean over samples; `None` when `step` makes the loss.
-        optimizer: made of `net.parameters()`.
+        optimizer: made of `net.parameters()`; or several by their names, each made of some of them.
         metrics_dict: by name torchmetrics metrics, updated with `(predictions, target)`, or functions of the two,
             called with those of all samples at an epoch's end; a MetricCollection is such a dict, or a metric in one.
         step: `step(model, batch) -> {loss, predictions, target, weight, metrics}`, for anything but
             `(features, target)`; may be given to `fit` instead.
         init_from: a file of weights that the model begins with, or a dict with it and more: see job.yaml's.
-        scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`).
+        scheduler: steps after each epoch, or after each optimizer step (`scheduler_interval="step"`); of several
+            optimizers, those by name.
         scheduler_monitor: what one such as ReduceLROnPlateau looks at; by default what `fit` monitors.
         activations: by metric, "softmax", "sigmoid" or "none": what turns predictions into probabilities.
         train_metrics: names of the metrics of the training predictions; by default all that do not keep samples.
@@ -120,14 +121,14 @@ class Trainer:
         self,
         net: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
         metrics_dict: Given | None = None,
         *,
         step: UserStep | None = None,
         init_from: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-        scheduler: LRScheduler | None = None,
-        scheduler_interval: Interval = "epoch",
-        scheduler_monitor: str | None = None,
+        scheduler: LRScheduler | Mapping[str, LRScheduler] | None = None,
+        scheduler_interval: Interval | Mapping[str, Interval] = "epoch",
+        scheduler_monitor: str | Mapping[str, str | None] | None = None,
         activations: Mapping[str, str | None] | None = None,
         train_metrics: list[str] | None = None,
         seed: int = 0,
@@ -165,10 +166,10 @@ class Trainer:
         require_loss(loss_fn)
         require_metrics(metrics_dict)
         require_uncut(net)  # whose optimizer has other parameters now
-        require_optimizer(optimizer, net, loss_fn)
-        self.freezing = Freezing(net, self.settings.fit.freeze, optimizer)
-        require_scheduler(scheduler, optimizer)
-        self.scheduling = Scheduling(scheduler, scheduler_interval, scheduler_monitor or "")
+        self.optimizer: Optimizer | None = optimizer_of(optimizer, net, loss_fn)
+        self.freezing = Freezing(net, self.settings.fit.freeze, self.optimizer)
+        require_scheduler(scheduler, self.optimizer)
+        self.scheduling = Scheduling.of(scheduler, scheduler_interval, scheduler_monitor)
         if deterministic:
             be_deterministic()
         self.world = join_world(device)
@@ -185,8 +186,8 @@ class Trainer:
         self.ema = ema
         self.micro_batch_size = micro_batch_size
         loss = LearnedLoss(loss_fn, net, self.world)
-        if optimizer is not None:
-            loss.adopt(optimizer, self._say, is_whole=STRATEGIES[self.settings.fit.strategy].is_plain)
+        if self.optimizer is not None:
+            loss.adopt(self.optimizer, self._say, is_whole=STRATEGIES[self.settings.fit.strategy].is_plain)
         self.model = self._parallel(net, strategy)
         self.model.loss = loss
         self.net = self.model.bare
@@ -198,9 +199,7 @@ class Trainer:
             self._step = self.precision.of(supervised_step(loss_fn))
         elif step is not None:
             self._take(step)
-        self.optimizer = optimizer
-        self.model.adopt(optimizer)
-        self.scheduler = scheduler
+        self.model.adopt(self.optimizer)
         self.metrics = PhaseMetrics(metrics_dict, self.world.device, activations, train_metrics)
         self.seed = seed
         self._callbacks = Callbacks(callbacks)
@@ -299,7 +298,7 @@ class Trainer:
         settings = self.settings.of_fit(epochs=epochs, steps=steps, early_stopping=stopping, seed=self.seed)
         assert settings.fit.early_stopping is not None
         require_rates(self.optimizer)
-        require_a_rate(self.optimizer, self.scheduler)
+        require_a_rate(self.optimizer, scheduled=bool(self.scheduling.schedules))
         best = Best(settings.fit.early_stopping)
         data = self._data(train_data, val_data)
         require_monitor(best.monitor, data.tallies, may_log=self._has_own_step)
@@ -322,7 +321,7 @@ class Trainer:
             loop = Loop(run, trained, data, settings, best, cadence, self._callbacks)
             if self.metrics.by_name or self._has_own_step:
                 tried = try_validation(self.model, self.step, data, self._warn)
-                for name in dict.fromkeys((best.monitor, scheduling.monitor)):
+                for name in dict.fromkeys((best.monitor, *scheduling.monitors)):
                     require_reported(name, tried, data, self.metrics.by_name, self._warn)
             if self.world.world_size > 1 or self.micro_batch_size is not None:
                 is_coarse = trained.is_coarse

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterator
 
-from dtrain.errors import Problem
+from dtrain.errors import Problem, among
 from dtrain.schema import sbatch
 from dtrain.schema.job import Job, ScriptJob
 from dtrain.schema.metrics.monitor import monitor_problem
 from dtrain.schema.metrics.sets import clash, monitor_missing, phase_of
 from dtrain.schema.sections import Fit, Slurm
 from dtrain.schema.strategies import STRATEGIES
+from dtrain.schema.targets import OptimizerTarget, SchedulerTarget, Target
 
 
 def contradictions_of(fit: Fit) -> list[Problem]:
@@ -49,9 +50,10 @@ def contradictions(job: Job) -> list[Problem]:
     for section in STRATEGIES:
         if section in job.model_fields_set and section != job.fit.strategy and not job.is_default(section):
             problems.append(Problem("settings for a strategy that fit.strategy does not select", section))
-    if job.scheduler and re.fullmatch(r"torch\.optim\.[A-Z]\w*", job.scheduler.target):
-        message = "is an optimizer, not a scheduler; torch's schedulers are in torch.optim.lr_scheduler"
-        problems.append(Problem(message, "scheduler._target_"))
+    for place, scheduler in job.schedulers.items():
+        if re.fullmatch(r"torch\.optim\.[A-Z]\w*", scheduler.target):
+            message = "is an optimizer, not a scheduler; torch's schedulers are in torch.optim.lr_scheduler"
+            problems.append(Problem(message, f"{place}._target_"))
     if job.fit.validate_every != "epoch" and not job.data.val:
         problems.append(Problem("there is nothing to validate: give data.val", "fit.validate_every"))
     for section in ("val", "test"):
@@ -60,25 +62,42 @@ def contradictions(job: Job) -> list[Problem]:
     if job.stopping.monitor is None and (missing := monitor_missing(job.val_phases)):
         problems.append(Problem(missing, "fit.early_stopping.monitor"))
     problems += [each for path, name in job.monitors.items() for each in _wrong_monitor(job, name, path)]
-    problems += _wrong_plateau(job)
-    settings = [("optimizer", job.optimizer.arguments)]
-    settings += [(f"optimizer.groups.{i}", group.model_extra or {}) for i, group in enumerate(job.optimizer.groups)]
-    for path, given in settings:
-        if "lr" in given and not _is_rate(given["lr"], job.optimizer.target):
-            problems.append(Problem(f"expected a positive number, found {given['lr']!r}", f"{path}.lr"))
-    problems += _wrong_factors(job)
+    for place, scheduler in job.schedulers.items():
+        problems += _wrong_plateau(job, scheduler, place)
+    for place, optimizer in job.optimizers.items():
+        problems += _wrong_rates(optimizer, place)
+    problems += _wrong_names(job)
     return problems + wrong_slurm_options(job)
 
 
-def _wrong_factors(job: Job) -> Iterator[Problem]:
-    """Factors of a learning rate that nobody knows, or beside another one."""
-    rate = job.optimizer.arguments.get("lr")
-    for i, group in enumerate(job.optimizer.groups):
-        path = f"optimizer.groups.{i}.lr_factor"
+def _wrong_rates(optimizer: OptimizerTarget, place: str) -> Iterator[Problem]:
+    """Learning rates that are none, and factors of one that nobody knows, or beside another one."""
+    rate = optimizer.arguments.get("lr")
+    settings = [(place, optimizer.arguments)]
+    settings += [(f"{place}.groups.{i}", group.model_extra or {}) for i, group in enumerate(optimizer.groups)]
+    for path, given in settings:
+        if "lr" in given and not _is_rate(given["lr"], optimizer.target):
+            yield Problem(f"expected a positive number, found {given['lr']!r}", f"{path}.lr")
+    for i, group in enumerate(optimizer.groups):
+        path = f"{place}.groups.{i}.lr_factor"
         if group.lr_factor is not None and "lr" in (group.model_extra or {}):
             yield Problem("is a second learning rate; give either lr or lr_factor", path)
         elif group.lr_factor is not None and not isinstance(rate, int | float):
-            yield Problem("is a multiple of optimizer.lr, which must be a number then", path)
+            yield Problem(f"is a multiple of {place}.lr, which must be a number then", path)
+
+
+def _wrong_names(job: Job) -> Iterator[Problem]:
+    """Several optimizers that want the same parameters, or a scheduler of none of them."""
+    members = {} if isinstance(job.optimizer, Target) else job.optimizer
+    without = [name for name, each in members.items() if not each.params]
+    for name in without[1:]:
+        message = f"missing; only one optimizer can train what no other does, and {without[0]} has no params either"
+        yield Problem(message, f"optimizer.{name}.params")
+    for name in [] if job.scheduler is None or isinstance(job.scheduler, Target) else job.scheduler:
+        if name not in members:
+            yield Problem(f"no optimizer is called {name}; {among(name, sorted(members))}", f"scheduler.{name}")
+    if members and job.fit.strategy == "deepspeed":
+        yield Problem("DeepSpeed trains with one optimizer; several need ddp or fsdp", "optimizer")
 
 
 def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
@@ -89,17 +108,17 @@ def _wrong_monitor(job: Job, monitor: str, path: str) -> list[Problem]:
     return [Problem(problem, path)]
 
 
-def _wrong_plateau(job: Job) -> list[Problem]:
+def _wrong_plateau(job: Job, scheduler: SchedulerTarget, place: str) -> list[Problem]:
     """A scheduler that would mistake a better value for a worse one."""
-    if job.scheduler is None or job.scheduler.target.rpartition(".")[2] != "ReduceLROnPlateau":
+    if scheduler.target.rpartition(".")[2] != "ReduceLROnPlateau":
         return []
-    mode, watched = job.scheduler.arguments.get("mode", "min"), job.scheduler.monitor or job.monitor
+    mode, watched = scheduler.arguments.get("mode", "min"), scheduler.monitor or job.monitor
     known = job.stopping.mode if watched == job.monitor else "min" if watched.endswith("_loss") else mode
     if mode == known or mode not in ("min", "max"):
         return []
     better = "lower" if known == "min" else "higher"
     message = f"its mode is {mode}, but it monitors {watched}, for which {better} is better"
-    return [Problem(message, "scheduler", hint=f"mode: {known}, or another value as scheduler.monitor")]
+    return [Problem(message, place, hint=f"mode: {known}, or another value as {place}.monitor")]
 
 
 def _is_rate(value: object, optimizer: str) -> bool:

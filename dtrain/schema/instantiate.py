@@ -256,15 +256,15 @@ def check_job(loaded: LoadedJob, folder: Path, *, begins: bool = True) -> list[P
         ("data.sampler", data.sampler, 1),
         ("data.collate", data.collate, 1),
         ("step", job.step, 2),
-        ("optimizer", job.optimizer, 1),
+        *((place, target, 1) for place, target in job.optimizers.items()),
         *((f"callbacks.{i}", callback, 0) for i, callback in enumerate(job.callbacks)),
     ]
     for path, target, n in calls:
         if target:
             check = _check_function if path in ("data.collate", "step") else _check_object
             problems += check(target, n, path)
-    if job.scheduler:  # those within it get the optimizer too
-        problems += _check_object(job.scheduler, 1, "scheduler", ["optimizer"])
+    for place, scheduler in job.schedulers.items():  # those within it get the optimizer too
+        problems += _check_object(scheduler, 1, place, ["optimizer"])
     if job.loss:
         problems += _build(job.loss, "loss")[1]
     for name, target in job.metrics.items():

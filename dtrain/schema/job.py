@@ -18,10 +18,13 @@ from dtrain.schema.targets import (
     MetricTarget,
     Name,
     OptimizerTarget,
+    OptimizerTargets,
     SchedulerTarget,
+    SchedulerTargets,
     Section,
     Seed,
     Target,
+    by_place,
 )
 
 
@@ -54,9 +57,13 @@ class Job(Section):
     step: Target | None = Field(
         default=None, description="Instead of loss: function(model, batch) -> {loss, predictions, ...}."
     )
-    optimizer: OptimizerTarget = Field(description="Called with the model's parameters as its first argument.")
-    scheduler: SchedulerTarget | None = Field(
-        default=None, description="Called with the optimizer as its first argument."
+    optimizer: OptimizerTargets = Field(
+        description="Called with the model's parameters as its first argument; or several by their names."
+    )
+    scheduler: SchedulerTargets | None = Field(
+        default=None,
+        description="Called with the optimizer as its first argument; with several optimizers, with each, or one for "
+        "each by their names.",
     )
     metrics: dict[MetricName, MetricTarget] = Field(
         default_factory=dict, description="Each is reported as train_NAME and val_NAME."
@@ -110,11 +117,20 @@ class Job(Section):
         return found
 
     @property
+    def optimizers(self) -> Mapping[str, OptimizerTarget]:
+        """The optimizers by their places: optimizer, or optimizer.NAME for each of several."""
+        return by_place("optimizer", self.optimizer)
+
+    @property
+    def schedulers(self) -> Mapping[str, SchedulerTarget]:
+        """The schedulers by their places: scheduler, which is for all optimizers, or scheduler.NAME for one."""
+        return {} if self.scheduler is None else by_place("scheduler", self.scheduler)
+
+    @property
     def monitors(self) -> dict[str, str]:
         """The keys that name a monitored value, with that name."""
         own = {"fit.early_stopping.monitor": self.monitor}
-        scheduler = self.scheduler and self.scheduler.monitor
-        return own | ({"scheduler.monitor": scheduler} if scheduler else {})
+        return own | {f"{place}.monitor": each.monitor for place, each in self.schedulers.items() if each.monitor}
 
 
 class ScriptJob(Section):

@@ -153,7 +153,7 @@ def changes(old: Job | ScriptJob, new: LoadedJob | LoadedScript) -> list[str]:
         return differences(old, as_before)
     found = differences(old, as_before.model_copy(update={"optimizer": now.optimizer}))
     if (old.fit.epochs, old.fit.steps) != (now.fit.epochs, now.fit.steps):
-        mentions = about_the_run({"optimizer": now.optimizer.model_dump(by_alias=True)})
+        mentions = about_the_run({"optimizer": now.model_dump(by_alias=True)["optimizer"]})
         found += [f"{path}: {', '.join(names)} of another length before" for path, names in mentions.items()]
     return found
 

@@ -13,7 +13,7 @@ from dtrain.run.folder import RunDir
 from dtrain.run.heartbeat import HANG_TIMEOUT_S
 from dtrain.schema import sbatch
 from dtrain.schema.interval import Duration, Every, StepsOrEpochs
-from dtrain.schema.targets import Datasets, EnvironmentName, Lines, Names, Section, Target
+from dtrain.schema.targets import Datasets, EnvironmentName, Lines, Names, Section, Target, by_place
 
 
 class Data(Section):
@@ -37,13 +37,13 @@ class Data(Section):
     @property
     def sets(self) -> dict[str, Target]:
         """The datasets that the job has, by their places: train, and val, or val.NAME for each of several."""
-        found = {"train": self.train}
-        for place, given in (("val", self.val), ("test", self.test)):
-            if isinstance(given, Target):
-                found[place] = given
-            elif given is not None:
-                found |= {f"{place}.{name}": target for name, target in given.items()}
-        return found
+        given = {"train": self.train, "val": self.val, "test": self.test}
+        return {
+            place: target
+            for key, each in given.items()
+            if each is not None
+            for place, target in by_place(key, each).items()
+        }
 
     def places(self, section: str) -> list[str]:
         """The places of the datasets in a section: of val, or of val.NAME, which is one of them."""

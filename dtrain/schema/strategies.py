@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.errors import Problem
 from dtrain.schema import deepspeed_config
 from dtrain.schema.sections import Fsdp
+from dtrain.schema.targets import OptimizerTarget
 
 if TYPE_CHECKING:
     from dtrain.schema.job import Job
@@ -37,6 +38,8 @@ class Strategy:
 
 
 def _of_deepspeed(job: Job) -> Iterable[Problem]:
+    if not isinstance(job.optimizer, OptimizerTarget):  # which is refused
+        return ()
     optimizer = {"_target_": job.optimizer.target, **job.optimizer.arguments}
     return deepspeed_config.disagreements(job.deepspeed, job.fit, batch_size=job.data.batch_size, optimizer=optimizer)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
@@ -18,6 +19,8 @@ def _check_metric_name(name: str) -> str:
 # Names end up in paths, in Slurm's job names and as keys in MLflow: no separators, no leading dot or dash.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
 MetricName = Annotated[Name, AfterValidator(_check_metric_name)]
+OPTIMIZER_NAME = r"^[A-Za-z][A-Za-z0-9_]{0,99}$"  # which values are called after
+OptimizerName = Annotated[str, Field(pattern=OPTIMIZER_NAME)]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Lines = Annotated[list[str], BeforeValidator(lambda value: value.splitlines() if isinstance(value, str) else value)]
@@ -98,13 +101,23 @@ class OptimizerTarget(Target):
     groups: list[Group] = Field(default_factory=list, description="Parameter groups with their own settings.")
 
 
+class NamedOptimizer(OptimizerTarget):
+    """One of several optimizers; `params` and `groups` are dtrain's, all other keys are its arguments."""
+
+    params: Names = Field(
+        default_factory=list,
+        description="Patterns that match the names of the parameters that it trains ('generator.*') or module classes; "
+        "without any: those that no other optimizer has.",
+    )
+
+
 def _check_set_names(sets: dict[str, Target]) -> dict[str, Target]:
     if problem := name_problem(sets):
         raise ValueError(problem)
     return sets
 
 
-def _kind_of_sets(value: object) -> str:
+def _one_or_several(value: object) -> str:
     if not isinstance(value, dict) or "_target_" in value:
         return "[one]"
     return "[several]" if any(isinstance(each, dict | Target) for each in value.values()) else "[one]"
@@ -113,5 +126,24 @@ def _kind_of_sets(value: object) -> str:
 # A dataset, or several by their names.
 Datasets = Annotated[
     Annotated[Target, Tag("[one]")] | Annotated[dict[str, Target], AfterValidator(_check_set_names), Tag("[several]")],
-    Discriminator(_kind_of_sets),
+    Discriminator(_one_or_several),
+]
+
+
+T = TypeVar("T", bound=Target)
+
+
+def by_place(key: str, given: T | Mapping[str, T]) -> dict[str, T]:
+    """What a key holds, by its place in the job: KEY, or KEY.NAME for each of several."""
+    return {key: given} if isinstance(given, Target) else {f"{key}.{name}": each for name, each in given.items()}
+
+
+# An optimizer, or several by their names; and what changes its learning rates, or theirs.
+OptimizerTargets = Annotated[
+    Annotated[OptimizerTarget, Tag("[one]")] | Annotated[dict[OptimizerName, NamedOptimizer], Tag("[several]")],
+    Discriminator(_one_or_several),
+]
+SchedulerTargets = Annotated[
+    Annotated[SchedulerTarget, Tag("[one]")] | Annotated[dict[OptimizerName, SchedulerTarget], Tag("[several]")],
+    Discriminator(_one_or_several),
 ]

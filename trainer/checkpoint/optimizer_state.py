@@ -14,12 +14,17 @@ from torch.optim import Optimizer
 from dtrain.errors import UserError
 
 from ..data.batch_tensors import map_tensors
+from ..model.optimizers import Optimizers, members_of
 
 _HELD = "held"  # in a state, the key of those of the optimizers that it holds
 
 
 def named_state(optimizer: Optimizer, net: nn.Module) -> dict[str, Any]:
     """`optimizer.state_dict()`, in which each parameter is called what `net` calls it."""
+    if isinstance(optimizer, Optimizers):
+        members = {name: named_state(each, net) for name, each in optimizer.members.items()}
+        groups = [group for each in members.values() for group in each["param_groups"]]
+        return {"state": {}, "param_groups": groups, _HELD: members}
     state, names = optimizer.state_dict(), _names(optimizer, net)
     _require_torchs(optimizer, state)
     named = _renamed(state, dict(enumerate(names)))
@@ -30,6 +35,10 @@ def named_state(optimizer: Optimizer, net: nn.Module) -> dict[str, Any]:
 
 def load_named_state(optimizer: Optimizer, net: nn.Module, state: dict[str, Any]) -> None:
     """Become what `named_state` gave."""
+    if isinstance(optimizer, Optimizers):
+        for name, each in optimizer.members.items():
+            load_named_state(each, net, state[_HELD][name])
+        return
     inner = {name: (each, each.param_groups is optimizer.param_groups) for name, each in held(optimizer).items()}
     numbers = {name: number for number, name in enumerate(_names(optimizer, net))}
     optimizer.load_state_dict(_renamed({key: value for key, value in state.items() if key != _HELD}, numbers))
@@ -52,7 +61,7 @@ def to_parameters(optimizer: Optimizer) -> None:
 
     Some have it before their first step, Adagrad for one; others have trained before.
     """
-    for each in (optimizer, *held(optimizer).values()):
+    for each in (part for member in members_of(optimizer) for part in (member, *held(member).values())):
         for group in each.param_groups:
             counts_there = group.get("fused") or group.get("capturable")  # else torch counts steps on the CPU
             for parameter in group["params"]:

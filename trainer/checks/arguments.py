@@ -6,6 +6,7 @@ The problems' paths are job.yaml's keys, which a script's arguments resemble.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,17 +16,19 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from dtrain.errors import Problem, UserError
+from dtrain.errors import Problem, UserError, among
 from dtrain.schema.contradictions import contradictions_of
 from dtrain.schema.sections import Checkpoint, Fit, InitFrom, Launch
 from dtrain.schema.strategies import name_of
-from dtrain.schema.targets import SchedulerTarget, Section, Seed
+from dtrain.schema.targets import OPTIMIZER_NAME, SchedulerTarget, Section, Seed
 from dtrain.schema.validation import problems_in
 
 from ..checkpoint.codec import flatten
 from ..model.buffers import extra_states
 from ..model.call_proxy import bare_of
+from ..model.optimizers import Optimizers
 from ..model.weights import without_shape
+from .optimizer_kinds import needs_closure
 
 # By name: to import all of them takes time.
 _WRAPPERS = (
@@ -81,8 +84,10 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         "seed": arguments["seed"],
         "init_from": arguments["init_from"],
     }
-    scheduler = {"_target_": "scheduler", "interval": arguments["scheduler_interval"]}
-    return _checked(values, problems_in(SchedulerTarget, scheduler))
+    given = arguments["scheduler_interval"]
+    intervals = list(given.values()) if isinstance(given, Mapping) else [given]
+    schedulers = [{"_target_": "scheduler", "interval": interval} for interval in intervals]
+    return _checked(values, [each for scheduler in schedulers for each in problems_in(SchedulerTarget, scheduler)])
 
 
 def settings_of_loop(epochs: int, monitor: str | None, mode: str, every: int | str, keep: int, seed: int) -> Settings:
@@ -183,13 +188,40 @@ def require_metrics(metrics: Any) -> None:
         raise UserError(Problem(message, "metrics"))
 
 
-def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
+def optimizer_of(given: Any, net: nn.Module, loss_fn: Any) -> Any:
+    """The optimizer that was given, or several by their names as one; None where none was.
+
+    Raises:
+        UserError: one that can't train this model or its loss; or two that train the same parameters.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        _require_optimizer(given, net, loss_fn, "optimizer")
+        return given
+    if unnamed := [name for name in given if not re.fullmatch(OPTIMIZER_NAME, str(name))] or ([] if given else [""]):
+        message = f"{unnamed[0]!r} can't be an optimizer's name: letters, digits and '_', after a letter"
+        raise UserError(Problem(message, "optimizer"))
+    owners: dict[int, str] = {}
+    for name, each in given.items():
+        path = f"optimizer.{name}"
+        _require_optimizer(each, net, loss_fn, path)
+        if needs_closure(each):
+            message = f"{_name(each)} computes the gradient several times a step, so it can't be one of several"
+            raise UserError(Problem(message, path))
+        for parameter in (parameter for group in each.param_groups for parameter in group["params"]):
+            if owners.setdefault(id(parameter), name) != name:
+                message = f"trains parameters that {owners[id(parameter)]} trains too: give each parameter to one"
+                raise UserError(Problem(message, path))
+    return Optimizers(given)
+
+
+def _require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any, path: str) -> None:
     """Raise UserError unless it is an optimizer of this model's or its loss's parameters, some of them trainable."""
-    if optimizer is None:
-        return
     example = f"{getattr(optimizer, '__name__', '')}(net.parameters(), lr=...)"
-    _require_instance(optimizer, "optimizer", f"give it an object, such as {example}")
-    _require_methods(optimizer, "optimizer", ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups"))
+    _require_instance(optimizer, path, f"give it an object, such as {example}")
+    methods = ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups")
+    _require_methods(optimizer, "optimizer", methods, path)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = [*net.parameters(), *(loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ())]
     if not {id(parameter) for parameter in held} & {id(parameter) for parameter in own}:
@@ -197,29 +229,40 @@ def require_optimizer(optimizer: Any, net: nn.Module, loss_fn: Any) -> None:
             Problem(
                 f"none of the {len(held)} parameters of this {_name(optimizer)} belongs to the {_name(net)} "
                 "to train: create the optimizer with its parameters, after the last change to the model",
-                "optimizer",
+                path,
             )
         )
     if not any(parameter.requires_grad for parameter in held):
         message = f"all parameters of this {_name(optimizer)} are frozen (requires_grad is False): nothing is trained"
-        raise UserError(Problem(message, "optimizer"))
+        raise UserError(Problem(message, path))
 
 
 def require_scheduler(scheduler: Any, optimizer: Any) -> None:
-    """Raise UserError unless it is a scheduler of this optimizer."""
-    if scheduler is None:
+    """Raise UserError unless it is a scheduler of this optimizer, or several of these by their names."""
+    if not isinstance(scheduler, Mapping):
+        if scheduler is not None:
+            _require_scheduler(scheduler, optimizer, "scheduler")
         return
-    _require_instance(scheduler, "scheduler", "pass an object, created with the optimizer")
+    members = optimizer.members if isinstance(optimizer, Optimizers) else {}
+    for name, each in scheduler.items():
+        if name not in members:
+            hint = among(str(name), sorted(members)) if members else "name the optimizers too: optimizer={...}"
+            raise UserError(Problem(f"no optimizer is called {name}", f"scheduler.{name}", hint=hint))
+        _require_scheduler(each, members[name], f"scheduler.{name}")
+
+
+def _require_scheduler(scheduler: Any, optimizer: Any, path: str) -> None:
+    _require_instance(scheduler, path, "pass an object, created with the optimizer")
     if isinstance(scheduler, Optimizer):
-        raise UserError(Problem(f"{_name(scheduler)} is an optimizer, not a scheduler", "scheduler"))
-    _require_methods(scheduler, "scheduler", ("step", "state_dict", "load_state_dict"))
+        raise UserError(Problem(f"{_name(scheduler)} is an optimizer, not a scheduler", path))
+    _require_methods(scheduler, "scheduler", ("step", "state_dict", "load_state_dict"), path)
     if optimizer is None:
         raise UserError(Problem(f"missing; {_name(scheduler)} needs one, whose learning rates it changes", "optimizer"))
     own = getattr(scheduler, "optimizer", optimizer)
     # By its groups, which an optimizer that wraps another one shares with it.
     if {id(group) for group in own.param_groups}.isdisjoint(id(group) for group in optimizer.param_groups):
         message = f"this {_name(scheduler)} changes the learning rates of an optimizer other than the one that trains"
-        raise UserError(Problem(f"{message} ({_name(optimizer)}): create it with that one", "scheduler"))
+        raise UserError(Problem(f"{message} ({_name(optimizer)}): create it with that one", path))
 
 
 def _require_instance(value: Any, path: str, instead: str) -> None:
@@ -227,9 +270,9 @@ def _require_instance(value: Any, path: str, instead: str) -> None:
         raise UserError(Problem(f"{value.__name__} is a class: {instead}", path))
 
 
-def _require_methods(value: Any, kind: str, names: tuple[str, ...]) -> None:
+def _require_methods(value: Any, kind: str, names: tuple[str, ...], path: str) -> None:
     if lacking := [name for name in names if not hasattr(value, name)]:
-        raise UserError(Problem(f"{_name(value)} is no {kind}: it lacks {', '.join(lacking)}", kind))
+        raise UserError(Problem(f"{_name(value)} is no {kind}: it lacks {', '.join(lacking)}", path))
 
 
 def _name(value: Any) -> str:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError
 
+from ..model.optimizers import members_of
+
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether its step computes the gradients itself, as LBFGS's does: `step(closure)` with a required argument."""
@@ -36,19 +38,24 @@ def has_modes(optimizer: Any) -> bool:
 
     (Defazio et al., The Road Less Scheduled, NeurIPS 2024.)
     """
-    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    return bool(_with_modes(optimizer))
+
+
+def _with_modes(optimizer: Any) -> list[Any]:
+    methods = ("train", "eval")
+    return [each for each in members_of(optimizer) if all(callable(getattr(each, name, None)) for name in methods)]
 
 
 def start_training(optimizer: Any) -> None:
     """Switch it to the weights that are trained."""
-    if has_modes(optimizer):
-        optimizer.train()
+    for each in _with_modes(optimizer):
+        each.train()
 
 
 def stop_training(optimizer: Any) -> None:
     """Switch it to the weights to evaluate and save."""
-    if has_modes(optimizer):
-        optimizer.eval()
+    for each in _with_modes(optimizer):
+        each.eval()
 
 
 @contextlib.contextmanager
@@ -62,11 +69,11 @@ def judged(optimizer: Any) -> Iterator[None]:
         yield
         return
     trained = [parameter.detach().clone() for parameter in _parameters(optimizer)]
-    optimizer.eval()
+    stop_training(optimizer)
     try:
         yield
     finally:
-        optimizer.train()
+        start_training(optimizer)
         with torch.no_grad():
             for parameter, before in zip(_parameters(optimizer), trained, strict=True):
                 parameter.copy_(before)
@@ -85,10 +92,10 @@ def require_rates(optimizer: Optimizer, step: int = 0) -> None:
             raise UserError(Problem(f"{said}: it must be a positive number", "optimizer.lr"))
 
 
-def require_a_rate(optimizer: Optimizer, scheduler: Any) -> None:
+def require_a_rate(optimizer: Optimizer, *, scheduled: bool) -> None:
     """Raise UserError if all learning rates are 0, and no scheduler may change them."""
     rates = _rates(optimizer)
-    if scheduler is None and rates and not any(rate for rate, _ in rates):
+    if not scheduled and rates and not any(rate for rate, _ in rates):
         raise UserError(Problem("the learning rate is 0, and no scheduler raises it", "optimizer.lr"))
 
 

@@ -27,6 +27,7 @@ from dtrain.schema.job import Job
 from ..checks.batch_norm import is_per_rank
 from ..data.indexed import Source
 from ..distributed.stop import Stopped
+from ..model.optimizers import members_of
 from .train import begin, build_sets, build_source, build_trainer, settle
 
 BATCHES = 5  # whole ones in an epoch, and a half one
@@ -59,7 +60,7 @@ def rehearse(job: Job, run: RunDir, stop_after: int) -> None:
         if next(steps) == stop_after:
             Heartbeat(run.heartbeat(rank)).stop = signal.SIGTERM
 
-    trainer.optimizer.register_step_post_hook(stop)
+    members_of(trainer.optimizer)[-1].register_step_post_hook(stop)
     loop = trainer.train(
         train or beginning(build_source(job, "train", training=True)),
         build_sets(job, "val", beginning),

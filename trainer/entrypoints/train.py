@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from dtrain.schema.instantiate import bind_function, build_metric, instantiate
 from dtrain.schema.job import Job
 from dtrain.schema.loading import load_job
 from dtrain.schema.strategies import STRATEGIES
-from dtrain.schema.targets import Target
+from dtrain.schema.targets import OptimizerTarget, SchedulerTarget, Target
 from dtrain.stderr import say
 
 from ..callbacks.profiler import Profiler
@@ -42,7 +42,7 @@ from ..loss.step import user_step
 from ..model.loading import begin_from, load_weights
 from ..model.meta import build_on_meta
 from ..model.weights import without_shape
-from ..optimization.param_groups import group_parameters, rates_apart
+from ..optimization.param_groups import Named, grouped, named_parameters, rates_apart, shared_out
 from ..optimization.run_length import RunLength
 from ..predict import predict_features
 from ..trainer import Trainer
@@ -108,7 +108,11 @@ def settle(
     values, source = job.model_dump(by_alias=True), None
     numbers: dict[str, int] = {}
     if is_trained:
-        values |= {"optimizer": {"_target_": job.optimizer.target}, "scheduler": None, "callbacks": []}
+        values |= {
+            "optimizer": {"_target_": next(iter(job.optimizers.values())).target},
+            "scheduler": None,
+            "callbacks": [],
+        }
     if mentions := about_the_run(values):
         own_device(job.launch.device)  # before what is built puts something on a GPU
         source = part(build_source(job, "train", training=True))
@@ -145,9 +149,7 @@ def build_trainer(job: Job, trained: Path | None = None, callbacks: Sequence[Any
         optimizer,
         metrics,
         step=None if job.step is None else bind_function(job.step),
-        scheduler=None if job.scheduler is None or optimizer is None else build_scheduler(job.scheduler, optimizer),
-        scheduler_interval=job.scheduler.interval if job.scheduler else "epoch",
-        scheduler_monitor=job.scheduler.monitor if job.scheduler else None,
+        **build_schedulers(job, optimizer),
         activations={name: target.activation for name, target in job.metrics.items()},
         train_metrics=_train_metrics(job, metrics),
         callbacks=[*(instantiate(each) for each in job.callbacks), *callbacks] if trained is None else (),
@@ -193,20 +195,41 @@ def build_model(job: Job, trained: Path | None) -> nn.Module:
 
 
 def build_optimizer(job: Job, net: nn.Module, loss: Any) -> Any:
-    """The job's optimizer, of the model's parameters and the loss's, in their groups."""
-    rate = job.optimizer.arguments.get("lr")
-    groups = [
-        {"params": group.params, **(group.model_extra or {})}
-        | ({} if group.lr_factor is None else {"lr": group.lr_factor * cast(float, rate)})
-        for group in job.optimizer.groups
-    ]
-    with _refusals("optimizer", job.optimizer):
-        return instantiate(job.optimizer, group_parameters(net, groups, loss))
+    """The job's optimizer, of the model's parameters and the loss's, in their groups; or several by their names."""
+    parameters = named_parameters(net, loss)
+    if isinstance(job.optimizer, OptimizerTarget):
+        return _build_optimizer(job.optimizer, parameters, "optimizer")
+    shares = shared_out(parameters, job.optimizer)
+    return {name: _build_optimizer(each, shares[name], f"optimizer.{name}") for name, each in job.optimizer.items()}
 
 
-def build_scheduler(target: Target, optimizer: Any) -> Any:
-    """The scheduler, which may be made of others: each gets the optimizer."""
-    with _refusals("scheduler", target), rates_apart(optimizer, "scheduler"):
+def _build_optimizer(target: OptimizerTarget, parameters: Sequence[Named], path: str) -> Any:
+    groups = grouped(parameters, target.groups, target.arguments.get("lr"), path)
+    with _refusals(path, target):
+        return instantiate(target, groups)
+
+
+def build_schedulers(job: Job, optimizer: Any) -> dict[str, Any]:
+    """Trainer's arguments about the scheduler; for several optimizers, about theirs by name."""
+    given = job.scheduler
+    if given is None or optimizer is None:
+        return {}
+    if isinstance(optimizer, Mapping):
+        by_name = dict.fromkeys(optimizer, given) if isinstance(given, SchedulerTarget) else given
+        return {
+            "scheduler": {name: _build_scheduler(each, optimizer[name], name) for name, each in by_name.items()},
+            "scheduler_interval": {name: each.interval for name, each in by_name.items()},
+            "scheduler_monitor": {name: each.monitor for name, each in by_name.items()},
+        }
+    assert isinstance(given, SchedulerTarget)  # several are of several optimizers
+    made = _build_scheduler(given, optimizer)
+    return {"scheduler": made, "scheduler_interval": given.interval, "scheduler_monitor": given.monitor}
+
+
+def _build_scheduler(target: SchedulerTarget, optimizer: Any, name: str = "") -> Any:
+    """A scheduler, which may be made of others: each gets the optimizer."""
+    path = f"scheduler.{name}" if name else "scheduler"
+    with _refusals(path, target), rates_apart(optimizer, path):
         return instantiate(target, optimizer, given={"optimizer": optimizer})
 
 

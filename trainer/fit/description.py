@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from ..checks.arguments import Settings
-from ..optimization.scheduler import Scheduling
+from ..model.optimizers import Optimizers
+from ..optimization.scheduling import Scheduling
 from .data import FitData
 
 
@@ -22,9 +23,11 @@ def alike(
     """
     fit = settings.fit.model_dump(exclude={"early_stopping", "restarts"})
     stopping = {} if settings.fit.early_stopping is None else settings.fit.early_stopping.model_dump()
-    found = {**fit, **stopping, "loss": loss, "optimizer": optimizer, "metrics": sorted(metrics)}
-    if scheduling.scheduler is not None:
-        found |= {"scheduler": full_name(scheduling.scheduler), "scheduler_interval": scheduling.interval}
+    found = {**fit, **stopping, "loss": loss, "metrics": sorted(metrics)}
+    members = optimizer.members if isinstance(optimizer, Optimizers) else {"": optimizer}
+    found |= {_path("optimizer", name): each for name, each in members.items()}
+    for name, each in scheduling.schedules.items():
+        found[_path("scheduler", name)] = f"{full_name(each.scheduler)}, each {each.interval}"
     found["phases"] = [tally.phase for tally in data.tallies]
     checkpoint = settings.checkpoint
     return found | {"seed": settings.seed, "checkpoint_every": checkpoint.every, "keep": checkpoint.keep}
@@ -37,16 +40,30 @@ def job_of(name: str, seed: int, model: str, optimizer: Any, scheduling: Schedul
         model: its full name, which it had before a strategy may have changed its class.
     """
     parts: dict[str, Any] = {"name": name, "seed": seed, "model": {"_target_": model}}
-    if optimizer is not None:
-        defaults = getattr(optimizer, "defaults", {})  # one that wraps another may have none
-        plain = {key: value for key, value in defaults.items() if isinstance(value, (int, float, str, bool))}
-        parts["optimizer"] = {"_target_": full_name(optimizer), **plain}
-    if scheduling.scheduler is not None:
-        parts["scheduler"] = {"_target_": full_name(scheduling.scheduler), "interval": scheduling.interval}
+    if isinstance(optimizer, Optimizers):
+        parts["optimizer"] = {name: _described(each) for name, each in optimizer.members.items()}
+    elif optimizer is not None:
+        parts["optimizer"] = _described(optimizer)
+    schedules = {
+        name: {"_target_": full_name(each.scheduler), "interval": each.interval}
+        for name, each in scheduling.schedules.items()
+    }
+    if schedules:
+        parts["scheduler"] = schedules.get("", schedules)
     parts["metrics"] = {
         key: {"_target_": full_name(getattr(metric, "function", metric))} for key, metric in metrics.items()
     }
     return yaml.safe_dump(parts, sort_keys=False)
+
+
+def _described(optimizer: Any) -> dict[str, Any]:
+    defaults = getattr(optimizer, "defaults", {})  # one that wraps another may have none
+    plain = {key: value for key, value in defaults.items() if isinstance(value, (int, float, str, bool))}
+    return {"_target_": full_name(optimizer), **plain}
+
+
+def _path(key: str, name: str) -> str:
+    return f"{key}.{name}" if name else key
 
 
 def full_name(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The learning-rate scheduler of a fit: what it looks at, and whether it suits the fit's length."""
+"""The learning-rate schedulers of a fit: what they look at, and whether they suit the fit's length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dtrain.schema.sections import Fit
 from ..metrics.early_stopping import Best
 from ..metrics.phases import PhaseMetrics, require_monitor
 from ..optimization.run_length import RunLength
-from ..optimization.scheduler import Scheduling, check_length, require_mode
+from ..optimization.scheduler import Schedule, check_length, require_mode
+from ..optimization.scheduling import Scheduling
 from .data import FitData
 
 
@@ -24,21 +25,23 @@ def scheduling_of_fit(
     *,
     may_log: bool,
 ) -> Scheduling:
-    """The scheduler, which looks at what decides about the best weights where it wasn't told what to look at.
+    """The schedulers, which look at what decides about the best weights where they weren't told what to look at.
 
     Args:
         may_log: whether a step of the user's own may report values that nobody knows yet.
 
     Raises:
-        UserError: it can't be used in this fit.
+        UserError: one can't be used in this fit.
     """
-    scheduling = replace(given, monitor=given.monitor or best.monitor)
     length = RunLength.of(fit, data.train.num_steps)
-    if scheduling.scheduler is not None:
-        watched = scheduling.monitor
+
+    def suited(schedule: Schedule) -> Schedule:
+        watched = schedule.monitor or best.monitor
         require_monitor(watched, data.tallies, may_log=may_log)
         loss = "min" if watched.endswith("_loss") else None
         known = best.mode if watched == best.monitor else loss or metrics.better(watched, data.tallies)
-        require_mode(scheduling.scheduler, watched, known)
-        check_length(scheduling.scheduler, scheduling.interval, length, warn)
-    return scheduling.begin(length)
+        require_mode(schedule.scheduler, watched, known)
+        check_length(schedule.scheduler, schedule.interval, length, warn)
+        return replace(schedule, monitor=watched)
+
+    return given.map(suited).begin(length)

@@ -17,12 +17,13 @@ from ..distributed.world import World
 from ..loss.step import Step
 from ..model.buffers import shapes_of
 from ..model.learned_loss import beside
+from ..model.optimizers import kind_of
 from ..model.weights import mismatches
 from ..optimization.ema import Ema
 from ..optimization.freezing import Freezing
 from ..optimization.optimizer_step import Update
 from ..optimization.precision import Precision
-from ..optimization.scheduler import Scheduling
+from ..optimization.scheduling import Scheduling
 from ..strategies.base import Parallel, matches
 
 # In the paths of a checkpoint's tensors, the section and the name of the parameter.
@@ -102,8 +103,7 @@ class Trained:
 
     def kinds(self) -> dict[str, str | None]:
         """The classes of parts whose state no other class can load."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduling.scheduler}
-        return {name: None if part is None else type(part).__name__ for name, part in parts.items()}
+        return {"optimizer": kind_of(self.optimizer), "scheduler": self.scheduling.kind}
 
     def room(self, path: str, like: Tensor) -> Tensor | None:
         """Room to read this rank's part of a tensor of `state_dict` into; None where the CPU's will do."""
@@ -117,7 +117,7 @@ class Trained:
 
     def require_savable(self) -> None:
         """Raise UserError if a checkpoint can't hold the state of optimizer or scheduler. No collective."""
-        require_data("scheduler", self.scheduling.scheduler, self.scheduling.state_dict())
+        self.scheduling.require_savable()
         require_data("optimizer", self.optimizer, self.model.own_optimizer_state(self.optimizer))
 
     def weights(self, run: RunDir, *, is_best: bool, is_best_of_average: bool) -> dict[Path, dict[str, Any]]:

@@ -1,53 +1,96 @@
-"""Parameter groups by pattern, each with its own settings: weight decay for weights only, say."""
+"""Which optimizer trains which parameters, and in which of its groups: by patterns."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError
+from dtrain.schema.targets import Group, NamedOptimizer
 
 from ..model.patterns import match, require_matches
 
 
-def group_parameters(net: nn.Module, groups: Sequence[Mapping[str, Any]], loss: Any = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Named:
+    """A parameter, with what it may be called in a pattern: `blocks.0.norm.weight`, and `LayerNorm.weight`."""
+
+    parameter: nn.Parameter
+    names: frozenset[str]
+
+
+def named_parameters(net: nn.Module, loss: Any = None) -> list[Named]:
+    """The model's parameters, each once, and the loss's where it is a module that learns, called `loss.centres`."""
+    modules = [*net.named_modules(), *(loss.named_modules(prefix="loss") if isinstance(loss, nn.Module) else ())]
+    found: dict[int, Named] = {}
+    for path, module in modules:
+        for own, parameter in module.named_parameters(recurse=False):
+            names = frozenset({f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"})
+            found.setdefault(id(parameter), Named(parameter, names))  # which two modules may share
+    return list(found.values())
+
+
+def shared_out(parameters: Sequence[Named], optimizers: Mapping[str, NamedOptimizer]) -> dict[str, list[Named]]:
+    """The parameters that each of several optimizers trains.
+
+    Raises:
+        UserError: a pattern that matches nothing, an optimizer without parameters, or a parameter that two optimizers
+            would train, or none.
+    """
+    known = [name for each in parameters for name in each.names]
+    for name, optimizer in optimizers.items():
+        require_matches(optimizer.params, known, f"optimizer.{name}.params")
+    rest = next((name for name, optimizer in optimizers.items() if not optimizer.params), None)
+    shares: dict[str, list[Named]] = {name: [] for name in optimizers}
+    for each in parameters:
+        owners = [name for name, optimizer in optimizers.items() if match(each.names, optimizer.params)]
+        if len(owners) > 1:
+            message = f"{_shown(each)} is trained by {owners[0]} too: its patterns match it as well"
+            raise UserError(Problem(message, f"optimizer.{owners[1]}.params"))
+        if owners or rest is not None:
+            shares[owners[0] if owners else str(rest)].append(each)
+        elif each.parameter.requires_grad:
+            message = f"none of them trains {_shown(each)}"
+            hint = "give it to one of them, or freeze it (fit.freeze); an optimizer without params trains the rest"
+            raise UserError(Problem(message, "optimizer", hint=hint))
+    for name, share in shares.items():
+        if not share:
+            raise UserError(
+                Problem("there is nothing left for it to train: the others have it all", f"optimizer.{name}")
+            )
+    return shares
+
+
+def grouped(parameters: Sequence[Named], groups: Sequence[Group], rate: Any, path: str) -> list[dict[str, Any]]:
     """What an optimizer takes as its first argument: the groups in their order, then those in no group.
 
-    A pattern (`*` and `?` as in file names) is matched with a parameter's name, `blocks.0.norm.weight`, and with the
-    class of its module in place of the path, `LayerNorm.weight`. The first group that has a match takes it.
+    The first group that has a match takes a parameter.
 
     Args:
-        loss: has parameters too where it is a module that learns, called `loss.centres`.
-        groups: `params`, a pattern or several, beside what the optimizer takes for a group, such as weight_decay.
+        rate: the optimizer's own learning rate, of which `lr_factor` makes a group's.
+        path: of the optimizer in job.yaml.
 
     Raises:
         UserError: a pattern that matches nothing.
     """
-    modules = [*net.named_modules(), *(loss.named_modules(prefix="loss") if isinstance(loss, nn.Module) else ())]
-    names, parameters = [], []
-    for path, module in modules:
-        for own, parameter in module.named_parameters(recurse=False):
-            names.append({f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"})
-            parameters.append(parameter)
-    patterns = [[each["params"]] if isinstance(each["params"], str) else list(each["params"]) for each in groups]
     require_matches(
-        [pattern for each in patterns for pattern in each],
-        [name for each in names for name in each],
-        "optimizer.groups",
+        [pattern for group in groups for pattern in group.params],
+        [name for each in parameters for name in each.names],
+        f"{path}.groups",
     )
     members: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
-    seen: set[int] = set()
-    for parameter, own_names in zip(parameters, names, strict=True):
-        if id(parameter) in seen:  # shared by two modules
-            continue
-        seen.add(id(parameter))
-        matching = (number for number, each in enumerate(patterns) if match(own_names, each))
-        members[next(matching, len(groups))].append(parameter)
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    for each in parameters:
+        matching = (number for number, group in enumerate(groups) if match(each.names, group.params))
+        members[next(matching, len(groups))].append(each.parameter)
+    settings = [
+        (group.model_extra or {}) | ({} if group.lr_factor is None else {"lr": group.lr_factor * rate})
+        for group in groups
+    ]
     made = [{**setting, "params": each} for setting, each in zip([*settings, {}], members, strict=True)]
     return [group for group in made if group["params"]]
 
@@ -65,3 +108,7 @@ def rates_apart(optimizer: Optimizer, path: str) -> Iterator[None]:
     if len(before) > 1 and len(after) == 1 and after != {0.0}:  # a warm-up may begin with 0
         message = f"gives all parameter groups one learning rate ({after.pop():.4g}) in place of their own"
         raise UserError(Problem(message, path, hint="give it a list, one rate for each group"))
+
+
+def _shown(each: Named) -> str:
+    return max(each.names, key=lambda name: name.count("."))

@@ -75,25 +75,25 @@ class Beginning:
 
 
 @dataclass(frozen=True)
-class Scheduling:
-    """A scheduler, if there is one, and when it steps.
+class Schedule:
+    """A scheduler, and when it steps.
 
     Attributes:
         monitor: what it is fed, where it wants a value.
         beginning: how the run begins it; None before there is a run.
     """
 
-    scheduler: Any = None
+    scheduler: Any
     interval: Interval = "epoch"
     monitor: str = ""
     beginning: Beginning | None = None
 
     def __post_init__(self) -> None:
-        if self.scheduler is not None and self.interval == "step" and is_fed(self.scheduler):
+        if self.interval == "step" and is_fed(self.scheduler):
             name = type(self.scheduler).__name__
             raise UserError(f"{name} needs an epoch's result: it can't have the interval step")
 
-    def begin(self, length: RunLength) -> Scheduling:
+    def begin(self, length: RunLength) -> Schedule:
         """This, in a run of that length, from the scheduler's present state on.
 
         Raises:
@@ -111,7 +111,7 @@ class Scheduling:
         Raises:
             UserError: the schedule has ended, in a run whose length nobody knew before.
         """
-        if self.scheduler is None or self.interval != "step":
+        if self.interval != "step":
             return
         try:
             self.scheduler.step()
@@ -125,7 +125,7 @@ class Scheduling:
 
     def after_row(self, row: Row, *, epoch_ends: bool) -> None:
         """Step after an epoch, if that is the interval, or as often as there is the value that is wanted."""
-        if self.scheduler is None or self.interval != "epoch":
+        if self.interval != "epoch":
             return
         if not is_fed(self.scheduler):
             if epoch_ends:
@@ -142,8 +142,6 @@ class Scheduling:
         torch's own state_dict of a scheduler is all of its attributes. A function among them is no state: it is there
         again when the scheduler is made again, and stays there when the rest is loaded.
         """
-        if self.scheduler is None:
-            return None
         state = self.scheduler.state_dict()
         kind = type(self.scheduler)
         if kind.state_dict is LRScheduler.state_dict and kind.load_state_dict is LRScheduler.load_state_dict:
@@ -152,7 +150,7 @@ class Scheduling:
 
     def beginning_state(self) -> Any:
         """What tells a run that goes on whether its schedule is the one that it began with."""
-        if self.scheduler is None or self.beginning is None:
+        if self.beginning is None:
             return None
         return {"length": asdict(self.beginning.length), "state": self.beginning.state}
 
@@ -162,8 +160,6 @@ class Scheduling:
         torch's state holds the schedule's length too. Where it has changed with the run's, the schedule continues at
         the same place of its new curve, as if it had had this length from the start.
         """
-        if self.scheduler is None:
-            return
         self.scheduler.load_state_dict(state)
         if beginning is not None and self.beginning is not None and self._has_changed(beginning):
             self._replay(self.beginning)

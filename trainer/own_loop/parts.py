@@ -12,7 +12,7 @@ from dtrain.errors import UserError
 from ..checkpoint.codec import require_data
 from ..model.buffers import shapes_of
 from ..model.weights import mismatches
-from ..optimization.scheduler import Scheduling  # whose state leaves out what is code
+from ..optimization.scheduler import Schedule  # whose state leaves out what is code
 from ..strategies.base import Parallel
 
 
@@ -38,7 +38,7 @@ class Parts:
             if not all(hasattr(each, method) for method in ("state_dict", "load_state_dict")):
                 kind = type(each).__name__
                 raise UserError(f"Ranks.epochs: {name} is a {kind}, without state_dict and load_state_dict")
-            require_data(name, each, Scheduling(each).state_dict())
+            require_data(name, each, Schedule(each).state_dict())
 
     def _owner(self, name: str, optimizer: Optimizer) -> Parallel:
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -66,7 +66,7 @@ class Parts:
         """What is the same on all ranks, but for the models' buffers, of which rank 0's count. All ranks take part."""
         state = {name: model.state_dict() for name, model in self.models.items()}
         state |= {name: self._owners[name].optimizer_state(each) for name, each in self.optimizers.items()}
-        return state | {name: Scheduling(each).state_dict() for name, each in self._others.items()}
+        return state | {name: Schedule(each).state_dict() for name, each in self._others.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state_dict` gave. All ranks take part."""

@@ -31,6 +31,7 @@ from ..distributed.world import World, ensure_group, require_cpu_backend
 from ..loss.step import Outcome, Step
 from ..model.blocks import of_classes, repeated
 from ..model.buffers import copied
+from ..model.optimizers import members_of
 from ..model.weights import bare_state_dict
 from .base import Parallel, Stepping, require_divisible, run_within, shortened, trainable
 
@@ -109,8 +110,13 @@ class FullySharded(Parallel):
             dist.broadcast(parameter.data, src=0)
 
     def adopt(self, optimizer: Optimizer | None) -> None:
-        if optimizer is None:
-            return
+        for each in members_of(optimizer):
+            if each is not None:
+                self._adopt(each)
+        if optimizer is not None and self.world.world_size > 1:
+            self._watch_use()
+
+    def _adopt(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
             raise UserError("LBFGS needs all parameters as one vector, but fsdp leaves each rank a shard: use ddp")
         if type(optimizer).__name__ == "Adafactor":
@@ -127,8 +133,6 @@ class FullySharded(Parallel):
             names = [self._names.get(parameter) for parameter in group["params"]]
             whole = zip(names, group["params"], strict=True)
             group["params"] = [parameter if name is None else parts[name] for name, parameter in whole]
-        if self.world.world_size > 1:
-            self._watch_use()
 
     def follow_trained(self) -> None:
         now = trainable(self.bare)  # FSDP2 has whole parameters require gradients as their parts do

@@ -17,10 +17,11 @@ from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
 from dtrain.schema.loading import load_job
 from dtrain.schema.sections import Fit, Fsdp
+from dtrain.schema.targets import Group
 from dtrain.trainer.distributed.world import World
-from dtrain.trainer.entrypoints.train import build_model, build_optimizer, build_scheduler
+from dtrain.trainer.entrypoints.train import build_model, build_optimizer, build_schedulers
 from dtrain.trainer.optimization.optimizer_step import Update
-from dtrain.trainer.optimization.param_groups import group_parameters
+from dtrain.trainer.optimization.param_groups import grouped, named_parameters
 from dtrain.trainer.optimization.precision import Precision
 from dtrain.trainer.strategies.base import Parallel
 from dtrain.trainer.trainer import Trainer
@@ -208,17 +209,19 @@ def test_a_limit_of_each_number_where_there_is_none(net):
     Update(Parallel(net, world), optimizer, precision, Fit(epochs=1, clip_value=1.0))
 
 
+def in_groups(net: nn.Module, *groups: dict[str, object]) -> list[dict[str, object]]:
+    return grouped(named_parameters(net), [Group.model_validate(group) for group in groups], 1.0, "optimizer")
+
+
 def test_parameters_in_groups():
     net = Block()
-    found = group_parameters(
-        net, [{"params": ["*.bias", "LayerNorm.*"], "weight_decay": 0.0}, {"params": "sc?le", "lr": 0.5}]
-    )
+    found = in_groups(net, {"params": ["*.bias", "LayerNorm.*"], "weight_decay": 0.0}, {"params": "sc?le", "lr": 0.5})
     assert names(net, found) == [
         (["norm.weight", "norm.bias", "linear.bias"], {"weight_decay": 0.0}),
         (["scale"], {"lr": 0.5}),
         (["linear.weight"], {}),
     ]
-    assert names(net, group_parameters(net, [{"params": "*"}])) == [
+    assert names(net, in_groups(net, {"params": "*"})) == [
         (["scale", "norm.weight", "norm.bias", "linear.weight", "linear.bias"], {})
     ]
 
@@ -241,7 +244,7 @@ def test_a_factor_of_the_learning_rate_is_kept_by_the_schedule(tmp_path):
     def made(*overrides: str) -> torch.optim.Optimizer:
         job = load_job(path, overrides).job
         optimizer = build_optimizer(job, build_model(job, None), None)
-        scheduler = build_scheduler(job.scheduler, optimizer)
+        scheduler = build_schedulers(job, optimizer)["scheduler"]
         optimizer.step()
         scheduler.step()
         return optimizer
@@ -261,7 +264,7 @@ def test_a_factor_of_the_learning_rate_is_kept_by_the_schedule(tmp_path):
 
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(UserError, match=r"no parameter is called norm.wieght; did you mean norm.weight\?"):
-        group_parameters(Block(), [{"params": "norm.wieght"}])
+        in_groups(Block(), {"params": "norm.wieght"})
 
 
 def test_a_job_with_all_of_it(project):
