@@ -41,12 +41,13 @@ from .fit.data import FitData, ValidationSet
 from .fit.description import alike, full_name, job_of
 from .fit.evaluation import evaluate_all, gather_values
 from .fit.loop import Loop
-from .fit.pictures import draw_fit
 from .fit.sample_mixing import look_for_mixing
 from .fit.scheduling import scheduling_of_fit
 from .fit.trained import Trained
 from .fit_folder import continues, fit_folder
-from .loss.step import Step, UserStep, supervised_step, user_step
+from .fit_pictures import draw_fit
+from .loss.step import Step, supervised_step
+from .loss.user_step import UserStep, user_step
 from .metric_trial import require_reported, try_validation
 from .metrics.early_stopping import Best
 from .metrics.phases import PhaseMetrics, monitor_of, require_monitor

@@ -38,7 +38,7 @@ from ..distributed.seeds import derive_seed, rng_kept, seed_everything
 from ..distributed.stop import Stopped
 from ..distributed.world import own_device
 from ..fit_folder import continues
-from ..loss.step import user_step
+from ..loss.user_step import user_step
 from ..model.loading import begin_from, load_weights
 from ..model.meta import build_on_meta
 from ..model.weights import without_shape

@@ -236,7 +236,7 @@ class Loop:
             "step": progress.position.step,
             "phase": "+".join(["train"] * training + ["val"] * validation),
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "lr": float(progress.lr),
+            **{name: float(rate) for name, rate in progress.rates.items()},
             "samples_per_s": progress.speed.take() if training else None,
             **values,
         }

@@ -66,7 +66,7 @@ class Progress:
         rows: those made so far.
         asked: what a rank's clock or a callback has asked for, and is not done yet.
         is_ended: whether a callback has asked for the end.
-        lr: of the last step done.
+        rates: the learning rates of the last step done: lr, and lr_NAME of each of several optimizers.
         samples_done, steps_done: over all ranks, since this process began.
         speed: of the training since the last report, in this process.
         step_s, checkpoint_s: how long the last step, and the last checkpoint, took.
@@ -80,7 +80,7 @@ class Progress:
         self._data = data
         self.position = Position()
         self.rows: list[Row] = []
-        self.lr: float | Tensor = math.nan
+        self.rates: dict[str, float | Tensor] = {"lr": math.nan}
         self.samples_done = self.steps_done = 0
         self.asked: set[Wish] = set()
         self.is_ended = False
@@ -181,7 +181,7 @@ class Progress:
         return {
             "place": asdict(self.position),
             "rows": self.rows,
-            "lr": float(self.lr),
+            "rates": {name: float(rate) for name, rate in self.rates.items()},
             "best": self.best.state_dict(),
             "asked": sorted(int(wish) for wish in self.asked),
             "is_ended": self.is_ended,
@@ -190,7 +190,7 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = Position(**state["place"])
         self.rows = state["rows"]
-        self.lr = state["lr"]
+        self.rates = state["rates"] if "rates" in state else {"lr": state["lr"]}  # in a checkpoint of version 0.1
         self.best.load_state_dict(state["best"])
         self.asked = {Wish(each) for each in state.get("asked", ())}
         self.is_ended = state.get("is_ended", False)

@@ -40,7 +40,7 @@ class StepTrial:
         Raises:
             UserError: the step's loss is not what it is taken for.
         """
-        if outcome.is_believed:
+        if outcome.believed is not None:
             self._try_step(micro_batch, number)
         elif not self._progress.samples_done and number == 0 and not outcome.is_users:
             self._look_for_mixing(micro_batch)
@@ -60,7 +60,8 @@ class StepTrial:
 
         def run(data: Any) -> float:
             part = replace(micro_batch, data=data, samples=1, batch_samples=1, is_regular=True)
-            return float(self._run_still(part).total)
+            outcome = self._run_still(part)
+            return float(outcome.total if outcome.believed is None else outcome.believed)
 
         trained = self._trained
         with trained.model.trying():

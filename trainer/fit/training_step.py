@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from dtrain.errors import UserError
 from dtrain.run.heartbeat import Phase
 
 from ..checks.optimizer_kinds import is_two_step, needs_closure, require_rates
 from ..data.indexed import MicroBatch
-from ..distributed.torch_private import multiply_
-from ..distributed.world import World
-from ..loss.step import Outcome, as_units
+from ..loss.batch_weight import BatchWeight
+from ..loss.step import Outcome, as_units, require_graph
+from ..loss.user_step import LossByLoss
 from ..metrics.epoch_totals import Tally
+from ..model.optimizers import Optimizers
+from .loss_by_loss import StepByLosses
 from .progress import Progress
 from .step_trial import StepTrial
 from .trained import Trained
@@ -37,6 +38,15 @@ class TrainingStep:
         self._progress = progress
         self._trial = StepTrial(trained, progress)
         self._by_closure = needs_closure(trained.optimizer)
+        optimizer = trained.optimizer
+        self._rated = {"lr": optimizer}
+        if isinstance(optimizer, Optimizers):
+            self._rated |= {f"lr_{name}": each for name, each in optimizer.members.items()}
+        self._by_losses: StepByLosses | None = None
+        if isinstance(trained.step, LossByLoss):
+            self._by_losses = StepByLosses(trained, trained.step, progress)
+        else:
+            trained.model.divide([])  # an earlier fit may have had several losses
 
     def __call__(self, micro_batches: Iterable[MicroBatch]) -> None:
         """Make the step. A batch that a collate function has left out whole, on all ranks, passes without one."""
@@ -44,17 +54,23 @@ class TrainingStep:
         number = position.step + 1
         trained.freezing.follow(position.step, position.epoch - 1)
         self._read_rate()
-        is_done = self._with_closure(micro_batches) if self._by_closure else self._by_gradient(micro_batches, number)
+        is_done = self._learn(micro_batches, number)
         if trained.ema is not None and is_done:
             trained.ema.update()
         trained.scheduling.after_step(number)
 
+    def _learn(self, micro_batches: Iterable[MicroBatch], number: int) -> bool:
+        """Make the optimizer's step, or those of several; whether all were made."""
+        if self._by_losses is not None:
+            return self._loss_by_loss(self._by_losses, list(micro_batches), number)
+        return self._with_closure(micro_batches) if self._by_closure else self._by_gradient(micro_batches, number)
+
     def _read_rate(self) -> None:
-        optimizer = self._trained.optimizer
-        lr = optimizer.param_groups[0].get("lr", float("nan"))
-        self._progress.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler changes a tensor in place
-        if not (isinstance(lr, Tensor) or lr >= 0):  # a tensor is looked at when an epoch begins
-            require_rates(optimizer, self._progress.position.step)
+        for name, optimizer in self._rated.items():
+            lr = optimizer.param_groups[0].get("lr", float("nan"))
+            self._progress.rates[name] = lr.clone() if isinstance(lr, Tensor) else lr  # schedules change it in place
+            if not (isinstance(lr, Tensor) or lr >= 0):  # a tensor is looked at when an epoch begins
+                require_rates(self._trained.optimizer, self._progress.position.step)
 
     def _by_gradient(self, micro_batches: Iterable[MicroBatch], number: int) -> bool:
         """The step of an ordinary optimizer; whether it was made."""
@@ -66,6 +82,15 @@ class TrainingStep:
         if not is_done and seen is not None:
             self._tally.load_state_dict(seen)
         return is_done
+
+    def _loss_by_loss(self, step: StepByLosses, micro_batches: list[MicroBatch], number: int) -> bool:
+        """The steps that follow on one loss after the other; whether all were made."""
+        outcomes, is_done = step(micro_batches, number)
+        for i, (outcome, micro_batch) in enumerate(zip(outcomes, micro_batches, strict=True)):
+            self._trial.look(outcome, micro_batch, i)
+            if micro_batch.samples and (is_done or not self._trained.update.may_skip):
+                self._tally.add(outcome, micro_batch.samples, number - 1)
+        return is_done and bool(micro_batches)
 
     def _with_closure(self, micro_batches: Iterable[MicroBatch]) -> bool:
         """The step of an optimizer that evaluates the batch several times; whether it was made.
@@ -124,57 +149,7 @@ class TrainingStep:
     def _forward(self, micro_batch: MicroBatch) -> Outcome:
         self._progress.enter(Phase.FORWARD)
         outcome = self._trained.model.run(self._trained.step, micro_batch)
-        if not outcome.total.requires_grad:
-            raise UserError(
-                "the loss does not depend on the model: something was detached on the way to it (detach(), item(), "
-                "numpy, torch.no_grad, argmax), and nothing can be learned from it"
-            )
+        require_graph(outcome)
         if not self._progress.samples_done:  # in this process's first step
             self._trained.model.require_all_used(outcome.total, self._trained.optimizer)
         return outcome
-
-
-class BatchWeight:
-    """A batch's weight, which its gradient is divided by: its samples, or the units that a step has counted.
-
-    The number of samples is known from the start, so that each part's loss is divided by it. How many units all ranks
-    have is known only after the last part: until then the gradient is one per sample, and is corrected afterwards.
-
-    Attributes:
-        own: the units of this rank's parts so far; None where they are its samples.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._samples = 0  # over all ranks
-        self._summed: Callable[[], Tensor] | None = None
-        self.own: Tensor | None = None
-
-    @property
-    def is_summed(self) -> bool:
-        """Whether the gradient is still to be corrected, by the sum of all ranks' units."""
-        return self._summed is not None
-
-    def scale(self, outcome: Outcome, part: MicroBatch) -> float | Tensor:
-        """The factor for a part's summed loss before its backward pass.
-
-        All ranks take part, at the batch's last part, in a sum that overlaps with that pass.
-        """
-        # DDP averages over the ranks where the batch's gradient is a sum over them: hence the world size.
-        self._samples = part.batch_samples
-        scale = self._world.world_size / part.batch_samples
-        if outcome.weight is None:
-            return scale
-        self.own = outcome.weight if self.own is None else self.own + outcome.weight
-        if part.is_whole and self._world.world_size == 1:
-            return 1.0 / self.own.where(self.own != 0, 1.0).to(outcome.total.dtype)
-        if part.is_last:
-            self._summed = self._world.begin_sum(self.own)
-        return scale
-
-    def rescale(self, gradients: list[Tensor]) -> None:
-        """Turn the gradients of the mean over the batch's samples into those of the mean over all ranks' units."""
-        assert self._summed is not None
-        units = self._summed()
-        scale = self._samples / units.where(units != 0, 1.0)  # no unit counts: the gradients are zeros, as torch's are
-        multiply_(gradients, scale.to(gradients[0].device, gradients[0].dtype))

@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.errors import UserError, among, first_line
+from dtrain.errors import UserError, first_line
 
 from ..data.batch_samples import ways_to_take
 from ..data.batch_tensors import tensors
 from ..data.indexed import MicroBatch
 from ..distributed.torch_versions import is_of_device
-from .logs import read_logs
 from .loss_trial import Pairs, try_loss
 from .losses import WeightedMean
 from .units import as_module, class_weight, count_units, is_torchs, is_weighted, mixes_samples
-
-UserStep = Callable[[nn.Module, Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,23 +34,24 @@ class Outcome:
         total: the loss times its weight, a scalar with a graph.
         weight: the number of units that the loss is the mean over; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
-        is_believed: whether the loss is taken as the mean over samples only because nothing says otherwise.
+        believed: the total, where its loss is taken as the mean over samples only because nothing says otherwise.
         is_users: whether the user's own step made it, which may have side effects.
         metrics: by name, arguments of metrics that compare something else.
         logs: by name, values to report the means of, each with its weight; None where a step logs nothing.
+        optimizer: the name of the one that learns from this loss; None where the step has not said one.
     """
 
     total: Tensor
     weight: Tensor | None
     predictions: Any
     target: Any
-    is_believed: bool = False
+    believed: Tensor | None = None
     is_users: bool = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
     logs: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    optimizer: str | None = None
 
 
-KEYS = ("loss", "predictions", "target", "weight", "metrics", "log")
 Step = Callable[[nn.Module, MicroBatch], Outcome]
 
 
@@ -82,7 +80,7 @@ def supervised_step(loss_fn: Callable[[Any, Any], Tensor]) -> Step:
             raise
         return Outcome(total, weight, predictions, target)
 
-    return _fillers_count_nothing(step)
+    return fillers_count_nothing(step)
 
 
 def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> None:
@@ -105,69 +103,9 @@ def _is_logits(predictions: Any) -> bool:
     return isinstance(predictions, Tensor) and not bool(((predictions >= 0) & (predictions <= 1)).all())
 
 
-def user_step(function: UserStep) -> Step:
-    """A user's `function(model, batch)`, which returns a dict with some of KEYS; only the loss is needed."""
-    weighs: dict[bool, bool] = {}  # whether it has returned a weight, by whether it trains
-
-    @functools.wraps(function, updated=())
-    def step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
-        result = _checked(function(model, micro_batch.data))
-        loss, weight = _scalar(result["loss"], "the step's loss"), result.get("weight")
-        if weighs.setdefault(model.training, weight is not None) is not (weight is not None):
-            raise UserError("the step returned a `weight` for some batches but not for others: return it for all")
-        known = None if weight is None else _as_weight(weight, loss.device)
-        if known is not None:
-            total, units = _weighted(loss, known)
-            if not (isinstance(weight, int | float) and weight):  # which is 0, or unknown before the device has done it
-                _zero_gradients(result.get("predictions"), known)
-        else:
-            mend = "let the step return its `weight`, of how many units its loss is the mean"
-            total, units = _of_samples(loss, micro_batch, mend)
-        metrics = result.get("metrics", {})
-        if not isinstance(metrics, Mapping):
-            raise UserError(f"step's `metrics` must be a dict of arguments by metric, it is {describe(metrics)}")
-        predictions, target = result.get("predictions"), result.get("target")
-        logs = None
-        if "log" in result:
-            logs = read_logs(result["log"], as_units(micro_batch.samples, loss.device) if known is None else known)
-        return Outcome(total, units, predictions, target, weight is None, True, metrics, logs)
-
-    return _fillers_count_nothing(step)
-
-
-def _checked(result: Any) -> Mapping[str, Any]:
-    if not isinstance(result, Mapping) or "loss" not in result:
-        raise UserError(
-            f"step must return a dict with a `loss`, it returned {describe(result)}; keys: {', '.join(KEYS)}"
-        )
-    for key in result:
-        if key not in KEYS:
-            raise UserError(f"step returned the unknown key {key!r}; {among(str(key), KEYS)}")
-    loss = result["loss"]
-    if not isinstance(loss, Tensor):
-        mend = "; `.item()` loses its gradient" if isinstance(loss, float) else ""
-        raise UserError(f"the step's loss must be a tensor, it is {describe(loss)}{mend}")
-    return result
-
-
-def _as_weight(weight: Any, device: torch.device) -> Tensor:
-    try:
-        units = as_units(weight, device)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"the step's weight must be a number, it is {describe(weight)}") from None
-    return _scalar(units, "the step's weight")
-
-
-def _weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+def weighted(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """The mean times its weight. The mean of no units is nan however it is written, but their sum is 0."""
     return loss.where(weight != 0, 0.0) * weight.to(loss.dtype), weight
-
-
-def _zero_gradients(predictions: Any, weight: Tensor) -> None:
-    """Keep the mean of no units from returning nan: 0/0 has a nan gradient, whatever it is multiplied by."""
-    for tensor in tensors(predictions):
-        if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: gradient.where((weight != 0).to(gradient.device), 0.0))
 
 
 def as_units(units: Any, device: torch.device) -> Tensor:
@@ -177,7 +115,7 @@ def as_units(units: Any, device: torch.device) -> Tensor:
     return torch.as_tensor(units, dtype=torch.float64).detach().to(device, non_blocking=True)
 
 
-def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tensor | None]:
+def of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tensor | None]:
     """The mean over samples times their number, which the other ranks know where the batch is regular.
 
     Raises:
@@ -186,7 +124,7 @@ def _of_samples(loss: Tensor, part: MicroBatch, mend: str) -> tuple[Tensor, Tens
     if part.is_regular:
         return loss * part.samples, None
     require_rows(part, mend)
-    return _weighted(loss, as_units(part.samples, loss.device))
+    return weighted(loss, as_units(part.samples, loss.device))
 
 
 def require_rows(part: MicroBatch, mend: str) -> None:
@@ -201,7 +139,16 @@ def require_rows(part: MicroBatch, mend: str) -> None:
     )
 
 
-def _fillers_count_nothing(step: Step) -> Step:
+def require_graph(outcome: Outcome) -> None:
+    """Raise UserError if nothing can be learned from the loss."""
+    if not outcome.total.requires_grad:
+        raise UserError(
+            "the loss does not depend on the model: something was detached on the way to it (detach(), item(), "
+            "numpy, torch.no_grad, argmax), and nothing can be learned from it"
+        )
+
+
+def fillers_count_nothing(step: Step) -> Step:
     """A filler's loss and weight become 0: its gradients are zeros, and its sums add nothing."""
 
     @functools.wraps(step)
@@ -248,13 +195,13 @@ def _of_torchs(loss_fn: Any, reduction: str) -> TotalLoss:
         if reason := mixes_samples(loss_fn, predictions, target):
             raise UserError(f"the loss {describe(loss_fn)} {reason}; {_given(predictions, target)}")
         if reduction == "sum":  # it is not divided by the batch's size, so it is multiplied by it beforehand
-            return _scalar(loss_fn(predictions, target), "the loss") * part.batch_samples, None
+            return scalar(loss_fn(predictions, target), "the loss") * part.batch_samples, None
         if is_weighted(loss_fn, target):
             return summed(predictions, target), class_weight(summed, target)
-        loss = _scalar(loss_fn(predictions, target), "the loss")
+        loss = scalar(loss_fn(predictions, target), "the loss")
         if part.is_regular:  # as many units for each sample
             return loss * part.samples, None
-        return _weighted(loss, as_units(count_units(loss_fn, predictions, target), loss.device))
+        return weighted(loss, as_units(count_units(loss_fn, predictions, target), loss.device))
 
     return total
 
@@ -268,7 +215,7 @@ def _of_users(loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> TotalLos
         loss = loss_fn(predictions, target)
         if not isinstance(loss, Tensor):
             raise UserError(f"the loss {name} must return a tensor, it returned {describe(loss)}")
-        loss = _scalar(loss, "the loss")
+        loss = scalar(loss, "the loss")
         if may_be_tried and part.samples and not part.is_whole:
             calls += 1
             if calls & (calls - 1) == 0:  # the 1st, 2nd, 4th, 8th: it waits for the device
@@ -276,12 +223,12 @@ def _of_users(loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> TotalLos
                 may_be_tried = try_loss(loss_fn, name, is_sum, given, samples)
         if is_sum:
             return loss * part.batch_samples, None
-        return _of_samples(loss, part, "derive the loss from dtrain.WeightedMean, or write a `step` with a `weight`")
+        return of_samples(loss, part, "derive the loss from dtrain.WeightedMean, or write a `step` with a `weight`")
 
     return total
 
 
-def _scalar(value: Tensor, name: str) -> Tensor:
+def scalar(value: Tensor, name: str) -> Tensor:
     if value.numel() != 1:
         raise UserError(f"{name} must be one number, it has shape {tuple(value.shape)}")
     return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))  # sums need more than 16 bits

@@ -124,6 +124,21 @@ def share_buffers(net: nn.Module, world: World) -> None:
         put_back(net, {**values, **on_device(extra, world.device)})
 
 
+def renew_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """Put copies in the places of the buffers, and return these: a graph that they are part of stays as it is."""
+    before = {name: buffer for name, buffer in buffers_of(net).items() if not is_extra(name) and buffer is not None}
+    copies: dict[int, Tensor] = {}  # those that modules share stay shared
+    set_buffers(net, {name: copies.setdefault(id(each), each.clone()) for name, each in before.items()})
+    return before
+
+
+def set_buffers(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put these tensors themselves in the places of the buffers."""
+    for name, tensor in tensors.items():
+        module, own = _place(net, name)
+        setattr(module, own, tensor)
+
+
 def _place(net: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, own = name.rpartition(".")
     return net.get_submodule(path), own

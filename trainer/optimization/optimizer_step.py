@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Update:
             `Penalty`, a part of the gradient that is clipped; `on_nonfinite`: what to do with a batch whose gradients
             hold inf or nan, end the run or leave it out.
         report: called for each batch that was skipped.
+        of: the parameters that the penalty is for; None: all of the model's.
 
     Raises:
         UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it; or gradients whose
@@ -45,6 +46,7 @@ class Update:
         precision: Precision,
         fit: Fit,
         report: Callable[[str], None] = print,
+        of: Iterable[Tensor] | None = None,
     ) -> None:
         names = ("clip_norm", "clip_value", "l1", "l2", "on_nonfinite")
         asked = {f"fit.{name}": getattr(fit, name) for name in names} | {"fit.precision: fp16": precision.scaler}
@@ -58,13 +60,19 @@ class Update:
         if fit.clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
             raise UserError(_NO_LIMIT)
         self._model = model
+        self._precision, self._fit = precision, fit
         self._optimizer = optimizer
         self._scaler = precision.scaler
         self._clip_norm = fit.clip_norm
         self._clip_value = fit.clip_value
-        self._penalty = Penalty(model.bare, fit.l1, fit.l2)
+        self._penalty = Penalty(model.bare, fit.l1, fit.l2, of)
         self._on_nonfinite = fit.on_nonfinite
         self._report = report
+
+    def of(self, optimizer: Optimizer) -> Update:
+        """The steps of one of several optimizers, each by a gradient of its own."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return Update(self._model, optimizer, self._precision, self._fit, self._report, parameters)
 
     @property
     def may_skip(self) -> bool:

@@ -21,7 +21,7 @@ class Named:
     """A parameter, with what it may be called in a pattern: `blocks.0.norm.weight`, and `LayerNorm.weight`."""
 
     parameter: nn.Parameter
-    names: frozenset[str]
+    names: tuple[str, str]
 
 
 def named_parameters(net: nn.Module, loss: Any = None) -> list[Named]:
@@ -30,7 +30,7 @@ def named_parameters(net: nn.Module, loss: Any = None) -> list[Named]:
     found: dict[int, Named] = {}
     for path, module in modules:
         for own, parameter in module.named_parameters(recurse=False):
-            names = frozenset({f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"})
+            names = f"{path}.{own}" if path else own, f"{type(module).__name__}.{own}"
             found.setdefault(id(parameter), Named(parameter, names))  # which two modules may share
     return list(found.values())
 
@@ -50,12 +50,12 @@ def shared_out(parameters: Sequence[Named], optimizers: Mapping[str, NamedOptimi
     for each in parameters:
         owners = [name for name, optimizer in optimizers.items() if match(each.names, optimizer.params)]
         if len(owners) > 1:
-            message = f"{_shown(each)} is trained by {owners[0]} too: its patterns match it as well"
+            message = f"{each.names[0]} is trained by {owners[0]} too: its patterns match it as well"
             raise UserError(Problem(message, f"optimizer.{owners[1]}.params"))
         if owners or rest is not None:
             shares[owners[0] if owners else str(rest)].append(each)
         elif each.parameter.requires_grad:
-            message = f"none of them trains {_shown(each)}"
+            message = f"none of them trains {each.names[0]}"
             hint = "give it to one of them, or freeze it (fit.freeze); an optimizer without params trains the rest"
             raise UserError(Problem(message, "optimizer", hint=hint))
     for name, share in shares.items():
@@ -108,7 +108,3 @@ def rates_apart(optimizer: Optimizer, path: str) -> Iterator[None]:
     if len(before) > 1 and len(after) == 1 and after != {0.0}:  # a warm-up may begin with 0
         message = f"gives all parameter groups one learning rate ({after.pop():.4g}) in place of their own"
         raise UserError(Problem(message, path, hint="give it a list, one rate for each group"))
-
-
-def _shown(each: Named) -> str:
-    return max(each.names, key=lambda name: name.count("."))

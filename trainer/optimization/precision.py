@@ -16,6 +16,7 @@ from dtrain.errors import UserError
 from ..data.batch_tensors import map_tensors
 from ..data.indexed import MicroBatch
 from ..loss.step import Outcome, Step
+from ..loss.user_step import LossByLoss
 
 T = TypeVar("T")
 Name = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -68,13 +69,16 @@ class Precision:
         if self.dtype is None:
             return step
 
-        @functools.wraps(step)
-        def computed(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
-            with torch.autocast(self._device, self.dtype):
-                outcome = step(model, micro_batch)
-            return replace(outcome, predictions=map_tensors(_widened, outcome.predictions))
+        def computed(step: Step) -> Step:
+            @functools.wraps(step)
+            def computed_step(model: nn.Module, micro_batch: MicroBatch) -> Outcome:
+                with torch.autocast(self._device, self.dtype):
+                    outcome = step(model, micro_batch)
+                return replace(outcome, predictions=map_tensors(_widened, outcome.predictions))
 
-        return computed
+            return computed_step
+
+        return step.computed_by(computed) if isinstance(step, LossByLoss) else computed(step)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What the backward pass begins with."""

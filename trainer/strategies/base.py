@@ -84,6 +84,28 @@ class Parallel:
                 "before, on a new model with these weights, or use ddp"
             )
 
+    def divide(self, optimizers: Sequence[Optimizer]) -> None:
+        """Be ready for backward passes of which each is for one of these optimizers alone; none: each is for all.
+
+        All ranks take part.
+
+        Raises:
+            UserError: the strategy can't.
+        """
+        if optimizers:
+            raise UserError("a step that yields its losses needs the strategy ddp or fsdp")
+
+    def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
+        """The loss whose backward pass averages the gradients of this optimizer's parameters; after `divide`.
+
+        Args:
+            place: of the loss among those of a step, from 0.
+        """
+        return loss
+
+    def pass_over(self) -> None:
+        """Follow on forward passes in training without a backward pass. All ranks take part."""
+
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: only the batch's last one averages the gradients."""
         return contextlib.nullcontext()
@@ -97,9 +119,13 @@ class Parallel:
         After a batch's last micro-batch, that of step number `step`. All ranks take part in the process's first one.
         """
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient to the parameters'. All ranks take part, at a batch's last micro-batch at least."""
-        loss.backward()
+    def backward(self, loss: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Add the loss's gradient to the parameters'. All ranks take part, at a batch's last micro-batch at least.
+
+        Args:
+            optimizer: whose parameters need it; the others may get one too.
+        """
+        loss.backward(inputs=None if optimizer is None else self.trained(optimizer))
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Begin a step without gradients."""
@@ -239,8 +265,8 @@ def run_within(module: nn.Module, step: Step, micro_batch: MicroBatch) -> Outcom
     return replace(found[0], total=total)
 
 
-def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "") -> None:
-    """Raise UserError if the loss does not depend on a trainable parameter.
+def require_all_used(awaited: Mapping[str, nn.Parameter], loss: Tensor, when: str = "", mend: str = "") -> None:
+    """Raise UserError if the loss does not depend on one of these trainable parameters.
 
     Args:
         when: it was.
@@ -249,7 +275,7 @@ def require_all_used(net: nn.Module, loss: Tensor, when: str = "", mend: str = "
     reached = reached_leaves(loss)
     if reached is None:
         return
-    unused = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in reached]
+    unused = [name for name, parameter in awaited.items() if id(parameter) not in reached]
     if unused:
         raise UserError(
             f"the loss{when} does not depend on the parameters {shortened(unused)}, and their gradients are to be "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ class DataParallel(Parallel):
         self.bare.to(world.device)
         self._stepping = Stepping(self.bare)
         self._is_synchronised = False
+        self._shared_out: list[Optimizer] = []  # those that get gradients of their own; none: they are one's, or all's
+        self._averaging: dict[int, Averaging] = {}  # by the ids of these, what averages their parameters' gradients
+        self._expected: Averaging | None = None  # of them, the one that the last backward pass was for
         self._wrap()
 
     def adopt(self, optimizer: Optimizer | None) -> None:
@@ -64,24 +67,49 @@ class DataParallel(Parallel):
 
     def _wrap(self) -> None:
         """Have DDP average the gradients of what is trained now, and of nothing else."""
-        self.module = self.bare  # the previous one releases the parameters
+        self.module, self._expected = self.bare, None
+        self._averaging.clear()  # what was there releases the parameters
         self._trainable = trainable(self.bare)
+        if self.world.world_size == 1 or not self._trainable:
+            return
+        if not self._is_synchronised:
+            share_buffers(self.bare, self.world)
+        if self._shared_out:
+            own = set(map(id, self.bare.parameters()))
+            for optimizer in self._shared_out:
+                if share := [parameter for parameter in self.trained(optimizer) if id(parameter) in own]:
+                    self._averaging[id(optimizer)] = self._averaged(nn.ParameterList(share))
+        else:
+            self.module = self._averaged(self.bare)
+        self._is_synchronised = True
+
+    def _averaged(self, module: nn.Module) -> Averaging:
+        """What averages the gradients of a module's parameters."""
         device = self.world.device
-        if self.world.world_size > 1 and self._trainable:
-            if not self._is_synchronised:
-                share_buffers(self.bare, self.world)
-            wrapped = Averaging(
-                self.bare,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                **BUFFERS_APART,  # batch norm's are each rank's own until they are shared again
-                init_sync=not self._is_synchronised,  # later ones must leave each rank its own
-                gradient_as_bucket_view=True,
-                find_unused_parameters=self._allows_unused,
-            )
-            if not has_sparse_gradients(self.bare):  # those travel by themselves, in no bucket with others
-                settle_buckets(wrapped)
-            self.module = wrapped
-            self._is_synchronised = True
+        wrapped = Averaging(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            **BUFFERS_APART,  # batch norm's are each rank's own until they are shared again
+            init_sync=not self._is_synchronised,  # later ones must leave each rank its own
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self._allows_unused,
+        )
+        if not has_sparse_gradients(self.bare):  # those travel by themselves, in no bucket with others
+            settle_buckets(wrapped)
+        return wrapped
+
+    def divide(self, optimizers: Sequence[Optimizer]) -> None:
+        if list(map(id, optimizers)) != list(map(id, self._shared_out)):
+            self._shared_out = list(optimizers)
+            self._wrap()
+
+    def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
+        self._expected = self._averaging.get(id(optimizer))
+        if self._expected is None:  # on a rank that is alone
+            return loss
+        with _wrapping(self._expected, self._stepping):
+            expected: Tensor = self._expected(lambda net: loss)
+        return expected
 
     def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
         if not isinstance(self.module, Averaging):
@@ -114,18 +142,27 @@ class DataParallel(Parallel):
                 f"the loss depends on none of the model's parameters that this {type(optimizer).__name__} trains: "
                 "something was detached on the way to it, or the optimizer has other parameters; nothing is learned"
             )
-        if self.module is not self.bare and not self._allows_unused:
+        if self.world.world_size > 1 and not self._allows_unused:
             # DDP waits for every parameter's gradient. Checked now: the backward pass would hang.
-            require_all_used(self.bare, loss, mend=_ALLOW)
+            require_all_used(self._awaited(optimizer), loss, mend=_ALLOW)
 
     def require_averaged(self, loss: torch.Tensor, step: int) -> None:
-        if not isinstance(self.module, Averaging):
+        averaging = self.module if isinstance(self.module, Averaging) else self._expected
+        if averaging is None:
             return
         try:
-            require_reduced(self.module)
+            require_reduced(averaging)
         except RuntimeError:
-            require_all_used(self.bare, loss, f" of step {step}", _ALLOW)
+            awaited = {id(parameter) for parameter in averaging.module.parameters()}
+            named = {name: each for name, each in self._trainable.items() if id(each) in awaited}
+            require_all_used(named, loss, f" of step {step}", _ALLOW)
             raise
+
+    def _awaited(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients are averaged when this optimizer is to learn."""
+        own = set(map(id, self.trained(optimizer)))
+        is_apart = bool(self._shared_out)
+        return {name: each for name, each in self._trainable.items() if id(each) in own or not is_apart}
 
     def expect_backward(self, loss: Tensor) -> None:
         """See that the backward pass of this loss averages the gradients. No collective.

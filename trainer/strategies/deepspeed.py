@@ -33,8 +33,9 @@ from ..data.indexed import MicroBatch
 from ..distributed.world import World, ensure_group, require_cpu_backend
 from ..loss.step import Outcome, Step
 from ..model.buffers import extra_states
+from ..model.optimizers import Optimizers
 from ..model.weights import bare_tensors
-from .base import Parallel, Stepping, require_all_used, require_divisible, run_within
+from .base import Parallel, Stepping, require_all_used, require_divisible, run_within, trainable
 from .deepspeed_private import Fragment, ZeroOptimizer, is_cut, leave_out_shm, whole_shape
 
 # Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
@@ -90,6 +91,8 @@ class DeepSpeedStage0(Parallel):
             for parameter in self.bare.parameters():
                 dist.broadcast(parameter.data, src=0)
             return
+        if isinstance(optimizer, Optimizers):
+            raise UserError(Problem("DeepSpeed trains with one optimizer; several need ddp or fsdp", "optimizer"))
         name = type(optimizer).__name__
         if name != "LBFGS" and (needs_closure(optimizer) or has_modes(optimizer) or held(optimizer)):
             wants = "needs a closure, or train() and eval(), or delegates its steps to another optimizer"
@@ -127,9 +130,9 @@ class DeepSpeedStage0(Parallel):
         yield
 
     def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
-        require_all_used(self.bare, loss)  # it would take zeros for gradients, and decay the weights
+        require_all_used(trainable(self.bare), loss)  # it would take zeros for gradients, and decay the weights
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, optimizer: Optimizer | None = None) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def zero_grad(self, optimizer: Optimizer) -> None:

@@ -95,7 +95,8 @@ class FullySharded(Parallel):
                 setattr(module, name, _real(buffer, world.device))
         self.share_buffers()
         self._used: set[str] = set()  # parameters that this batch has given a gradient
-        self._unused: set[str] | None = None  # those that the first one has given none
+        self._unused: dict[int, set[str]] = {}  # by the loss's place in a step, those that the first one has given none
+        self._place = 0  # of the loss whose gradient is computed
         self._watched: set[str] = set()  # parameters of which it is seen
 
     def _fill(self, block: nn.Module) -> None:
@@ -137,7 +138,7 @@ class FullySharded(Parallel):
     def follow_trained(self) -> None:
         now = trainable(self.bare)  # FSDP2 has whole parameters require gradients as their parts do
         if now.keys() != self._trainable.keys():
-            self._trainable, self._unused = now, None
+            self._trainable, self._unused = now, {}
             if self.world.world_size > 1:
                 self._watch_use()
 
@@ -163,9 +164,9 @@ class FullySharded(Parallel):
             return
         unused = self._trainable.keys() - self._used
         self._used.clear()
-        if self._unused is None:  # in this process's first step: all ranks take part
-            self._unused = self.world.from_main(unused)
-        if changed := sorted(unused ^ self._unused):
+        if self._place not in self._unused:  # in this process's first step: all ranks take part
+            self._unused[self._place] = self.world.from_main(unused)
+        if changed := sorted(unused ^ self._unused[self._place]):
             raise UserError(
                 f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. fsdp needs "
                 "the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
@@ -183,6 +184,16 @@ class FullySharded(Parallel):
         dist.broadcast(whole, src=0)
         mine: Any = torch.empty_like(part.detach(), dtype=whole.dtype)
         return mine.copy_(distribute_tensor(whole, self._mesh, mine.placements, src_data_rank=None))
+
+    def divide(self, optimizers: Sequence[Optimizer]) -> None:
+        self._place, self._unused = 0, {}
+
+    def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
+        self._place = place
+        return loss
+
+    def backward(self, loss: Tensor, optimizer: Optimizer | None = None) -> None:
+        loss.backward()  # of gathered parameters, which no optimizer has
 
     def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
         return run_within(self.module, step, micro_batch)
@@ -203,6 +214,9 @@ class FullySharded(Parallel):
     def trying(self) -> Iterator[None]:
         with super().trying():
             yield
+        self._reshard()
+
+    def pass_over(self) -> None:
         self._reshard()
 
     def _reshard(self) -> None:

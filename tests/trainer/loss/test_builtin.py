@@ -20,7 +20,8 @@ from dtrain.run.folder import RUN_DIR_VARIABLE
 from dtrain.schema.instantiate import check_target, instantiate
 from dtrain.schema.targets import OptimizerTarget
 from dtrain.trainer.data.indexed import MicroBatch, Source
-from dtrain.trainer.loss.step import Outcome, Step, supervised_step, user_step
+from dtrain.trainer.loss.step import Outcome, Step, supervised_step
+from dtrain.trainer.loss.user_step import user_step
 
 SIZE, CLASSES = 7, 4
 torch.manual_seed(0)

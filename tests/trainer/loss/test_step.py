@@ -25,7 +25,7 @@ from dtrain.trainer.data.indexed import MicroBatch
 from dtrain.trainer.data.samples import read_samples
 from dtrain.trainer.data.sharding import Indices
 from dtrain.trainer.distributed.seeds import derive_seed, sample_seeds
-from dtrain.trainer.loss.step import user_step
+from dtrain.trainer.loss.user_step import user_step
 
 CLASSES, LENGTH = 3, 4
 

@@ -20,7 +20,8 @@ from dtrain.errors import UserError
 from dtrain.trainer.data.batch_samples import num_collated
 from dtrain.trainer.data.indexed import MicroBatch
 from dtrain.trainer.loss.loss_trial import Pairs, try_step
-from dtrain.trainer.loss.step import supervised_step, user_step
+from dtrain.trainer.loss.step import supervised_step
+from dtrain.trainer.loss.user_step import user_step
 
 CLASSES = 4
 ROWS = (1, 4, 2, 0, 3, 1, 2, 1)  # of each sample, where the batch is ragged; the last rank's first micro-batch has few
