@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -73,6 +74,7 @@ class MetricSet:
         self._blocks = {each: Block(functools.partial(self._update_together, each)) for each in self._together}
         counting = {name for names in self._together.values() for name in names}
         self._one_by_one = [name for name in metrics if name not in counting]
+        self._is_tried = False  # the first batch does not wait for others: what does not fit is to be seen at once
 
     @property
     def names(self) -> list[str]:
@@ -105,14 +107,14 @@ class MetricSet:
             samples: how many samples this part has, where that is known.
         """
         names: Collection[str] = self._metrics
-        # The first batch is not kept waiting: what does not fit is to be seen at once.
-        if self._blocks and self._states.is_updated and not arguments and fits(predictions, target):
+        if self._blocks and self._is_tried and not arguments and fits(predictions, target):
             names = self._one_by_one
             for activation, block in self._blocks.items():
                 block.add(self._activated(self._together[activation][0], predictions, target), target)
         if names:
             predictions, target, own = map_tensors(Tensor.detach, (predictions, target, dict(arguments or {})))
             self._update_each(names, predictions, target, own, samples)
+        self._is_tried = True
         self._states.note(batch)
 
     def _update_each(
@@ -194,9 +196,10 @@ class MetricSet:
             )
         self._states.assign(values)
         results: dict[str, Result] = {}
-        with rng_kept(self._num_guesses.device):
+        with rng_kept(self._num_guesses.device) if self._one_by_one else contextlib.nullcontext():
             for name, metric in self._metrics.items():
-                seed_everything(0)
+                if name in self._one_by_one:  # what only counts draws nothing
+                    seed_everything(0)
                 try:
                     reported = named_values(name, metric.compute())
                 except (*_MISFITS, UserError) as error:

@@ -51,11 +51,6 @@ class MetricStates:
         }
         self._num_updates = 0
 
-    @property
-    def is_updated(self) -> bool:
-        """Whether there was a batch since they were reset."""
-        return self._num_updates > 0
-
     def note(self, batch: int) -> None:
         """The metrics were updated: what their lists have gained is of this batch."""
         self._num_updates += 1

@@ -154,5 +154,5 @@ def test_logits_and_misfits_within_a_block_are_refused():
     metrics.reset()
     for value in (1, 1, 1, 2):
         metrics.update(torch.full((4,), 0.5), torch.full((4,), value))
-    with pytest.raises(UserError, match=r"metric acc \(BinaryAccuracy\) does not fit: .* target int64 \[12\]"):
+    with pytest.raises(UserError, match=r"metric acc \(BinaryAccuracy\) does not fit: .* target int64 \[16\]"):
         results(metrics)
