@@ -44,6 +44,7 @@ check: $(VENV)/installed  ## Lint, type-check, and spell-check
 	@rm -rf build
 	$(BIN)/pip install -q --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dtrain
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) $(abspath bench)
 	$(BIN)/mypy slurm/devcluster/cluster.py
 
 lock: $(VENV)/installed  ## Write the versions that are installed, once all tests have passed with them: pip install -c constraints.txt

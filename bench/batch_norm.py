@@ -26,7 +26,7 @@ from torchmetrics import Accuracy
 from dtrain import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "digits"))
-from data import digits
+from data import digits  # type: ignore[import-not-found]  # of the example, whose folder is on sys.path by now
 
 
 def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -47,7 +47,7 @@ def by_dtrain(train: Dataset[Any], val: Dataset[Any], batch: int, epochs: int, f
 def by_hand(train: Dataset[Any], val: Dataset[Any], batch: int, epochs: int) -> float:
     net, optimizer = parts()
     ranks = dist.get_world_size()
-    sampler = DistributedSampler(train, seed=0, drop_last=True)
+    sampler = DistributedSampler[Any](train, seed=0, drop_last=True)
     model = DistributedDataParallel(net) if ranks > 1 else net
     loss_fn = nn.CrossEntropyLoss()
     for epoch in range(epochs):

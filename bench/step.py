@@ -1,123 +1,129 @@
-"""What a training step costs beside a bare loop's, on one process and on several.
+"""What a training step costs beside a bare loop's and the peers', on one process; beside DDP's on several.
 
-    python bench/step.py [--ranks 2] [--rounds 9] [--width 128]
+    python bench/step.py [--ranks 2] [--rounds 15] [--steps 300] [--width 128] [--loops dtrain ignite]
 
-An MLP, Adam, one Accuracy, batches ready in memory: all that is left is what the loop adds. With `--width 600` it has
-400,000 parameters and a hidden layer more, and its own work is what counts. On several ranks the bare loop is DDP's.
-Both sides alternate in the same processes; medians of the time between an epoch's optimizer steps.
+An MLP, Adam, batches of 64 ready in memory, one accuracy and the mean loss: all that is left is what a loop adds. With
+`--width 600` it has 400,000 parameters and a hidden layer more, and its own work is what counts. See loops.py for what
+is compared. All of them take turns in the same process; shown are medians over the rounds, and quartiles, of the time
+from one optimizer step to the next. On one process that is the CPU time of all its threads, to which what else the
+machine does adds little, and none of the loops waits; on several it is the time that passes.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import Accuracy
+from loops import CLASSES, OWN, PEERS, Batch, Loop, Parts
+from torch import nn
 
-from dtrain import Trainer
-
-STEPS = 300
+LOOPS = OWN | PEERS
+REFERENCE = "bare loop, torchmetrics' update"
 BATCH = 64  # on each rank
-CLASSES = 10
-
-Batch = tuple[Tensor, Tensor]
 
 
-def ready(ranks: int) -> list[Batch]:
+def ready(ranks: int, steps: int) -> list[Batch]:
     """Batches that lie in memory, for all ranks together."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(STEPS, BATCH * ranks, 64, generator=generator)
-    targets = torch.randint(CLASSES, (STEPS, BATCH * ranks), generator=generator)
+    features = torch.randn(steps, BATCH * ranks, 64, generator=generator)
+    targets = torch.randint(CLASSES, (steps, BATCH * ranks), generator=generator)
     return list(zip(features, targets, strict=True))
 
 
-def parts(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Any, list[float]]:
-    """A model, its optimizer, a metric, and the list to which each optimizer step adds its time."""
+def step_seconds(loop: Loop, batches: list[Batch], folder: Path, width: int) -> float:
+    """Seconds a step, of those after an epoch's first tenth, in which there is much to be done once."""
     torch.manual_seed(0)
     deeper = [nn.Linear(width, width), nn.ReLU()] if width > 128 else []
     net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), *deeper, nn.Linear(width, CLASSES))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     times: list[float] = []
-    optimizer.register_step_post_hook(lambda *_: times.append(time.perf_counter()))
-    return net, optimizer, Accuracy(task="multiclass", num_classes=CLASSES), times
+    clock = time.perf_counter if dist.is_initialized() else time.process_time
+    optimizer.register_step_post_hook(lambda *_: times.append(clock()))
+    # Lightning sets variables for the whole process when it is imported. By one of them torch looks for a driver at
+    # each optimizer step of all, which takes 0.2 ms where there is none: nobody is measured so, Lightning neither.
+    with contextlib.redirect_stdout(sys.stderr), patch.dict(os.environ):
+        loop(Parts(net, optimizer, batches, folder))
+    first = len(batches) // 10
+    return (times[-1] - times[first]) / (len(times) - 1 - first)
 
 
-def bare(data: list[Batch], folder: Path, width: int) -> list[float]:
-    net, optimizer, metric, times = parts(width)
-    if dist.is_initialized():
-        data = [tuple(part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch) for batch in data]
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
-    loss_fn = nn.CrossEntropyLoss()
-    total = torch.zeros(())
-    for features, target in data:
-        optimizer.zero_grad()
-        predictions = model(features)
-        loss = loss_fn(predictions, target)
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        metric.update(predictions.detach(), target)
-    return times
+def rounds(names: Sequence[str], number: int, batches: list[Batch], folder: Path, width: int) -> dict[str, list[float]]:
+    """For each loop the seconds a step, round by round. All ranks take part."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(number + 1):  # the first warms up
+        for name in list(seconds):
+            try:
+                taken = step_seconds(LOOPS[name], batches, folder / f"{name}-{i}", width)
+            except ImportError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                del seconds[name]
+                continue
+            if i:
+                seconds[name].append(taken)
+    return seconds
 
 
-def trainer(data: list[Batch], folder: Path, width: int) -> list[float]:
-    net, optimizer, metric, times = parts(width)
-    Trainer(net, nn.CrossEntropyLoss(), optimizer, {"acc": metric}, run_dir=folder, device="cpu").fit(data, epochs=1)
-    return times
+def table(seconds: dict[str, list[float]]) -> str:
+    """A line for each loop. Ratios are those within a round, since a load may come and go between rounds."""
+    lines = ["| loop | us a step | quartiles | relative to the bare loop with the same metric |", "|--|--|--|--|"]
+    for name, taken in seconds.items():
+        low, median, high = quartiles([each * 1e6 for each in taken])
+        line = f"| {name} | {median:.0f} | {low:.0f} to {high:.0f} |"
+        if REFERENCE in seconds:
+            ratios = [own / bare for own, bare in zip(taken, seconds[REFERENCE], strict=True)]
+            line += " {1:.2f} ({0:.2f} to {2:.2f}) |".format(*quartiles(ratios))
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def measure(rounds: int, folder: Path, width: int) -> None:
-    """Print the medians. All ranks take part; rank 0 prints."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, median, high
+
+
+def measure(asked: argparse.Namespace, folder: Path) -> None:
+    """Print the table. All ranks take part; rank 0 prints."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    data = ready(ranks)
-    ways: list[Callable[[list[Batch], Path, int], list[float]]] = [bare, trainer]
-    gaps: dict[str, list[float]] = {way.__name__: [] for way in ways}
-    for number in range(rounds + 1):  # the first warms up
-        for way in ways:
-            times = way(data, folder / f"{way.__name__}-{number}", width)
-            if number:
-                gaps[way.__name__].append(statistics.median(b - a for a, b in itertools.pairwise(times)))
-    if rank == 0:
-        medians = {name: statistics.median(each) for name, each in gaps.items()}
-        shown = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in medians.items())
-        print(f"{ranks} ranks: {shown} a step; ratio {medians['trainer'] / medians['bare']:.2f}")
+    names = asked.loops or list(LOOPS if ranks == 1 else OWN)
+    seconds = rounds(names, asked.rounds, ready(ranks, asked.steps), folder, asked.width)
+    if ranks == 1 or dist.get_rank() == 0:
+        conditions = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, a thread each, torch {torch.__version__}"
+        print(f"{ranks} ranks, width {asked.width}, {asked.rounds} rounds; {conditions}\n\n{table(seconds)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=300, help="of an epoch, which is a round")
     parser.add_argument("--width", type=int, default=128, help="of the hidden layers")
+    parser.add_argument("--loops", nargs="+", choices=list(LOOPS), metavar="LOOP", help=", ".join(LOOPS))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["MLFLOW_TRACKING_URI"] = ""  # what sends a run would go on beside the next round
     if asked.folder is not None:
         dist.init_process_group("gloo")
-        measure(asked.rounds, asked.folder, asked.width)
+        measure(asked, asked.folder)
         dist.destroy_process_group()
         return
     with tempfile.TemporaryDirectory() as scratch:
         if asked.ranks == 1:
-            measure(asked.rounds, Path(scratch), asked.width)
+            measure(asked, Path(scratch))
             return
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(asked.ranks)]
-        rest = [__file__, "--folder", scratch, "--rounds", str(asked.rounds), "--width", str(asked.width)]
-        subprocess.run([sys.executable, *torchrun, *rest], check=True)
+        subprocess.run([sys.executable, *torchrun, __file__, *sys.argv[1:], "--folder", scratch], check=True)
 
 
 if __name__ == "__main__":

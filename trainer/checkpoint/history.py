@@ -1,4 +1,8 @@
-"""Writes metrics.jsonl, a row as soon as it is there, on a thread of its own: no step waits for a slow disk."""
+"""Writes metrics.jsonl on a thread of its own: no step waits for a slow disk.
+
+A row is written as soon as it is there, but for rows in quick succession: those of PAUSE_S are written together, since
+having the disk take one costs as much as some steps of a small model.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Sequence
 from dtrain.run.folder import Row, RunDir
 
 from .background import Disk
+
+PAUSE_S = 0.25
 
 
 class History:
@@ -21,6 +27,7 @@ class History:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_working = False
+        self._is_awaited = threading.Event()
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Have the file hold these rows and no others: those of later steps belong to what is done again."""
@@ -33,12 +40,14 @@ class History:
             self._rows = list(rows)
             if not self._is_working:
                 self._is_working = True
+                self._is_awaited.clear()
                 self._thread = threading.Thread(target=self._work, name="dtrain-history", daemon=True)
                 self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the thread has done what it can; whether all is written."""
         if self._thread is not None:
+            self._is_awaited.set()
             self._thread.join(timeout)
         return self._written == len(self._rows)
 
@@ -51,6 +60,7 @@ class History:
     def _work(self) -> None:
         while True:
             self._write(rows := self._rows)
+            self._is_awaited.wait(PAUSE_S)
             with self._lock:
                 if self._rows is rows:  # nothing new; what was refused waits for the next row
                     self._is_working = False

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import default_convert
 
 from dtrain.errors import UserError
@@ -56,6 +58,8 @@ class Cutter:
                 )
             samples = num_samples(batch) or 1
             return Cut(samples, [(batch, samples)], is_regular=False)
+        if self.world_size == 1 and self.micro_batch_size is None:
+            return Cut(rows, [(batch, rows)], is_regular=True)
         shard = Shard(rows, rows, self.rank, self.world_size, self.micro_batch_size)
         parts = [
             (take_rows(batch, slice(part.start, part.stop) if part else slice(2)), len(part))  # two: as index_batches
@@ -72,17 +76,30 @@ class ReadyReading(Reading):
         super().__init__(source.dataset, source.processes.worker_init_fn)
         self._collate = source.collate or default_convert
         self._cutter = cutter
+        self.draws = source.collate is not None or not _is_plain(source.dataset)
 
     def answer(self, request: Indices) -> Cut:
         (index,), (seed,) = request, request.seeds
-        seed_loading(seed)
+        if self.draws:
+            seed_loading(seed)
         with reading(f"batch {index!r} of {type(self.dataset).__name__}"):
             batch = self._collate(self.dataset[index])
         return self._cutter(batch)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether it is tensors and arrays, in lists, tuples and dicts: no code of anyone's reads them."""
+    if type(value) is dict:
+        return all(map(_is_plain, value.values()))
+    return type(value) in (Tensor, np.ndarray) or (type(value) in (list, tuple) and all(map(_is_plain, value)))
+
+
 class ReadyBatches:
-    """The items of a dataset as batches. Each rank reads all of them, drawing alike, and keeps its rows."""
+    """The items of a dataset as batches. Each rank reads all of them, drawing alike, and keeps its rows.
+
+    Attributes:
+        num_steps: of the epoch, and before the first one as many as are known.
+    """
 
     def __init__(
         self, source: Source, world: World, seed: int, micro_batch_size: int | None, *, fill_empty: bool
@@ -93,13 +110,11 @@ class ReadyBatches:
         name = type(source.dataset).__name__
         cutter = Cutter(name, world.rank, world.world_size, micro_batch_size, fill_empty)
         self._loader = Loader(ReadyReading(source, cutter), source.processes, world, seed)
-
-    @property
-    def num_steps(self) -> int | None:
-        return self._source.num_samples
+        self.num_steps = source.num_samples
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, steps, _ = order_of(self._source, self._seed, epoch, self._world)
+        self.num_steps = steps
         key = derive_seed("loading", self._seed, epoch)
         requests = index_batches(Shard(steps, 1), order, key, first_step, fill_empty=False)
         for cut in self._loader.read(requests, epoch):

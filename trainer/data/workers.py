@@ -38,7 +38,12 @@ class Reading(Dataset[Any]):
     """What a loading process, or the rank itself, does: it answers requests, in order.
 
     A failure is delivered like an answer: torch would send text in place of the user's exception.
+
+    Attributes:
+        draws: whether an answer may draw random numbers.
     """
+
+    draws = True
 
     def __init__(self, dataset: Any, worker_init_fn: Callable[[int], None] | None) -> None:
         self.dataset = dataset  # the user's
@@ -78,22 +83,30 @@ class Reading(Dataset[Any]):
 class Loader:
     """Answers of a Reading, from processes of this rank or from the rank itself.
 
+    torch's DataLoader starts the processes, and pins memory for a GPU; a rank that needs neither does without.
+
     Args:
         seed: of what torch seeds a loading process with at its start, beside epoch and rank.
     """
 
     def __init__(self, reading: Reading, processes: Processes, world: World, seed: int) -> None:
-        workers = self._workers = processes.num_workers
+        self._reading = reading
         self._requests = Requests()
         self._seed = seed
         self._rank = world.rank
-        self._loader: DataLoader[Any] = DataLoader(
-            reading,
+        self._is_apart = not processes.num_workers and reading.draws
+        is_pinned = world.device.type == "cuda"
+        self._loader = self._loader_of(processes, is_pinned=is_pinned) if processes.num_workers or is_pinned else None
+
+    def _loader_of(self, processes: Processes, *, is_pinned: bool) -> DataLoader[Any]:
+        workers = processes.num_workers
+        return DataLoader(
+            self._reading,
             batch_size=None,
             sampler=self._requests,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=world.device.type == "cuda",
+            pin_memory=is_pinned,
             worker_init_fn=_begin,
             # A loader draws from its generator at each start: from the training's, a resumed epoch would go on with
             # other numbers.
@@ -106,12 +119,9 @@ class Loader:
 
     def read(self, requests: Iterable[Any], epoch: int) -> Iterator[Any]:
         """The answers to an epoch's requests, in their order. What the rank itself draws for them leaves no trace."""
-        self._requests.of_epoch = requests
-        self._loader.generator.manual_seed(derive_seed("process", self._seed, epoch, self._rank))
-        loaded = iter(self._loader)
-        end_by_kill(loaded)
+        loaded = map(self._reading.answer, requests) if self._loader is None else self._begin(requests, epoch)
         while True:
-            with nullcontext() if self._workers else loading_apart():
+            with loading_apart() if self._is_apart else nullcontext():
                 try:
                     answer = next(loaded)
                 except StopIteration:
@@ -119,6 +129,14 @@ class Loader:
             if isinstance(answer, Failure):
                 answer.again()
             yield answer
+
+    def _begin(self, requests: Iterable[Any], epoch: int) -> Iterator[Any]:
+        assert self._loader is not None
+        self._requests.of_epoch = requests
+        self._loader.generator.manual_seed(derive_seed("process", self._seed, epoch, self._rank))
+        loaded = iter(self._loader)
+        end_by_kill(loaded)
+        return loaded
 
 
 class Requests(Sampler[Any]):

@@ -60,12 +60,14 @@ class Agreement:
     def ask(self, wishes: Collection[Wish] = ()) -> None:
         """Before a turn. All ranks take part (without waiting), each with its own wishes, or none."""
         self._wishes.update(wishes)
+        if self._group is None:
+            self._own = frozenset(self._wishes) if self._wishes else NONE
+            self._wishes.clear()
+            return
         now = time.perf_counter_ns()
         self._longest = max(self._longest, now - (self._began or now))
         self._began = now
-        if self._group is None:
-            self._own, self._wishes = frozenset(self._wishes), set()
-        if self._group is None or (self._turns < self._asks_at and not self._each_turn):
+        if self._turns < self._asks_at and not self._each_turn:
             return
         own = self._take_wishes()
         self._message.copy_(torch.tensor([*(wish in own for wish in Wish), self._longest]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dtrain.errors import Problem, UserError
 from dtrain.schema.interval import Interval, seconds
@@ -15,8 +15,7 @@ from ..optimization.run_length import RunLength
 from .progress import Position
 
 
-@dataclass(frozen=True)
-class Due:
+class Due(NamedTuple):
     """What is due after a step.
 
     Attributes:
@@ -31,6 +30,10 @@ class Due:
     def row(self) -> bool:
         """Whether there is something to write a row of."""
         return self.report or self.validation
+
+    @property
+    def anything(self) -> bool:
+        return self.report or self.validation or self.checkpoint
 
 
 class Cadence:

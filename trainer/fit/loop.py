@@ -140,7 +140,8 @@ class Loop:
         """Show the step, and do what any rank has wished for. All ranks take part."""
         self.look_at_loss()
         self.progress.beat()
-        wishes = self.agreement.agreed()
+        if not (wishes := self.agreement.agreed()):
+            return
         if Wish.JUDGE in wishes:
             self.learning.require_finite(self.progress.position.step)
         self.progress.asked |= wishes & ASKED
@@ -161,6 +162,8 @@ class Loop:
         progress = self.progress
         run_ends = Wish.END in progress.asked or progress.ends(epoch_ends=epoch_ends)
         due = self.cadence.due(progress.position, progress.asked, epoch_ends=epoch_ends, run_ends=run_ends)
+        if not (due.anything or progress.asked or epoch_ends or run_ends):
+            return
         if epoch_ends or due.validation:
             # All ranks: rank 0's buffers are what is evaluated and saved.
             self.trained.model.share_buffers()

@@ -154,7 +154,7 @@ class Progress:
             steps = min(steps or self._max_steps, position.step_in_epoch + self._max_steps - position.step)
         if validated:
             steps = num_batches
-        epochs, is_past = self._epochs(), self.is_over and not position.step_in_epoch
+        epochs, is_past = self._epochs(), not position.step_in_epoch and self.is_over
         self.heartbeat.beat(
             Beat(
                 epoch=min(position.epoch - is_past, epochs),  # the last one, at the end
@@ -171,10 +171,10 @@ class Progress:
 
     def _epochs(self) -> int:
         """How many epochs there will be, also if only the number of steps is given; at least those begun."""
-        steps = self._data.train.num_steps
-        by_steps = -(-self._max_steps // steps) if self._max_steps is not None and steps else None
-        known = [each for each in (self._max_epochs, by_steps) if each is not None]
-        return min(known) if known else self.position.epoch
+        if self._max_steps is None or not (steps := self._data.train.num_steps):
+            return self._max_epochs or self.position.epoch
+        by_steps = -(-self._max_steps // steps)
+        return by_steps if self._max_epochs is None else min(by_steps, self._max_epochs)
 
     def state_dict(self) -> dict[str, Any]:
         """Its part of a checkpoint."""

@@ -61,7 +61,7 @@ class Tally:
         self._weight += samples if outcome.weight is None else outcome.weight
         if outcome.logs is not None:
             self.logged.add(outcome.logs)
-        for name in outcome.metrics.keys() - self._known:
+        for name in outcome.metrics.keys() - self._known if outcome.metrics else ():
             raise UserError(f"step returns arguments of the metric {name}; {among(name, sorted(self._known))}")
         if self.metrics is not None:
             self._require_arguments(self.metrics, outcome)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,6 +21,7 @@ from ..data.batch_tensors import map_tensors
 from ..distributed.seeds import rng_kept, seed_everything
 from ..distributed.torch_versions import is_of_device
 from ..loss.step import describe
+from .blocks import Block, fits, only_counts
 from .function_metric import FunctionMetric
 from .given_metrics import AnyMetric
 from .metric_states import MetricStates
@@ -61,10 +63,18 @@ class MetricSet:
             name for name in metrics if self._activations[name] == "none" and guesses_logits(metrics[name])
         ]
         self._states = MetricStates(metrics)
-        # Batches that a guessing metric took for logits. int64, as most sums of classification metrics are.
+        # Updates in which a guessing metric took them for logits. int64, as most sums of classification metrics are.
         self._num_guesses = torch.zeros((), dtype=torch.int64, device=device)
         for part in self._states.parts.values():
             part.distributed_available_fn = _never  # otherwise compute would synchronise by itself
+        self._together: dict[str, list[str]] = {}  # by activation: those that are updated with several batches at once
+        for name, metric in self._metrics.items():
+            if only_counts(metric):
+                self._together.setdefault(self._activations[name], []).append(name)
+        self._blocks = {each: Block(functools.partial(self._update_together, each)) for each in self._together}
+        counting = {name for names in self._together.values() for name in names}
+        self._one_by_one = [name for name in metrics if name not in counting]
+        self._is_tried = False  # the first batch does not wait for others: what does not fit is to be seen at once
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +98,7 @@ class MetricSet:
         """Add one batch of this rank, which must not be empty. No collective.
 
         Some metrics wait for the device: to see whether their arguments are right, until they `trust`, or to count
-        (confusion matrices, means over classes).
+        (confusion matrices, means over classes). Those that only count see several batches at once, see `Block`.
 
         Args:
             arguments: by name, of metrics that get something else than predictions and target: a tuple of them, a
@@ -96,29 +106,60 @@ class MetricSet:
             batch: its number, the same on all ranks, of which each has a part of it.
             samples: how many samples this part has, where that is known.
         """
-        predictions, target, own = map_tensors(Tensor.detach, (predictions, target, dict(arguments or {})))
-        activated: dict[str, Any] = {}
-        for name, metric in self._metrics.items():
-            args, kwargs = _arguments(own[name]) if name in own else Arguments((predictions, target), {})
-            activation = self._activations[name]
-            if isinstance(metric, FunctionMetric):
-                metric.samples = samples
-            try:
-                if name not in own:
-                    if activation not in activated:
-                        activated[activation] = _ACTIVATIONS[activation](predictions)
-                    args = activated[activation], target
-                elif activation != "none":
-                    raise ValueError("step gives it arguments of its own, and is to apply the activation itself")
-                metric.update(*args, **kwargs)
-            except _MISFITS as error:
-                self._refuse(name, error, f"; {_described(args, kwargs)}, activation {activation}")
+        names: Collection[str] = self._metrics
+        if self._blocks and self._is_tried and not arguments and fits(predictions, target):
+            names = self._one_by_one
+            for activation, block in self._blocks.items():
+                block.add(self._activated(self._together[activation][0], predictions, target), target)
+        if names:
+            predictions, target, own = map_tensors(Tensor.detach, (predictions, target, dict(arguments or {})))
+            self._update_each(names, predictions, target, own, samples)
+        self._is_tried = True
         self._states.note(batch)
-        self._look_for_logits(predictions, own)
 
-    def _look_for_logits(self, predictions: Any, own: Mapping[str, Any]) -> None:
-        looked_at = [own[name] for name in self._guessing if name in own]
-        if len(looked_at) < len(self._guessing):
+    def _update_each(
+        self, names: Collection[str], predictions: Any, target: Any, own: Mapping[str, Any], samples: int | None
+    ) -> None:
+        activated: dict[str, Any] = {}
+        for name in names:
+            activation = self._activations[name]
+            if name in own:
+                args, kwargs = _arguments(own[name])
+                if activation != "none":
+                    mend = "step gives it arguments of its own, and is to apply the activation itself"
+                    self._refuse(name, ValueError(mend), _given(args, kwargs, activation))
+                self._update(name, args, kwargs, samples)
+            else:
+                if activation not in activated:
+                    activated[activation] = self._activated(name, predictions, target)
+                self._update(name, (activated[activation], target), {}, samples)
+        self._look_for_logits(names, predictions, own)
+
+    def _activated(self, name: str, predictions: Any, target: Any) -> Any:
+        try:
+            return _ACTIVATIONS[self._activations[name]](predictions)
+        except _MISFITS as error:
+            self._refuse(name, error, _given((predictions, target), {}, self._activations[name]))
+
+    def _update(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int | None = None) -> None:
+        metric = self._metrics[name]
+        if isinstance(metric, FunctionMetric):
+            metric.samples = samples
+        try:
+            metric.update(*args, **kwargs)
+        except _MISFITS as error:
+            self._refuse(name, error, _given(args, kwargs, self._activations[name]))
+
+    def _update_together(self, activation: str, predictions: Tensor, target: Tensor) -> None:
+        names = self._together[activation]
+        for name in names:
+            self._update(name, (predictions, target), {})
+        self._look_for_logits(names, predictions, {})
+
+    def _look_for_logits(self, names: Collection[str], predictions: Any, own: Mapping[str, Any]) -> None:
+        guessing = [name for name in self._guessing if name in names]
+        looked_at = [own[name] for name in guessing if name in own]
+        if len(looked_at) < len(guessing):
             looked_at.append((predictions,))
         for given in looked_at:
             args, kwargs = _arguments(given)
@@ -126,8 +167,19 @@ class MetricSet:
             if isinstance(first, Tensor) and first.is_floating_point():
                 self._num_guesses += ~((first >= 0) & (first <= 1)).all()
 
+    @torch.no_grad()
+    def _finish_blocks(self) -> None:
+        """Have all metrics see all batches so far."""
+        for block in self._blocks.values():
+            block.finish()
+
+    def _clear_blocks(self) -> None:
+        for block in self._blocks.values():
+            block.clear()
+
     def states(self) -> list[LocalState]:
         """This rank's states, in the same order on all ranks, for `reduce_states`."""
+        self._finish_blocks()
         return [LocalState(self._num_guesses, "sum"), *self._states.local()]
 
     def finish(self, reduced: Sequence[Value]) -> dict[str, Result]:
@@ -144,9 +196,10 @@ class MetricSet:
             )
         self._states.assign(values)
         results: dict[str, Result] = {}
-        with rng_kept(self._num_guesses.device):
+        with rng_kept(self._num_guesses.device) if self._one_by_one else contextlib.nullcontext():
             for name, metric in self._metrics.items():
-                seed_everything(0)
+                if name in self._one_by_one:  # what only counts draws nothing
+                    seed_everything(0)
                 try:
                     reported = named_values(name, metric.compute())
                 except (*_MISFITS, UserError) as error:
@@ -158,6 +211,7 @@ class MetricSet:
 
     def reset(self) -> None:
         """Forget all samples."""
+        self._clear_blocks()
         self._num_guesses.zero_()
         self._states.reset()
 
@@ -169,10 +223,12 @@ class MetricSet:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states, see `MetricStates.state_dict`."""
+        self._finish_blocks()
         return {**self._states.state_dict(), "num_guesses": self._num_guesses.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()` or `merge()` of the same metrics, on whatever device it lies."""
+        self._clear_blocks()
         self._num_guesses.copy_(state["num_guesses"])
         self._states.load_state_dict(state)
 
@@ -200,7 +256,8 @@ def _arguments(given: Any) -> Arguments:
     return Arguments(given if isinstance(given, tuple) else (given,), {})
 
 
-def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any], activation: str) -> str:
     names = ("predictions", "target", *map(str, range(2, len(args))))
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    return ", ".join(f"{name} {describe(value)}" for name, value in named.items())
+    described = ", ".join(f"{name} {describe(value)}" for name, value in named.items())
+    return f"; {described}, activation {activation}"

@@ -55,10 +55,7 @@ class StreamBatches:
         self._saved_size = self._size
         self._progress = StreamProgress()
         self._mark: int | None = None
-
-    @property
-    def num_steps(self) -> int | None:
-        return self._shares.num_steps
+        self.num_steps = shares.num_steps  # as of the epoch's beginning: a len() may be slow
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of the epoch, see `Batches`. All ranks take part, in an exchange of a few numbers each step.
@@ -110,6 +107,7 @@ class StreamBatches:
         self._progress = StreamProgress(state["epoch"], state["splits"], places, state["turn"], state["ended"])
 
     def _begin(self, epoch: int, first_step: int) -> None:
+        self.num_steps = self._shares.num_steps
         if not first_step:
             self._progress = StreamProgress(epoch)
         elif self._progress.epoch != epoch:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from marks import campaign
 from ranks import run_ranks
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, default_convert
 from training import epoch_order
 
 from dtrain.trainer.data.indexed import IndexedBatches, Source
+from dtrain.trainer.data.ready_batches import ReadyBatches
 from dtrain.trainer.data.samples import reads_blocks
 from dtrain.trainer.data.workers import Processes
-from dtrain.trainer.distributed.seeds import sample_seeds
+from dtrain.trainer.distributed.seeds import sample_seeds, seed_loading
 from dtrain.trainer.distributed.world import World, join_world
 
 NUM_SAMPLES, BATCH, SEED = 23, 7, 3  # the last batch has 2: on three ranks one has none
@@ -131,6 +133,38 @@ def test_loading_leaves_the_training_its_own_numbers():
         return found
 
     assert numbers(True) == numbers(False)
+
+
+class Drawing(tuple):
+    """A batch that draws when it is looked at."""
+
+    def __iter__(self):
+        torch.rand(())
+        return super().__iter__()
+
+
+PAIR = (torch.zeros(4, 2), np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("batches", "collate", "may_draw"),
+    [
+        ([PAIR, {"a": torch.zeros(4), "b": [*PAIR]}], None, False),
+        ((torch.zeros(4),), None, False),
+        ([PAIR, Drawing(PAIR)], None, True),
+        ([PAIR], default_convert, True),
+        (Noisy(), None, True),
+    ],
+)
+def test_only_batches_that_draw_nothing_are_read_without_a_seed(batches, collate, may_draw):
+    source = Source(batches, None, shuffle=False, collate=collate)
+    read = ReadyBatches(source, World(0, 1, torch.device("cpu")), SEED, None, fill_empty=True)
+    before = torch.get_rng_state()
+    with patch("dtrain.trainer.data.ready_batches.seed_loading", wraps=seed_loading) as seeded:
+        for batch in read.epoch(1):
+            assert len(list(batch.micro_batches)) == 1
+    assert seeded.called is may_draw
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_loading_fails_as_the_dataset_does_and_leaves_no_trace():
