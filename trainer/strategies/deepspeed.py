@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -148,7 +148,12 @@ class DeepSpeedStage0(Parallel):
     def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
         require_all_used(trainable(self.bare), loss)  # it would take zeros for gradients, and decay the weights
 
+    def divide(self, optimizers: Sequence[Optimizer]) -> None:
+        super().divide(optimizers)
+        self._same_modules.begin_fit()
+
     def require_averaged(self, loss: Tensor, step: int) -> None:
+        self._same_modules.end_backward(step)
         unused = [name for name in trainable(self.bare) if name not in self._used]
         self._used.clear()
         if unused:

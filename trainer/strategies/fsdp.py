@@ -170,6 +170,7 @@ class FullySharded(Parallel):
     def require_averaged(self, loss: Tensor, step: int) -> None:
         if self.world.world_size == 1:
             return
+        self._same_blocks.end_backward(step)
         unused = self._trainable.keys() - self._used
         self._used.clear()
         if self._place not in self._unused:  # in this process's first step: all ranks take part
@@ -193,6 +194,7 @@ class FullySharded(Parallel):
 
     def divide(self, optimizers: Sequence[Optimizer]) -> None:
         self._place, self._unused = 0, {}
+        self._same_blocks.begin_fit()
 
     def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
         self._place = place

@@ -19,11 +19,11 @@ _END = "the end"
 
 
 class SameParts:
-    """Sees that each forward pass in training uses the parts of the model that the first one used, on all ranks.
+    """Sees that each forward pass in training uses the parts of the model that one of the first step's did.
 
     Where ranks gather a part together, one that leaves it out takes the next part's numbers for its own, and another
-    one waits for it without an end. In a process's first pass the ranks compare each part before they use it; later
-    ones need no exchange, since the rank that leaves something out is the one that is ahead.
+    one waits for it without an end. In a fit's first step the ranks compare each part before they use it; later ones
+    need no exchange, since the rank that leaves something out is the one that is ahead.
 
     Args:
         parts: by their names; what is noted is that they are called.
@@ -33,17 +33,28 @@ class SameParts:
     def __init__(self, world: World, parts: Mapping[str, nn.Module], mend: str) -> None:
         self._world = world
         self._mend = mend
-        self._first: set[str] | None = None  # what the first pass used
         self._used: set[str] | None = None  # what this pass has used; None outside of one
+        self.begin_fit()
         for name, part in parts.items():
             part.register_forward_pre_hook(functools.partial(self._note, name), prepend=True)
 
+    def begin_fit(self) -> None:
+        """Have the next step be the one that others are compared with."""
+        self._known: set[frozenset[str]] = set()  # what each of its passes has used; several if it has several losses
+        self._first: int | None = None  # its number
+        self._is_over = False
+
+    def end_backward(self, step: int) -> None:
+        """Follow on a backward pass of the step of that number."""
+        self._first = step if self._first is None else self._first
+        self._is_over |= step != self._first  # others of its losses may have been to come
+
     @contextlib.contextmanager
     def required(self) -> Iterator[None]:
-        """Around a forward pass; one without gradients is none in training. All ranks take part in the first one.
+        """Around a forward pass; one without gradients is none in training. All ranks take part in the first step's.
 
         Raises:
-            UserError: it uses other parts than the first one, or than rank 0.
+            UserError: it uses other parts than those did, or than rank 0.
         """
         if not torch.is_grad_enabled():
             yield
@@ -51,10 +62,12 @@ class SameParts:
         self._used = set()
         try:
             yield
-            if self._first is None:
+            used = frozenset(self._used)
+            if not self._is_over:
                 self._compare(_END)
-                self._first = self._used
-            elif changed := sorted(self._used ^ self._first):
+                self._known.add(used)
+            elif used not in self._known:
+                changed = min((sorted(used ^ each) for each in self._known), key=len)
                 raise UserError(
                     f"this step uses other parts than the first one did: {shortened(changed)}. {self._mend}"
                 )
@@ -65,7 +78,7 @@ class SameParts:
     def _note(self, name: str, part: nn.Module, given: Any) -> None:
         if self._used is None:
             return
-        if self._first is None:
+        if not self._is_over:
             self._compare(name)
         self._used.add(name)
 

@@ -78,6 +78,38 @@ def make_allowed() -> Job:
     return make(every_second, unused_parameters="allow")
 
 
+def block_by_block(net: Any, batch: Any) -> Any:
+    """A loss for each block, from which is learned before the next."""
+    x, target = batch
+    for block in net.blocks:
+        yield {"loss": nn.functional.cross_entropy(net.head(block(x)), target)}
+
+
+def make_block_by_block() -> Job:
+    job = make(every_second, strategy="fsdp")
+    del job["trainer"]["loss_fn"]
+    return {**job, "fit": {"epochs": EPOCHS, "step": block_by_block}}
+
+
+def trained_by_losses(rank: int, world_size: int, folder: str) -> Any:
+    return fit(rank, world_size, folder, make_block_by_block)
+
+
+def test_losses_of_a_step_may_use_a_block_each_under_fsdp(tmp_path):
+    job = make(every_second)
+    net, optimizer, data = job["trainer"]["net"], job["trainer"]["optimizer"], job["train"]
+    for epoch in range(1, EPOCHS + 1):
+        for chosen in epoch_order(SAMPLES, SEED, epoch).split(BATCH):
+            for result in block_by_block(net, (data.features[chosen], data.target[chosen])):
+                optimizer.zero_grad()
+                result["loss"].backward()
+                optimizer.step()
+    prepare(tmp_path, 2)
+    for _, weights in run_ranks(2, trained_by_losses, str(tmp_path)):
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(weights[name], value)
+
+
 def refused(rank: int, world_size: int, folder: str, strategy: Any, ranks: tuple[int, ...], first: int) -> None:
     def job() -> Job:
         return make(lambda batch: rank in ranks and batch >= first, strategy=strategy)
@@ -95,10 +127,10 @@ ZERO_1, ZERO_3 = ({"zero_optimization": {"stage": stage}} for stage in (1, 3))
     ("strategy", "ranks", "first", "said"),
     [
         ("ddp", (0, 1), 2, "the loss of step 2 does not depend on the parameters blocks.1.layer.weight"),
-        (Fsdp(), (0, 1), 2, "this step uses other parts than the first one did: blocks.1"),
+        (Fsdp(), (0, 1), 3, "this step uses other parts than the first one did: blocks.1"),
         (Fsdp(), (1,), 1, "rank 1 goes on to blocks.2 where rank 0 goes on to blocks.1"),
-        (Fsdp(), (0,), 2, "this step uses other parts than the first one did: blocks.1"),
-        (ZERO_1, (1,), 2, "this step uses other parts than the first one did: blocks.1.layer"),
+        (Fsdp(), (0,), 3, "this step uses other parts than the first one did: blocks.1"),
+        (ZERO_1, (1,), 3, "this step uses other parts than the first one did: blocks.1.layer"),
         (ZERO_3, (0, 1), 1, "the loss of step 1 does not depend on the parameters blocks.1.layer.weight"),
         (ZERO_3, (1,), 1, "rank 1 goes on to blocks.2.layer where rank 0 goes on to blocks.1.layer"),
     ],
