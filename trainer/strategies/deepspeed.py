@@ -153,7 +153,6 @@ class DeepSpeedStage0(Parallel):
         self._same_modules.begin_fit()
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
-        self._same_modules.end_backward(step)
         unused = [name for name in trainable(self.bare) if name not in self._used]
         self._used.clear()
         if unused:

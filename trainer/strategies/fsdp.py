@@ -194,7 +194,7 @@ class FullySharded(Parallel):
 
     def divide(self, optimizers: Sequence[Optimizer]) -> None:
         self._place, self._unused = 0, {}
-        self._same_blocks.begin_fit()
+        self._same_blocks.begin_fit(has_several=bool(optimizers))
 
     def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
         self._place = place

@@ -19,10 +19,10 @@ _END = "the end"
 
 
 class SameParts:
-    """Sees that each forward pass in training uses the parts of the model that one of the first step's did.
+    """Sees that each forward pass in training uses the parts of the model that the first one did.
 
     Where ranks gather a part together, one that leaves it out takes the next part's numbers for its own, and another
-    one waits for it without an end. In a fit's first step the ranks compare each part before they use it; later ones
+    one waits for it without an end. In a fit's first pass the ranks compare each part before they use it; later ones
     need no exchange, since the rank that leaves something out is the one that is ahead.
 
     Args:
@@ -38,20 +38,25 @@ class SameParts:
         for name, part in parts.items():
             part.register_forward_pre_hook(functools.partial(self._note, name), prepend=True)
 
-    def begin_fit(self) -> None:
-        """Have the next step be the one that others are compared with."""
-        self._known: set[frozenset[str]] = set()  # what each of its passes has used; several if it has several losses
-        self._first: int | None = None  # its number
-        self._is_over = False
+    def begin_fit(self, *, has_several: bool = False) -> None:
+        """Have the next pass be the one that others are compared with.
+
+        Args:
+            has_several: a step has several losses, each with parts of its own: compare with all of the next step's.
+        """
+        self._has_several = has_several
+        self._known: set[frozenset[str]] = set()  # what each of these passes has used
+        self._first: int | None = None  # the number of their step
+        self._is_over = False  # whether they are
 
     def end_backward(self, step: int) -> None:
         """Follow on a backward pass of the step of that number."""
         self._first = step if self._first is None else self._first
-        self._is_over |= step != self._first  # others of its losses may have been to come
+        self._is_over |= step != self._first  # until then, others of its losses may have been to come
 
     @contextlib.contextmanager
     def required(self) -> Iterator[None]:
-        """Around a forward pass; one without gradients is none in training. All ranks take part in the first step's.
+        """Around a forward pass; one without gradients is none in training. All ranks take part in the first ones.
 
         Raises:
             UserError: it uses other parts than those did, or than rank 0.
@@ -66,6 +71,7 @@ class SameParts:
             if not self._is_over:
                 self._compare(_END)
                 self._known.add(used)
+                self._is_over = not self._has_several
             elif used not in self._known:
                 changed = min((sorted(used ^ each) for each in self._known), key=len)
                 raise UserError(
