@@ -55,7 +55,10 @@ class InitFrom(Section):
 
     model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
 
-    weights: str = Field(min_length=1, description="A file of weights, or a run folder: the best ones of that run.")
+    weights: str = Field(
+        min_length=1,
+        description="A file of weights, a run folder (its best ones), or a folder that save_pretrained has made.",
+    )
     skip: Names = Field(
         default_factory=list,
         description="Patterns of what is not loaded: names of tensors ('head.*') or module classes ('BatchNorm2d.*').",
@@ -74,7 +77,8 @@ class InitFrom(Section):
     def file(self) -> Path:
         """The file that is meant, which need not exist."""
         path = Path(self.weights)
-        return RunDir(path).best_weights if path.is_dir() else path
+        of_transformers = path / "model.safetensors"  # as save_pretrained writes it
+        return of_transformers if of_transformers.exists() else RunDir(path).best_weights if path.is_dir() else path
 
 
 class Freeze(Section):

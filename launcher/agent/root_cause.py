@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -17,12 +18,16 @@ from dtrain.run.folder import END_OF_OUTPUT, RunDir
 from dtrain.run.heartbeat import Beat, Phase
 
 from ..machine.proc import oom_kills
+from ..rank import stacks
 from ..rank.reports import DEAD_LOADER, excerpt, has_users_lines
 
 MAX_LINES = 15  # screen lines: the cause must fit, however long it is
 MAX_MESSAGE_LINES = 7
 MAX_LINE = 200  # characters of a line of a log
 MAX_LOG_LINES = 6  # for a rank that has not recorded why it left
+
+_FATAL = "Fatal Python error: "  # faulthandler's first line, before the stacks
+_UNCAUGHT = re.compile(r"^  what\(\):  (?:\[enforce fail at \S+\] )?(.+)$", re.MULTILINE)  # of C++, before it aborts
 
 # What a restart can't fix.
 FINAL = ("UserError", "ResumeError", "Timeout", "NodeLost", "FolderLost")
@@ -123,29 +128,34 @@ def error_of(end: RankEnd, oom_kills_before: int, printed: Callable[[int], str])
     """A rank's end as status.json's `error`.
 
     Args:
-        printed: by rank, the end of its output: programs that catch their own errors, and loading
-            processes, print there why they exit.
+        printed: by rank, the end of its output: programs that catch their own errors, and loading processes, print
+            there why they exit; C++ and faulthandler, why and where a signal has ended it.
     """
     code = end.exit_code or 0
     if code >= 0 or end.record is not None:
         error: Error = end.record or _error(end.rank, "SystemExit", f"exit code {code}")
-        said = printed(end.rank) if error["message"].startswith(("exit code", DEAD_LOADER)) else ""
+        said = _last_lines(printed(end.rank)) if error["message"].startswith(("exit code", DEAD_LOADER)) else ""
         return {**error, "traceback": error["traceback"] + said, "suspicion": end.suspicion}
     kind = signal.Signals(-code).name
     message = f"killed by signal {kind}"
     if code == -signal.SIGKILL and oom_kills() > oom_kills_before:
         message += " (out of memory: the kernel just killed a process on this node)"
-    return _error(end.rank, kind, message, suspicion=end.suspicion)
+    uncaught, _, fatal = printed(end.rank).partition(_FATAL)
+    message += "".join(f": {said[:MAX_LINE]}" for said in _UNCAUGHT.findall(uncaught)[-1:] if fatal)
+    return {**_error(end.rank, kind, message, suspicion=end.suspicion), "traceback": stacks.shown(stacks.parse(fatal))}
 
 
-def last_words(log: Path, begin: int) -> str:
-    """The last lines of a log, after this offset in bytes."""
+def end_of_output(log: Path, begin: int) -> str:
+    """What a rank has printed last, after this offset in bytes of its log."""
     with suppress(OSError), log.open("rb") as file:
-        file.seek(max(begin, file.seek(0, os.SEEK_END) - (1 << 14)))
-        text = file.read().decode(errors="replace").partition(END_OF_OUTPUT)[0]
-        lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip()]
-        return "\n".join(["the end of its log:", *lines[-MAX_LOG_LINES:], ""]) if lines else ""
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - (1 << 16)))
+        return file.read().decode(errors="replace").partition(END_OF_OUTPUT)[0]
     return ""
+
+
+def _last_lines(text: str) -> str:
+    lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip()]
+    return "\n".join(["the end of its log:", *lines[-MAX_LOG_LINES:], ""]) if lines else ""
 
 
 def gave_up(rank: int) -> Error:

@@ -258,7 +258,7 @@ class Supervisor(LocalAgent):
             time.sleep(0.02)
 
     def _printed(self, rank: int) -> str:
-        return root_cause.last_words(self._run.rank_log(rank), self._log_sizes[rank])
+        return root_cause.end_of_output(self._run.rank_log(rank), self._log_sizes[rank])
 
     def _ends(self) -> list[root_cause.RankEnd]:
         return root_cause.read_ends(self._last_words, self._exit_codes())

@@ -164,6 +164,48 @@ def test_finetune(project):
     assert {name.split(".")[0] for name, is_same in same.items() if not is_same} == {"layer4", "fc"}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # which PEFT looks at
+def test_a_language_model_of_transformers_and_its_lora(project, monkeypatch):
+    """The same on two ranks, which share the weights or cut them; the adapter alone is trained, and PEFT reads it."""
+    peft = pytest.importorskip("peft")
+    folder = EXAMPLES / "huggingface"
+    small = [f"data.{split}.{key}" for split in ("train", "val") for key in ("context=32", "modules=[argparse, ast]")]
+
+    def train(name, job, ranks, *overrides):
+        options = ["--gpus", ranks, "--run-dir", name, str(folder / job), *small, *overrides]
+        done = project.run("launch", *options)
+        assert done.code == 0, done.err
+        return project.run_dir(name)
+
+    alone, code = (
+        train(f"runs/{name}", "job.yaml", ranks, "fit.epochs=4") for name, ranks in (("1", "1"), ("code", "2"))
+    )
+    expected = train("runs/lora-1", "lora.yaml", "1", "fit.epochs=2")
+    lora = train("runs/lora-2", "lora.yaml", "2", "fit.epochs=2", "fit.strategy=fsdp")
+    for run, one in ((code, alone), (lora, expected)):
+        for row, row_alone in zip(run.rows(), one.rows(), strict=True):
+            assert timeless(row) == approximately(timeless(row_alone), rel=1e-5)
+    assert code.rows()[-1]["val_loss"] < 3.8  # of a uniform guess it is 5.5
+    base, weights = (torch.load(run.best_weights, weights_only=True) for run in (code, lora))
+    for name, value in weights.items():
+        if "lora_" not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(value, base[plain]), name
+    monkeypatch.chdir(project.folder)
+    in_process(folder, "save_adapter.py", str(lora.path), "adapter", monkeypatch=monkeypatch)
+    del sys.modules["net"]  # a common name
+    names = runpy.run_path(str(folder / "net.py"))
+    net = names["llama"](width=64, depth=2)
+    dtrain.load_weights(net, code.path)
+    data = runpy.run_path(str(folder / "data.py"))["Texts"]("prose", "val", 32, ["argparse", "ast"])
+    batch = {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
+    with torch.no_grad():
+        before = float(net(**batch).loss)
+        after = float(peft.PeftModel.from_pretrained(net, "adapter").eval()(**batch).loss)
+    assert after == pytest.approx(lora.rows()[-1]["val_loss"], rel=1e-5)
+    assert after < before - 0.1
+
+
 def test_lenet(project, mnist_root):
     """From the job to ONNX, on images that were not trained on."""
     job = str(EXAMPLES / "mnist" / "lenet.yaml")

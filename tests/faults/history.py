@@ -25,7 +25,7 @@ class History:
     Attributes:
         rows: what metrics.jsonl says, but for how fast it was.
         weights: last.pt, best.pt and swa.pt.
-        seen: the micro-batches of each pass that counts: the last time that its step was done, or its epoch
+        seen: the micro-batches of each pass that counts: the last time that its step was done, or what it had come to
             validated. A sample is [index, what was drawn for it...].
     """
 
@@ -72,19 +72,16 @@ def unequal(found: Mapping[Any, Any], expected: Mapping[Any, Any]) -> list[Any]:
 
 
 def lost_and_repeated(history: History) -> tuple[list[str], list[str]]:
-    """The samples that an epoch's training or validation left out, and those that it took more than once."""
+    """The samples that an epoch's training or a validation left out, and those that it took more than once."""
+    times: dict[str, Counter[int]] = {f"training of epoch {epoch + 1}": Counter() for epoch in range(EPOCHS)}
+    for (training, step, _), micro_batches in history.seen.items():
+        if not training and not step:  # what is tried before the first step
+            continue
+        where = f"training of epoch {step // EPOCH_STEPS + 1}" if training else f"validation after step {step}"
+        times.setdefault(where, Counter()).update(int(sample[0]) for part in micro_batches for sample in part)
     lost, repeated = [], []
-    for training, size in ((True, SAMPLES), (False, VAL_SAMPLES)):
-        for epoch in range(EPOCHS):
-            times = Counter(
-                int(sample[0])
-                for (is_training, step, _), micro_batches in history.seen.items()
-                # The first epoch's steps have 0 to 7 done before them, its validation has 8.
-                if is_training == training and (step - (not training)) // EPOCH_STEPS == epoch
-                for micro_batch in micro_batches
-                for sample in micro_batch
-            )
-            where = f"{'training' if training else 'validation'} of epoch {epoch + 1}"
-            lost += [f"{index} in {where}" for index in range(size) if not times[index]]
-            repeated += [f"{index} in {where}" for index in times if times[index] > 1]
+    for where, found in times.items():
+        size = SAMPLES if where.startswith("training") else VAL_SAMPLES
+        lost += [f"{index} in {where}" for index in range(size) if not found[index]]
+        repeated += [f"{index} in {where}" for index in found if found[index] > 1]
     return lost, repeated

@@ -166,6 +166,7 @@ def test_the_users_own_lines_are_shown(outcomes):
     assert 'faults.py", line' in done.last_lines
     assert "raise ValueError(BOOM)" in project.status()["error"]["traceback"]
     assert "Traceback" not in done.err
+    assert 'faults.py", line' in outcomes["SIGSEGV"][1].last_lines  # as faulthandler has them
     log = project.run_dir().rank_log(1).read_text()
     assert "Traceback (most recent call last)" in log
     assert str(project.run_dir("run").rank_log(1).relative_to(project.folder)) in done.last_lines

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from command import DTRAIN, RANK_VARIABLES, Command
 from faults.history import History, differences, lost_and_repeated
 from faults.job import fault as job
@@ -24,8 +25,19 @@ from dtrain.run.folder import RunDir
 
 JOB = Path(job.__file__).with_name("job.yaml")
 VICTIMS = ("rank", "ranks", "agent", "group")
-# Beside the job as it stands: a part unfrozen in the second epoch, and DDP looking for what a step leaves out.
-OVERRIDES = ((), ('fit.freeze={patterns: ["rest.0.*", "rest.3.*"], until: 11}',), ("fit.unused_parameters=allow",))
+WEIGHTS = "first.pt"  # in a trial's folder, for what begins with it
+# The job as it stands, and before it: a part unfrozen in the second epoch; a layer that each rank leaves out by chance;
+# and counting in steps, with a step that logs, weights to begin with, and a callback whose state decides what it does.
+OVERRIDES = (
+    ('fit.freeze={patterns: ["rest.0.*", "rest.3.*"], until: 11}',),
+    ("fit.unused_parameters=allow", "model.drop=0.4"),
+    (
+        *("fit.validate_every=5", "fit.report_every=3", "loss=null", "step={_target_: net.classify}"),
+        f"init_from={{weights: {WEIGHTS}, strict: false}}",
+        "callbacks=[{_target_: dtrain.WeightAveraging, start: epoch}, {_target_: net.Nudge, every: 5}]",
+    ),
+    (),
+)
 MOMENTS = ("start", "load", "forward", "backward", "checkpoint", "validation", "time")
 
 
@@ -178,6 +190,7 @@ def launch(config: Config, fault: Fault | None, folder: Path, here: Path, store:
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     environment |= {"MLFLOW_TRACKING_URI": store, job.LAUNCH: str(here)}
     resume = ["--resume"] if (folder / "run").exists() else []
+    torch.save({"first.bias": torch.linspace(-1, 1, job.WIDTH)}, folder / WEIGHTS)
     over = threading.Event()
     watcher = threading.Thread(target=watch, args=(fault, here, folder / "run" / "checkpoints", config.ranks, over))
     command = Command([DTRAIN, "launch", *resume, *config.arguments()], folder, environment)

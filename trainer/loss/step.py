@@ -91,6 +91,8 @@ def _refuse(loss_fn: Any, predictions: Any, target: Any, error: Exception) -> No
     mend = "; BCEWithLogitsLoss takes logits" if isinstance(loss_fn, nn.BCELoss) and _is_logits(predictions) else ""
     if isinstance(error, TypeError) and "argument" in str(error):
         mend = "; a loss that takes more than predictions and target is called in a `step`"
+    if isinstance(predictions, Mapping):
+        mend = "; a model that returns a dict is trained by a `step`, which takes its loss or its logits from it"
     given = _given(predictions, target)
     raise UserError(f"the loss {describe(loss_fn)} does not fit: {first_line(error)}; {given}{mend}") from error
 

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dtrain.errors import UserError, first_line
+
+from ..distributed.torch_versions import is_of_device
 from .blocks import of_classes
 from .buffers import Buffers, copies_of, put_back
 
@@ -49,5 +52,13 @@ def _again(module: nn.Module, before: Buffers) -> Iterator[None]:
     put_back(module, before)
     try:
         yield
+    except RuntimeError as error:
+        if is_of_device(error):
+            raise
+        raise UserError(
+            f"fit.activation_checkpointing: {type(module).__name__} can't be computed a second time: "
+            f"{first_line(error)}; it must do the same whatever the first time has left behind, such as a cache of "
+            "keys and values (for transformers' models: use_cache: false)"
+        ) from error
     finally:  # torch exits through an exception once it has all that it needs
         put_back(module, after)

@@ -153,7 +153,9 @@ def _naming(in_file: Sequence[str], in_model: Sequence[str], rename: Mapping[str
     Raises:
         UserError: no name in the file is to be renamed so.
     """
-    pairs = list(itertools.product((uncompiled, bare_name, _without_lightnings), (uncompiled, bare_name)))
+    pairs = list(
+        itertools.product((uncompiled, bare_name, _without_lightnings), (uncompiled, bare_name, _without_pefts))
+    )
 
     def meeting(pair: tuple[Naming, Naming]) -> int:
         return len({_renamed(pair[0](name), rename) for name in in_file} & set(map(pair[1], in_model)))
@@ -172,6 +174,12 @@ def _naming(in_file: Sequence[str], in_model: Sequence[str], rename: Mapping[str
 def _without_lightnings(name: str) -> str:
     """`model.conv.weight` -> `conv.weight`: a LightningModule mostly has its network as `model`."""
     return bare_name(bare_name(name).removeprefix("model."))
+
+
+def _without_pefts(name: str) -> str:
+    """`base_model.model.conv.base_layer.weight` -> `conv.weight`: PEFT puts its adapters around a model's layers."""
+    parts = bare_name(name).removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def _beginnings(name: str) -> Collection[str]:

@@ -32,6 +32,6 @@ def require_matches(patterns: Iterable[str], names: Sequence[str], path: str, ki
     """
     for pattern in patterns:
         if not match(names, [pattern]):
-            known = sorted(names)
+            known = sorted(set(names))
             hint = did_you_mean(pattern, known) or f"there are {', '.join(known[:8])}" + ", ..." * (len(known) > 8)
             raise UserError(Problem(f"no {kind} is called {pattern}", path, hint=hint))

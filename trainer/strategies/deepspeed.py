@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -35,11 +35,16 @@ from ..loss.step import Outcome, Step
 from ..model.buffers import extra_states
 from ..model.optimizers import Optimizers
 from ..model.weights import bare_tensors
-from .base import Parallel, Stepping, require_all_used, require_divisible, run_within, trainable
+from .base import Parallel, Stepping, require_all_used, require_divisible, run_within, shortened, trainable
 from .deepspeed_private import Fragment, ZeroOptimizer, is_cut, leave_out_shm, whole_shape
+from .same_parts import SameParts
 
 # Their steps look at a parameter's rows and columns, or at all parameters at once; ZeRO gives them a flat part.
 _NOT_BY_NUMBER = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+_SAME = (
+    "DeepSpeed would take zeros for gradients, and decay the weights: use all that is trained in each step, on all "
+    "ranks, or ddp with fit.unused_parameters: allow"
+)
 
 
 def parallel(
@@ -81,6 +86,7 @@ class DeepSpeedStage0(Parallel):
         self._config = deepspeed_config.filled(config, fit.precision)
         self._stage = deepspeed_config.stage(config)
         self._engine: Any = None
+        self._used: set[str] = set()  # parameters that this batch has given a gradient
         self._groups: list[list[str]] = []  # the names of the optimizer's parameters, before the engine exchanges them
         ensure_group(world)
         require_cpu_backend("DeepSpeed")
@@ -113,16 +119,26 @@ class DeepSpeedStage0(Parallel):
             raise UserError(Problem(first_line(error), "deepspeed")) from None
         self.module = self._engine
         self.share_buffers()  # it has shared the parameters itself
+        self._watch_use()
 
     def _bring(self, deepspeed: Any) -> None:
         """Bring the model to the device before the engine is made, where that is not left to it."""
+
+    def _watch_use(self) -> None:
+        """See which modules are used, before the ranks sum their gradients, and which parameters get one."""
+        for name, parameter in trainable(self.bare).items():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
+        is_alone = self.world.world_size == 1
+        with_own = {name: each for name, each in self.bare.named_modules() if any(True for _ in each.parameters(False))}
+        self._same_modules = SameParts(self.world, {} if is_alone else with_own, _SAME)
 
     # -- a step ----------------------------------------------------------------------------------
 
     def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
         if self._engine is None:
             return super().run(step, micro_batch)
-        return run_within(self._engine, step, micro_batch)
+        with self._same_modules.required():
+            return run_within(self._engine, step, micro_batch)
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -131,6 +147,16 @@ class DeepSpeedStage0(Parallel):
 
     def require_all_used(self, loss: Tensor, optimizer: Optimizer) -> None:
         require_all_used(trainable(self.bare), loss)  # it would take zeros for gradients, and decay the weights
+
+    def divide(self, optimizers: Sequence[Optimizer]) -> None:
+        super().divide(optimizers)
+        self._same_modules.begin_fit()
+
+    def require_averaged(self, loss: Tensor, step: int) -> None:
+        unused = [name for name in trainable(self.bare) if name not in self._used]
+        self._used.clear()
+        if unused:
+            raise UserError(f"the loss of step {step} does not depend on the parameters {shortened(unused)}. {_SAME}")
 
     def backward(self, loss: Tensor, optimizer: Optimizer | None = None) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)

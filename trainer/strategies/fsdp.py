@@ -34,6 +34,12 @@ from ..model.buffers import copied
 from ..model.optimizers import members_of
 from ..model.weights import bare_state_dict
 from .base import Parallel, Stepping, require_divisible, run_within, shortened, trainable
+from .same_parts import SameParts
+
+_SAME = (
+    "fsdp needs the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
+    "chance, or use ddp with fit.unused_parameters: allow"
+)
 
 
 class FullySharded(Parallel):
@@ -94,6 +100,8 @@ class FullySharded(Parallel):
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 setattr(module, name, _real(buffer, world.device))
         self.share_buffers()
+        gathered = [] if world.world_size == 1 else blocks
+        self._same_blocks = SameParts(world, {path: m for path, m in self.bare.named_modules() if m in gathered}, _SAME)
         self._used: set[str] = set()  # parameters that this batch has given a gradient
         self._unused: dict[int, set[str]] = {}  # by the loss's place in a step, those that the first one has given none
         self._place = 0  # of the loss whose gradient is computed
@@ -162,15 +170,14 @@ class FullySharded(Parallel):
     def require_averaged(self, loss: Tensor, step: int) -> None:
         if self.world.world_size == 1:
             return
+        self._same_blocks.end_backward(step)
         unused = self._trainable.keys() - self._used
         self._used.clear()
         if self._place not in self._unused:  # in this process's first step: all ranks take part
             self._unused[self._place] = self.world.from_main(unused)
         if changed := sorted(unused ^ self._unused[self._place]):
             raise UserError(
-                f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. fsdp needs "
-                "the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
-                "chance, or use ddp with fit.unused_parameters: allow"
+                f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. {_SAME}"
             )
         parts = dict(self.bare.named_parameters())
         for name in unused:  # by any rank: as in one process, it has no gradient
@@ -187,6 +194,7 @@ class FullySharded(Parallel):
 
     def divide(self, optimizers: Sequence[Optimizer]) -> None:
         self._place, self._unused = 0, {}
+        self._same_blocks.begin_fit(has_several=bool(optimizers))
 
     def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
         self._place = place
@@ -196,7 +204,8 @@ class FullySharded(Parallel):
         loss.backward()  # of gathered parameters, which no optimizer has
 
     def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
-        return run_within(self.module, step, micro_batch)
+        with self._same_blocks.required():
+            return run_within(self.module, step, micro_batch)
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:

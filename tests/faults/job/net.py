@@ -4,22 +4,27 @@ import time
 
 import fault
 import torch
+import torch.nn.functional as F
+from fault import WIDTH
 from torch import nn
 
-WIDTH = 256
 SECONDS = 0.01  # a forward pass takes, so that faults find something going on
 
 
 class Net(nn.Module):
-    """Takes data.Points: [batch, 1 + DRAWN + FEATURES]; writes down whom it sees."""
+    """Takes data.Points: [batch, 1 + DRAWN + FEATURES]; writes down whom it sees.
 
-    def __init__(self):
+    With `drop` it has another layer, which a pass in training leaves out with this probability.
+    """
+
+    def __init__(self, drop=None):
         super().__init__()
         fault.announce_rank()
         self.first = nn.Linear(fault.FEATURES, WIDTH)
         self.rest = nn.Sequential(
             nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)
         )
+        self.drop, self.aside = drop, None if drop is None else nn.Linear(WIDTH, 3)
         # Its gradient is the last one: the other ranks, which have all of theirs, are in the all-reduce by then.
         self.first.weight.register_hook(lambda _: fault.moment("backward"))
 
@@ -28,7 +33,41 @@ class Net(nn.Module):
         if self.training == torch.is_grad_enabled():  # else it is tried, without a trace
             fault.forward_pass(self.training, steps_done(), seen.tolist())
         time.sleep(SECONDS)
-        return self.rest(self.first(x + 0.1 * seen[:, 1:].sum(1, keepdim=True)))
+        x = self.first(x + 0.1 * seen[:, 1:].sum(1, keepdim=True))
+        is_left_out = self.aside is None or (self.training and float(torch.rand(())) < self.drop)
+        return self.rest(x) if is_left_out else self.rest(x) + self.aside(x.tanh())
+
+
+def classify(net, batch):
+    """A step that logs a value with the loss's weight, and one with its own."""
+    x, target = batch
+    predictions = net(x)
+    largest, is_first = predictions.max(), target == 0
+    return {
+        "loss": F.cross_entropy(predictions, target),
+        "predictions": predictions,
+        "target": target,
+        "log": {"largest": largest, "of_first": (predictions[is_first, 0].sum() / 7, is_first.sum())},
+    }
+
+
+class Nudge:
+    """A callback that has counted steps, and at every so many of them moves the weights."""
+
+    def __init__(self, every):
+        self.every, self.steps = every, 0
+
+    def on_step_end(self, fit):
+        self.steps += 1
+        if self.steps % self.every == 0:
+            with torch.no_grad():
+                fit.model.first.bias.mul_(0.9)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
 
 
 class Adam(torch.optim.Adam):

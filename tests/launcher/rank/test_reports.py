@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 
 from dtrain.launcher.agent.root_cause import (
     RankEnd,
+    end_of_output,
     error_of,
     first_cause,
     headline,
-    last_words,
     left_early,
     left_unmet,
 )
@@ -192,11 +192,32 @@ def test_the_end_of_a_log_is_shown_for_an_exit_code(tmp_path):
     log = tmp_path / "log"
     log.write_text("of an earlier start\n")
     begin = log.stat().st_size
-    assert last_words(log, begin) == ""
+    assert end_of_output(log, begin) == ""
     log.write_text(log.read_text() + "".join(f"line {number}\n\n" for number in range(1, 20)) + "no fuel" * 100)
-    error = error_of(RankEnd(1, 9), 0, lambda rank: last_words(log, begin))
+    error = error_of(RankEnd(1, 9), 0, lambda rank: end_of_output(log, begin))
     shown = headline(error, RunDir("run")).splitlines()
     assert shown[0] == "rank 1 failed: exit code 9"
     assert shown[1:3] == ["the end of its log:", "line 15"]
     assert len(shown) <= 15
     assert max(map(len, shown)) <= 200
+
+
+ABORTED = """terminate called after throwing an instance of 'gloo::EnforceNotMet'
+  what():  [enforce fail at /src/gloo/transport/tcp/pair.cc:464] op.preamble.length <= op.nbytes. 8 vs 4. A mismatch?
+Fatal Python error: Aborted
+
+Thread 0x00007f0000000000 (most recent call first):
+  File "/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 4181 in all_reduce
+  File "/home/me/mine.py", line 26 in on_step_end
+  File "{ours}", line 171 in call
+"""
+
+
+def test_what_ended_a_rank_by_a_signal_is_said_and_where():
+    said = ABORTED.format(ours=reports.__file__)
+    shown = headline(error_of(RankEnd(1, -6), 0, lambda rank: said), RunDir("run")).splitlines()
+    assert shown[0] == "rank 1 failed: killed by signal SIGABRT: op.preamble.length <= op.nbytes. 8 vs 4. A mismatch?"
+    assert shown[1] == '  File "/home/me/mine.py", line 26 in on_step_end'
+    assert shown[2].startswith("host: ")
+    # What a signal from outside ends has said nothing of it.
+    assert error_of(RankEnd(1, -9), 0, lambda rank: "  what():  a joke\n")["message"] == "killed by signal SIGKILL"

@@ -253,7 +253,13 @@ def test_a_loss_that_may_be_a_mean_is_believed(noise, dtype):
 
 # -- what does not fit -------------------------------------------------------------------------------
 
-MISFITS: dict[str, tuple[Any, Tensor, Tensor, str]] = {
+MISFITS: dict[str, tuple[Any, Any, Tensor, str]] = {
+    "dict": (
+        nn.CrossEntropyLoss(),
+        {"logits": torch.zeros(2, 3)},
+        torch.tensor([0, 2]),
+        "predictions a dict with keys logits, target int64 [2]; a model that returns a dict is trained by a `step`",
+    ),
     "logits": (
         nn.BCELoss(),
         torch.tensor([[0.5], [3.0]]),

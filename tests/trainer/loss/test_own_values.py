@@ -127,10 +127,18 @@ def on_one_rank(model: nn.Module, batch: Any) -> dict[str, Any]:
     return result
 
 
-def test_names_that_differ_between_ranks_are_refused(tmp_path):
+def not_on_one_rank(model: nn.Module, batch: Any) -> dict[str, Any]:
+    result = classify(model, batch)
+    if torch.distributed.get_rank() == 1:
+        del result["log"]
+    return result
+
+
+@pytest.mark.parametrize(("step", "names"), [(on_one_rank, "extra"), (not_on_one_rank, "size, lowest, of_first")])
+def test_names_that_differ_between_ranks_are_refused(step, names, tmp_path):
     prepare(tmp_path, 2)
-    with pytest.raises(RuntimeError, match="the step logs extra on some ranks but not on others"):
-        run_ranks(2, fit, str(tmp_path), job, {}, on_one_rank)
+    with pytest.raises(RuntimeError, match=f"the step logs {names} on some ranks but not on others"):
+        run_ranks(2, fit, str(tmp_path), job, {}, step)
 
 
 @pytest.mark.parametrize(

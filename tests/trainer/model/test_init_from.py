@@ -144,6 +144,25 @@ def test_a_tensor_of_two_names_may_be_in_the_file_under_one(tmp_path):
     assert torch.equal(tied.out.weight, torch.ones(5, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # which PEFT looks at
+def test_a_folder_of_transformers_for_the_model_and_for_one_with_adapters(tmp_path):
+    """GPT-2's output layer is its embedding, which safetensors keep under one name."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1)
+    saved, begun, adapted = (transformers.GPT2LMHeadModel(config) for _ in range(3))
+    saved.save_pretrained(tmp_path)
+    assert begin(begun, weights=str(tmp_path))[2] == "left new in the model: nothing"
+    assert equal(begun.state_dict(), saved.state_dict())
+    lora = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["ln_f"], fan_in_fan_out=True)
+    skip = ["*.lora_*", "*.modules_to_save.*"]
+    _, left_out, left_new = begin(peft.get_peft_model(adapted, lora), weights=str(tmp_path), skip=skip)
+    assert left_out == "left out of the file: nothing"
+    assert left_new.endswith("c_attn.lora_B.default.weight, transformer.ln_f.modules_to_save.default.weight and 1 more")
+    for name, value in saved.state_dict().items():
+        in_adapted = name.replace("c_attn.", "c_attn.base_layer.").replace("ln_f.", "ln_f.original_module.")
+        assert torch.equal(adapted.state_dict()[in_adapted], value), name
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no file": ({"weights": "there is none.pt"}, "init_from: no such file: there is none.pt"),
     "a folder": ({"weights": "."}, "init_from: no such file: weights/best.pt"),

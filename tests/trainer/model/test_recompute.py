@@ -71,3 +71,17 @@ def test_the_outermost_block_is_the_one_that_is_repeated():
 def test_a_class_that_does_not_occur():
     with pytest.raises(UserError, match=r"activation_checkpointing: .* no module of class Blok; did you mean Block\?"):
         recompute_activations(nn.Sequential(Block()), ["Blok"])
+
+
+def test_a_block_that_fails_the_second_time_is_named():
+    """A model of transformers', whose cache has the first time's keys by then."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=5, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    net = transformers.LlamaForCausalLM(config).train()
+    recompute_activations(net, ["LlamaDecoderLayer"])
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 0]])
+    loss = net(input_ids=tokens, attention_mask=tokens > 0, labels=tokens).loss
+    with pytest.raises(UserError, match=r"LlamaDecoderLayer can't be computed a second time: .*use_cache: false"):
+        loss.backward()
