@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among
 from dtrain.schema.contradictions import contradictions_of
-from dtrain.schema.sections import Checkpoint, Fit, InitFrom, Launch
+from dtrain.schema.sections import Checkpoint, Fit, Fsdp, InitFrom, Launch
 from dtrain.schema.strategies import name_of
 from dtrain.schema.targets import OPTIMIZER_NAME, SchedulerTarget, Section, Seed
 from dtrain.schema.validation import problems_in
@@ -95,6 +95,16 @@ def settings_of_loop(epochs: int, monitor: str | None, mode: str, every: int | s
     best = {"monitor": monitor or "val_loss", "mode": mode}
     fit, checkpoint = {"epochs": epochs, "early_stopping": best}, {"every": every, "keep": keep}
     return _checked({"fit": fit, "checkpoint": checkpoint, "launch": {}, "seed": seed, "init_from": None})
+
+
+def fit_of_loop(strategy: Any) -> Fit:
+    """Those by which such a loop's model is shared; raises UserError for what it can't have."""
+    name = name_of(strategy) or strategy
+    if name not in ("ddp", "fsdp"):
+        raise UserError(f"Ranks.wrap: strategy is {name!r}, expected 'ddp', 'fsdp' or Fsdp(...); Trainer has deepspeed")
+    if isinstance(strategy, Fsdp) and not strategy.reshard_after_forward:
+        raise UserError("Ranks.wrap: a loop of your own can't keep what fsdp gathers: leave out reshard_after_forward")
+    return Fit.model_validate({"epochs": 1, "strategy": name})
 
 
 def _checked(values: Mapping[str, Any], others: Sequence[Problem] = ()) -> Settings:

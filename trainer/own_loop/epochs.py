@@ -103,7 +103,7 @@ class Epochs:
         run = self._folder.__enter__()
         self._heartbeat = Heartbeat(run.heartbeat(self._world.rank))
         self._agreement = Agreement(self._world, self._heartbeat)
-        self._saver = RunWriter(run, self._world, self._settings)
+        self._saver = RunWriter(run, self._world, self._settings, self._parts.room)
         atexit.register(self._leave_at_exit)  # after `break`, or an error
         if (snapshot := self._saver.load(self.state.misfit)) is not None:
             self.state.resume(snapshot)

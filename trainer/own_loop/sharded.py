@@ -36,6 +36,11 @@ class Hand:
         self._models = models
 
     @property
+    def has_samples(self) -> bool:
+        """Whether the current batch counts."""
+        return self.part is None or self.part.samples > 0
+
+    @property
     def running(self) -> Epochs | None:
         """The loop that has begun, and is not over."""
         return self.loop if self.loop is not None and self.loop.is_running else None
@@ -62,6 +67,7 @@ class Hand:
     ) -> Iterator[Any]:
         self._tracked.seed_once()
         for model in self._models:
+            model.follow_trained()
             if not first and not model.bare.training:  # about to be evaluated, alike on all ranks
                 model.share_buffers()
         batches = iter(loader.batches.epoch(loader.epoch, first))
@@ -92,6 +98,8 @@ class Hand:
                     "the batch comes in micro-batches, but the loop does not ask where it ends: "
                     "`if ranks.ends_batch: optimizer.step(); optimizer.zero_grad()`"
                 )
+        for model in self._models:
+            model.end_batch()
 
 
 class Sharded:

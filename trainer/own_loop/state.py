@@ -61,6 +61,7 @@ class State:
             "rows": self.rows,
             "best": self.best.state_dict(),
             "kinds": self._parts.kinds(),
+            "trained": self._parts.trained(),
             "tracked": self._tracked.state_dict(),
         }
         return {_LOOP: loop, **self._parts.state_dict()}, own, buffers
@@ -133,6 +134,7 @@ class State:
     def _load(self, snapshot: Snapshot) -> None:
         """All ranks take part. To the bit on as many ranks, to the same curve on another number."""
         loop, rank = snapshot.shared[_LOOP], self._world.rank
+        self._parts.train(loop.get("trained", self._parts.trained()))
         self._parts.load_state_dict(snapshot.shared)
         self.place = Place(**copy.deepcopy(loop["place"]))
         self.rows = list(loop["rows"])

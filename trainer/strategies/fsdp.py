@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..distributed.world import World, ensure_group, require_cpu_backend
 from ..loss.step import Outcome, Step
 from ..model.blocks import of_classes, repeated
 from ..model.buffers import copied
+from ..model.call_proxy import called_as
 from ..model.optimizers import members_of
 from ..model.weights import bare_state_dict
 from .base import Parallel, Stepping, require_divisible, run_within, shortened, trainable
@@ -94,6 +96,7 @@ class FullySharded(Parallel):
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 setattr(module, name, _real(buffer, world.device))
         self.share_buffers()
+        self._trainable = trainable(self.bare)  # the whole ones are not kept
         self._used: set[str] = set()  # parameters that this batch has given a gradient
         self._unused: dict[int, set[str]] = {}  # by the loss's place in a step, those that the first one has given none
         self._place = 0  # of the loss whose gradient is computed
@@ -141,6 +144,39 @@ class FullySharded(Parallel):
             self._trainable, self._unused = now, {}
             if self.world.world_size > 1:
                 self._watch_use()
+
+    def called(self) -> nn.Module:
+        """Its parameters are parts whenever no forward or backward pass is under way, so that it may be changed then.
+
+        The root's own are gathered once more for the backward pass: no step trains on what stayed from before it.
+        """
+        assert isinstance(self.module, FSDPModule)
+        if self._names:
+            gc.collect()  # an optimizer in a circle with its scheduler is no more
+        if self._names:
+            raise UserError(
+                "fsdp exchanges the model's parameters for parts of them, and something was made of the former ones "
+                f"({shortened(sorted(self._names.values()))}): make the optimizer of the wrapped model's parameters"
+            )
+        self.module.set_reshard_after_forward(True, recurse=False)
+        if self.world.world_size > 1:
+            self._watch_use()
+        return called_as(self.bare, self._call)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(lambda net: net(*args, **kwargs))
+
+    def expect_backward(self, loss: Tensor) -> None:
+        if isinstance(loss, DTensor):
+            raise UserError("the loss is computed from parameters outside of the model's call, where fsdp has cut them")
+
+    def end_batch(self) -> None:
+        if (used := self._used & self._trainable.keys()) and (unused := sorted(self._trainable.keys() - used)):
+            raise UserError(
+                f"the batch's loss does not depend on the parameters {shortened(unused)}. fsdp needs all of them in "
+                "each batch, on all ranks; freeze them: requires_grad_(False), remove them, or use ddp"
+            )
+        self._used.clear()
 
     def _watch_use(self) -> None:
         """See which parameters get a gradient on this rank. All ranks take part, in gathering each block once.
