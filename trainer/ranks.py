@@ -173,6 +173,10 @@ class Ranks:
         net: nn.Module,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        threshold: float | None = None,
+        stop_on_nan: bool = False,
         checkpoint_every: int | str = "epoch",
         keep: int = 2,
         run_dir: str | os.PathLike[str] | None = None,
@@ -186,13 +190,17 @@ class Ranks:
         Args:
             net: as `wrap` returned it; its weights are the run's last.pt and best.pt.
             monitor, mode: what a row of `report` must have to be the best; by default the lowest val_loss.
+            patience, min_delta, threshold, stop_on_nan: as Trainer.fit's; the loop ends with the epoch whose row says
+                so.
             checkpoint_every: "epoch", a number of batches trained on, or text such as "5 epochs" or "30 min".
             keep: how many of the newest checkpoints are kept.
             run_dir, resume: as Trainer's.
             states: the optimizer, and whatever else has a state_dict that is the same on all ranks: a scheduler,
                 another model, a GradScaler.
         """
-        settings = settings_of_loop(count, monitor, mode, checkpoint_every, keep, self._seed)
+        best = {"monitor": monitor or "val_loss", "mode": mode, "patience": patience, "min_delta": min_delta}
+        best |= {"threshold": threshold, "stop_on_nan": stop_on_nan}
+        settings = settings_of_loop(count, best, {"every": checkpoint_every, "keep": keep}, self._seed)
         models = {"net": self._wrapped("epochs", "net", net)}
         wrapped = {id(model.bare): model for model in self._models}
         for name, each in states.items():
@@ -214,7 +222,7 @@ class Ranks:
             return job_of(name, self._seed, kind, optimizer, Scheduling(), {})
 
         folder = fit_folder(self.world, run_dir, resume=resume, job_text=text)
-        is_chosen = monitor is not None
+        is_chosen = monitor is not None or patience is not None or threshold is not None or stop_on_nan
         self._hand.loop = Epochs(self.world, folder, parts, self._tracked, settings, is_chosen=is_chosen)
         return self._hand.loop
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from torchmetrics import Accuracy, MeanMetric
-from training import Samples, epoch_order
+from training import Samples, epoch_order, timeless
 
 from dtrain import Ranks
 from dtrain.run.folder import RunDir
@@ -131,8 +131,7 @@ def own_loop(rank: int, world_size: int, folder: str, options: Options) -> bool:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    found = RunDir(folder).rows()
-    return [{key: value for key, value in row.items() if key != "time"} for row in found]
+    return [timeless(row) for row in RunDir(folder).rows()]
 
 
 def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from dtrain import Ranks
 from dtrain.errors import UserError
 from dtrain.run.folder import RunDir
+from dtrain.run.heartbeat import Heartbeat
 from dtrain.trainer import fit_folder
+from dtrain.trainer.distributed.stop import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,7 @@ class Script:
     [
         ({"count": 0}, "epochs: expected|epochs: .*0"),
         ({"checkpoint_every": "now"}, "every"),
+        ({"patience": 0}, "patience"),
         ({"net": nn.Linear(3, 1)}, "net, a Linear, was not returned by Ranks.wrap"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, "optimizer trains none of the parameters of net"),
         ({"extra": 3}, "extra is a int, without state_dict"),
@@ -124,3 +131,68 @@ def test_a_script_may_have_several_loops_and_leave_them(monkeypatch):
     assert list(again.epochs(2, run_dir="second", resume=True, average=seen)) == []
     assert torch.equal(again.net.weight, script.net.weight)
     assert int(seen.n_averaged) == 2
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("given", "values", "ended"),
+    [
+        ({"patience": 2}, [3, 2, 2.5, 2.4, 1.9], 4),
+        ({"patience": 2, "min_delta": 0.5}, [3, 2.8, 2.6, 1.0], 3),
+        ({"patience": 1, "mode": "max"}, [1, 2, 2, 3], 3),
+        ({"threshold": 2.0}, [3, 2, 1], 2),
+        ({"stop_on_nan": True}, [3, NAN, 1], 2),
+        ({}, [1, NAN, 2], 3),
+    ],
+    ids=str,
+)
+def test_a_loop_ends_early_with_the_epoch_whose_row_says_so_and_stays_ended(given, values, ended, monkeypatch, capfd):
+    """Rows are made amid the training, and the second run is stopped right after the one that ends it."""
+    for name, is_stopped in (("one", False), ("two", True), ("two", False)):
+        monkeypatch.setattr(fit_folder, "_fits", {})  # as in another process
+        script = Script()
+        with pytest.raises(Stopped) if is_stopped else nullcontext():
+            for epoch in script.epochs(len(values), run_dir=name, resume=True, **given):
+                reported = None
+                for (features,) in script.data:
+                    script.optimizer.zero_grad()
+                    script.ranks.scale_loss(script.net(features).square().mean()).backward()
+                    script.optimizer.step()
+                    reported = reported or script.ranks.report(val_loss=values[epoch - 1])
+                    if is_stopped and epoch == ended:
+                        Heartbeat(RunDir(name).heartbeat(0)).stop = signal.SIGTERM
+    for name in ("one", "two"):
+        assert [row["epoch"] for row in RunDir(name).rows() if row["step"] % 2] == [n + 0.5 for n in range(ended)]
+        assert torch.equal(torch.load(RunDir(name).last_weights)["weight"], script.net.weight)
+    assert capfd.readouterr().err.count("stopping early, after step") == (0 if ended == len(values) else 2)
+    monkeypatch.setattr(fit_folder, "_fits", {})
+    assert list(Script().epochs(len(values), run_dir="one", resume=True, **given)) == []
+
+
+def test_what_ends_a_loop_early_must_be_reported():
+    script = Script()
+    epochs = script.epochs(patience=3)
+    assert next(epochs) == 1
+    script.train()
+    with pytest.raises(UserError, match="no row of epoch 1 has val_loss"):
+        next(epochs)
+
+
+def test_a_row_has_the_speed_of_the_training_and_the_rate_of_its_last_step():
+    script = Script()
+    scheduler = torch.optim.lr_scheduler.StepLR(script.optimizer, 1, gamma=0.5)
+    validated = []
+    for _ in script.epochs(2, scheduler=scheduler):
+        began = time.perf_counter()
+        script.train()
+        trained_s = time.perf_counter() - began
+        scheduler.step()
+        time.sleep(0.2)  # is no training
+        row = script.ranks.report(val_loss=1.0)
+        assert row["samples_per_s"] >= 8 / trained_s
+        validated.append(script.ranks.report(val_loss=2.0)["samples_per_s"])
+    [run] = (RunDir(path) for path in Path("runs").iterdir())
+    assert [row["lr"] for row in run.rows()] == [0.1, 0.1, 0.05, 0.05]
+    assert validated == [None, None]

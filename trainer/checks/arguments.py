@@ -90,10 +90,11 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     return _checked(values, [each for scheduler in schedulers for each in problems_in(SchedulerTarget, scheduler)])
 
 
-def settings_of_loop(epochs: int, monitor: str | None, mode: str, every: int | str, keep: int, seed: int) -> Settings:
+def settings_of_loop(
+    epochs: int, early_stopping: Mapping[str, Any], checkpoint: Mapping[str, Any], seed: int
+) -> Settings:
     """Those of a loop of the user's own; raises UserError as `settings_of` does."""
-    best = {"monitor": monitor or "val_loss", "mode": mode}
-    fit, checkpoint = {"epochs": epochs, "early_stopping": best}, {"every": every, "keep": keep}
+    fit = {"epochs": epochs, "early_stopping": early_stopping}
     return _checked({"fit": fit, "checkpoint": checkpoint, "launch": {}, "seed": seed, "init_from": None})
 
 

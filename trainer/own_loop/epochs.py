@@ -7,7 +7,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any, NoReturn
 
 from dtrain.errors import UserError
@@ -23,8 +22,9 @@ from ..distributed.wishes import NONE, Agreement, Wish
 from ..distributed.world import World
 from ..metrics.early_stopping import Best
 from ..metrics.plots import try_to_draw
+from ..metrics.speed import Speed
 from .parts import Parts
-from .rows import row_of
+from .rows import head_of, require_monitored, row_of
 from .state import State
 from .tracked import Loader, Tracked
 
@@ -37,7 +37,7 @@ class Epochs:
         parts: what is trained.
         tracked: what else the script has made.
         settings: of them `fit` and `checkpoint`.
-        is_chosen: whether the user has named the monitor.
+        is_chosen: whether the user has named the monitor, or what ends the loop early.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Epochs:
         self._saver: RunWriter | None = None  # once it has begun
         self._is_asked = self._is_counted = False  # of the batch in hand
         self._samples = 0  # trained on since this process began
+        self._speed = Speed()
         self._saved_at = self._turned_at = time.monotonic()
 
     @property
@@ -88,7 +89,7 @@ class Epochs:
                 self._begin()
             else:
                 self._end_epoch()
-            if self.state.place.epoch > self.count:
+            if self._is_at_end and not self.state.is_on_its_way:
                 self._finish()
         except BaseException as error:
             self.leave(error)
@@ -98,6 +99,11 @@ class Epochs:
         self._tracked.num_metrics = self._num_metrics
         self._beat()
         return self.state.place.epoch
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether no epoch is to follow on the last one, or on the current one."""
+        return self.state.place.epoch > self.count or self.state.place.verdict is not None
 
     def _begin(self) -> None:
         run = self._folder.__enter__()
@@ -111,12 +117,12 @@ class Epochs:
 
     def _end_epoch(self) -> None:
         self.state.require_continued()
-        if self.state.place.epoch == 1:
-            self._require_monitored()
+        if self.state.place.epoch == 1 and (self.state.rows or self._is_chosen):
+            require_monitored(self.state.best, self._world, is_chosen=self._is_chosen)
         self._is_counted = False
         ended = self.state.place.epoch
         self.state.place.end_epoch()
-        is_last = self.state.place.epoch > self.count
+        is_last = self._is_at_end
         if self._heartbeat.stop:
             self._agreement.wish(Wish.STOP)
         # All ranks: also what was asked before the last batch.
@@ -130,19 +136,10 @@ class Epochs:
         if stops:
             self._stop()
 
-    def _require_monitored(self) -> None:
-        """After the first epoch: is there a value to tell the best weights by?"""
-        name = self.state.best.monitor
-        if self.state.best.step or self.state.best.epoch or not (self.state.rows or self._is_chosen):
-            return
-        problem = f"no row of epoch 1 has {name}, by which the best weights are chosen: Ranks.report({name}=...)"
-        if self._is_chosen:
-            raise UserError(f"Ranks.epochs: {problem}")
-        if self._world.is_main:
-            say(f"warning: {problem}, or Ranks.epochs(..., monitor=...); there will be no weights/best.pt")
-
     def _finish(self) -> None:
-        saver = self._begun
+        saver, place = self._begun, self.state.place
+        if self._world.is_main and place.verdict is not None:
+            say(f"stopping early, after step {place.step}: {place.verdict}")
         self._heartbeat.enter(Phase.SAVING)
         saver.finish()
         if self._world.is_main and (self._samples or not saver.run.plots.exists()):
@@ -178,8 +175,14 @@ class Epochs:
             Stopped: all ranks agreed to stop; a checkpoint of this very place is saved.
         """
         if not self._is_outermost(loader):
+            if self._is_counted:  # a validation, say, amid a training
+                self._speed.pause()
             return
         has_stepped, self._is_counted = self._is_counted, False
+        if has_stepped:
+            if self.state.place.active[loader.number] == loader.batches.num_steps:
+                self._world.await_device()  # what is measured is training, not asking for it
+            self._speed.pause()
         wishes = self._agreed()
         self._beat(loader)
         if Wish.STOP in wishes:
@@ -187,6 +190,13 @@ class Epochs:
             self._stop()
         if Wish.SAVE in wishes or (has_stepped and self._interval and self._interval.is_over(self.state.place.step, 0)):
             self._save()
+        self._speed.start()
+
+    def end_iteration(self, loader: Loader) -> None:
+        """One over the loader is over, or was left. No collective."""
+        self.state.end_iteration(loader)
+        if self._is_counted:
+            self._speed.start() if self.state.place.active else self._speed.pause()
 
     def hand_out(self, loader: Loader) -> None:
         """A batch of the loader comes now. All ranks take part where it is the outermost, without waiting."""
@@ -203,6 +213,8 @@ class Epochs:
         if not self._is_counted:
             self._is_counted = True
             self.state.place.step += 1
+            self.state.place.lr = self._parts.learning_rate
+            self._speed.add(samples)
             self._samples += samples
 
     def _is_outermost(self, loader: Loader) -> bool:
@@ -242,29 +254,25 @@ class Epochs:
         return self.state.once(lambda: self._report(values))
 
     def _report(self, values: Mapping[str, Any]) -> Row:
+        place, best = self.state.place, self.state.best
         self._heartbeat.enter(Phase.REPORTING)
-        row = row_of(self._world, self._head(), values, self._tracked.logged)
+        if self._is_counted:  # within a batch that is trained on
+            self._speed.pause()
+        lr = float(self._parts.learning_rate if place.lr is None else place.lr)
+        head = head_of(place, self._tracked.share_done(place.active), lr, self._speed.take())
+        row = row_of(self._world, head, values, self._tracked.logged)
         self._tracked.logged.reset()
-        self.state.place.reported = self.state.place.step
+        place.reported = place.step
         self.state.rows.append(row)
         self._begun.write_rows(self.state.rows)
-        if self.state.best.monitor in row and self.state.best.update(row):
-            self._begun.copy_weights({self._begun.run.best_weights: self._parts.net.weights()})
-            self._begun.write()
+        if best.monitor in row:
+            if best.update(row):
+                self._begun.copy_weights({self._begun.run.best_weights: self._parts.net.weights()})
+                self._begun.write()
+            place.verdict = place.verdict or best.verdict
+        if self._is_counted:
+            self._speed.start()
         return dict(row)
-
-    def _head(self) -> Row:
-        place = self.state.place
-        first = next(iter(place.active), None)
-        done = 0.0 if first is None else self._tracked.share_done(first, place.active)
-        return {
-            "epoch": place.epoch if first is None else place.epoch - 1 + done,
-            "step": place.step,
-            "phase": "train",
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "lr": self._parts.learning_rate,
-            "samples_per_s": None,
-        }
 
     # -- saving ----------------------------------------------------------------------------------
 

@@ -64,9 +64,10 @@ class Parts:
         return self.models["net"]
 
     @property
-    def learning_rate(self) -> float:
-        """That of the first optimizer's first group. Waits for the device where it is a tensor there."""
-        return float(next(iter(self.optimizers.values())).param_groups[0].get("lr", 0.0))
+    def learning_rate(self) -> float | Tensor:
+        """That of the first optimizer's first group, as it is now."""
+        lr: float | Tensor = next(iter(self.optimizers.values())).param_groups[0].get("lr", 0.0)
+        return lr.clone() if isinstance(lr, Tensor) else lr
 
     def kinds(self) -> dict[str, str]:
         """Their classes, by name."""

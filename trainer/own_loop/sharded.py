@@ -60,7 +60,7 @@ class Hand:
         finally:
             self.part, self.is_cut = outer
             if loop is not None:
-                loop.state.end_iteration(loader)
+                loop.end_iteration(loader)
 
     def _batches(
         self, loader: Loader, first: int, loop: Epochs | None, outer: tuple[MicroBatch | None, bool]

@@ -68,6 +68,11 @@ class State:
 
     # -- continuing ------------------------------------------------------------------------------
 
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether the script has still to come to the place where it was stopped."""
+        return self._target is not None
+
     def misfit(self, state: dict[str, Any]) -> str | None:
         """Why a checkpoint is not this loop's, if it is not. No collective."""
         if _LOOP not in state:
@@ -113,7 +118,7 @@ class State:
 
     def require_continued(self) -> None:
         """At an epoch's end: has the script come to the place where it was stopped?"""
-        if self._target is not None:
+        if self.is_on_its_way:
             raise ResumeError(
                 f"the run was stopped within epoch {self.place.epoch}, at a loader that this time was not iterated "
                 "over: does the script do something else than it did?"
