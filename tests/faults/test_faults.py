@@ -10,7 +10,7 @@ import pytest
 from faults.campaign import Campaign, summary
 from faults.history import History, differences, lost_and_repeated
 from faults.job.fault import Fault
-from faults.trial import MOMENTS, OVERRIDES, Trial, draw, run_trial, unexpected
+from faults.trial import MOMENTS, VARIANTS, Trial, draw, run_trial, unexpected
 
 from dtrain.run.folder import RunDir
 
@@ -50,7 +50,7 @@ def test_the_campaign_draws_trials_of_all_kinds():
     assert {fault.victim for fault in faults} == {"rank", "ranks", "agent", "group", "loader"}
     assert {fault.signal for fault in faults} == {KILL, TERM, signal.SIGABRT}
     assert {trial.config.every for trial in trials} == {"epoch", 3}
-    assert {trial.config.overrides for trial in trials} == set(OVERRIDES)
+    assert {(trial.config.program, trial.config.overrides) for trial in trials} == set(VARIANTS)
 
 
 def test_the_uninterrupted_run_is_worth_comparing_with(history):

@@ -20,15 +20,17 @@ class Net(nn.Module):
         self.rest = nn.Sequential(
             nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)
         )
-        # Its gradient is the last one: the other ranks, which have all of theirs, are in the all-reduce by then.
-        self.first.weight.register_hook(lambda _: fault.moment("backward"))
 
     def forward(self, x):
         seen, x = x.split([1 + fault.DRAWN, fault.FEATURES], dim=1)
         if self.training == torch.is_grad_enabled():  # else it is tried, without a trace
             fault.forward_pass(self.training, steps_done(), seen.tolist())
         time.sleep(SECONDS)
-        return self.rest(self.first(x + 0.1 * seen[:, 1:].sum(1, keepdim=True)))
+        first = self.first(x + 0.1 * seen[:, 1:].sum(1, keepdim=True))
+        if first.requires_grad:
+            # Its weight's gradient is the last one: the other ranks, which have all of theirs, wait for it by then.
+            first.register_hook(lambda _: fault.moment("backward"))
+        return self.rest(first)
 
 
 class Adam(torch.optim.Adam):
