@@ -90,6 +90,18 @@ def test_what_is_refused_within_the_loop():
         script.train()
 
 
+def test_a_step_by_a_loss_that_was_not_scaled_is_refused():
+    script = Script()
+    for _ in script.epochs(1):
+        script.optimizer.step()  # between the epochs' batches it is the script's own affair
+        for (features,) in script.data:
+            script.net(features).square().mean().backward()
+            with pytest.raises(UserError, match="the SGD has made a step by a loss that was not scaled"):
+                script.optimizer.step()
+    next(iter(script.data))
+    script.optimizer.step()
+
+
 def test_a_monitor_that_is_never_reported_is_refused_after_the_first_epoch():
     script = Script()
     epochs = script.epochs(monitor="val_acc")

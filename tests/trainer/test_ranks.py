@@ -225,6 +225,25 @@ def test_gradients_that_nobody_averages():
     assert all("net = ranks.wrap(net)" in said for said in run_ranks(2, unwrapped))
 
 
+def leaving_out(rank: int, world_size: int) -> str:
+    """In the last batch, after which DDP would look no more."""
+    ranks = Ranks(device="cpu")
+    net = ranks.wrap(nn.ModuleDict({"head": nn.Linear(4, 3), "other": nn.Linear(4, 3)}))
+    batches = iter(data := ranks.shard(DataLoader(samples(), batch_size=BATCH)))
+    for batch in range(1, len(data) + 1):
+        features, _ = next(batches)
+        heads = ["head"] if batch == len(data) else ["head", "other"]
+        sum(ranks.scale_loss(net[name](features).mean()) for name in heads).backward()
+    with pytest.raises(UserError) as refused:
+        next(batches)
+    return str(refused.value)
+
+
+def test_a_batch_that_leaves_out_parameters_is_refused():
+    expected = "the loss of the batch does not depend on the parameters other.weight, other.bias"
+    assert all(said.startswith(expected) for said in run_ranks(2, leaving_out))
+
+
 def added_to(rank: int, world_size: int) -> Any:
     """A value, and the one after more samples on one of the ranks."""
     metric = Ranks(device="cpu").synchronise({"loss": MeanMetric()})["loss"]

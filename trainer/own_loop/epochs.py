@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from torch.optim import Optimizer
+
 from dtrain.errors import UserError
 from dtrain.run.folder import Row, RunDir
 from dtrain.run.heartbeat import Beat, Heartbeat, Phase
@@ -22,11 +24,11 @@ from ..distributed.wishes import NONE, Agreement, Wish
 from ..distributed.world import World
 from ..metrics.early_stopping import Best
 from ..metrics.plots import try_to_draw
-from ..metrics.speed import Speed
 from .parts import Parts
 from .rows import head_of, require_monitored, row_of
 from .state import State
 from .tracked import Loader, Tracked
+from .turn import Turn
 
 
 class Epochs:
@@ -64,9 +66,8 @@ class Epochs:
         self.state = State(world, parts, tracked, Best(settings.fit.early_stopping))
         self._num_metrics = tracked.num_metrics
         self._saver: RunWriter | None = None  # once it has begun
-        self._is_asked = self._is_counted = False  # of the batch in hand
-        self._samples = 0  # trained on since this process began
-        self._speed = Speed()
+        self._turn = Turn()
+        self._is_asked = False  # what the ranks wish for, before the batch in hand
         self._saved_at = self._turned_at = time.monotonic()
 
     @property
@@ -111,6 +112,8 @@ class Epochs:
         self._agreement = Agreement(self._world, self._heartbeat)
         self._saver = RunWriter(run, self._world, self._settings, self._parts.room)
         atexit.register(self._leave_at_exit)  # after `break`, or an error
+        optimizers = self._parts.optimizers.values()
+        self._hooks = [each.register_step_post_hook(self._require_counted) for each in optimizers]
         if (snapshot := self._saver.load(self.state.misfit)) is not None:
             self.state.resume(snapshot)
         self._saver.begin_rows(self.state.rows)
@@ -119,7 +122,7 @@ class Epochs:
         self.state.require_continued()
         if self.state.place.epoch == 1 and (self.state.rows or self._is_chosen):
             require_monitored(self.state.best, self._world, is_chosen=self._is_chosen)
-        self._is_counted = False
+        self._turn.end()
         ended = self.state.place.epoch
         self.state.place.end_epoch()
         is_last = self._is_at_end
@@ -142,7 +145,7 @@ class Epochs:
             say(f"stopping early, after step {place.step}: {place.verdict}")
         self._heartbeat.enter(Phase.SAVING)
         saver.finish()
-        if self._world.is_main and (self._samples or not saver.run.plots.exists()):
+        if self._world.is_main and (self._turn.samples or not saver.run.plots.exists()):
             try_to_draw(saver.run, self.state.rows, self.state.best.step, ("train", "val"))
         self.leave(None)
 
@@ -153,6 +156,8 @@ class Epochs:
         self.is_over = True
         atexit.unregister(self._leave_at_exit)
         if self._saver is not None:
+            for hook in self._hooks:
+                hook.remove()
             self._saver.leave(error)
             self._heartbeat.enter(Phase.DONE)
         failure = (None, None, None) if error is None else (type(error), error, error.__traceback__)
@@ -175,14 +180,11 @@ class Epochs:
             Stopped: all ranks agreed to stop; a checkpoint of this very place is saved.
         """
         if not self._is_outermost(loader):
-            if self._is_counted:  # a validation, say, amid a training
-                self._speed.pause()
+            self._turn.pause()
             return
-        has_stepped, self._is_counted = self._is_counted, False
-        if has_stepped:
-            if self.state.place.active[loader.number] == loader.batches.num_steps:
-                self._world.await_device()  # what is measured is training, not asking for it
-            self._speed.pause()
+        if self._turn.is_counted and self.state.place.active[loader.number] == loader.batches.num_steps:
+            self._world.await_device()  # what is measured is training, not asking for it
+        has_stepped = self._turn.end()
         wishes = self._agreed()
         self._beat(loader)
         if Wish.STOP in wishes:
@@ -190,13 +192,12 @@ class Epochs:
             self._stop()
         if Wish.SAVE in wishes or (has_stepped and self._interval and self._interval.is_over(self.state.place.step, 0)):
             self._save()
-        self._speed.start()
+        self._turn.begin()
 
     def end_iteration(self, loader: Loader) -> None:
         """One over the loader is over, or was left. No collective."""
         self.state.end_iteration(loader)
-        if self._is_counted:
-            self._speed.start() if self.state.place.active else self._speed.pause()
+        self._turn.resume() if self.state.place.active else self._turn.pause()
 
     def hand_out(self, loader: Loader) -> None:
         """A batch of the loader comes now. All ranks take part where it is the outermost, without waiting."""
@@ -210,12 +211,18 @@ class Epochs:
 
     def count_step(self, samples: int) -> None:
         """The loss of the batch in hand is scaled: it is one that is trained on."""
-        if not self._is_counted:
-            self._is_counted = True
+        if not self._turn.is_counted:
+            self._turn.count(samples)
             self.state.place.step += 1
             self.state.place.lr = self._parts.learning_rate
-            self._speed.add(samples)
-            self._samples += samples
+
+    def _require_counted(self, optimizer: Optimizer, *_: Any) -> None:
+        """After an optimizer's step, by the batch in hand if there is one."""
+        if self.state.place.active and not self._turn.is_counted:
+            name = type(optimizer).__name__
+            raise UserError(
+                f"the {name} has made a step by a loss that was not scaled: ranks.scale_loss(loss).backward()"
+            )
 
     def _is_outermost(self, loader: Loader) -> bool:
         return next(iter(self.state.place.active)) == loader.number
@@ -234,17 +241,11 @@ class Epochs:
         """Show this rank's position."""
         now = time.monotonic()
         turn_s, self._turned_at = now - self._turned_at, now
+        place, phase = self.state.place, self._phase(Phase.LOADING)
+        done, steps = (0, 0) if loader is None else (place.active[loader.number], loader.batches.num_steps or 0)
+        epoch = min(place.epoch, self.count)
         self._heartbeat.beat(
-            Beat(
-                epoch=min(self.state.place.epoch, self.count),
-                epochs=self.count,
-                step=self.state.place.step,
-                step_in_epoch=0 if loader is None else self.state.place.active[loader.number],
-                steps_in_epoch=0 if loader is None else loader.batches.num_steps or 0,
-                samples=float(self._samples),
-                phase=self._phase(Phase.LOADING),
-                stop_s=turn_s,
-            )
+            Beat(epoch, self.count, place.step, done, steps, float(self._turn.samples), phase=phase, stop_s=turn_s)
         )
 
     # -- rows ------------------------------------------------------------------------------------
@@ -256,10 +257,9 @@ class Epochs:
     def _report(self, values: Mapping[str, Any]) -> Row:
         place, best = self.state.place, self.state.best
         self._heartbeat.enter(Phase.REPORTING)
-        if self._is_counted:  # within a batch that is trained on
-            self._speed.pause()
+        self._turn.pause()
         lr = float(self._parts.learning_rate if place.lr is None else place.lr)
-        head = head_of(place, self._tracked.share_done(place.active), lr, self._speed.take())
+        head = head_of(place, self._tracked.share_done(place.active), lr, self._turn.take_speed())
         row = row_of(self._world, head, values, self._tracked.logged)
         self._tracked.logged.reset()
         place.reported = place.step
@@ -270,8 +270,7 @@ class Epochs:
                 self._begun.copy_weights({self._begun.run.best_weights: self._parts.net.weights()})
                 self._begun.write()
             place.verdict = place.verdict or best.verdict
-        if self._is_counted:
-            self._speed.start()
+        self._turn.resume()
         return dict(row)
 
     # -- saving ----------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Parts:
         for name, each in self._others.items():
             if not all(hasattr(each, method) for method in ("state_dict", "load_state_dict")):
                 kind = type(each).__name__
-                raise UserError(f"Ranks.epochs: {name} is a {kind}, without state_dict and load_state_dict")
+                raise UserError(f"Ranks.epochs: {name} is a {kind}, without state_dict and load_state_dict to save it")
             require_data(name, each, state := Schedule(each).state_dict())
             if any(isinstance(value, DTensor) for value in tree_leaves(state)):
                 raise UserError(f"Ranks.epochs: {name} holds parts of a model that fsdp has cut; use ddp, or Trainer")

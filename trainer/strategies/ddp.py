@@ -55,6 +55,7 @@ class DataParallel(Parallel):
         self._shared_out: list[Optimizer] = []  # those that get gradients of their own; none: they are one's, or all's
         self._averaging: dict[int, Averaging] = {}  # by the ids of these, what averages their parameters' gradients
         self._expected: Averaging | None = None  # of them, the one that the last backward pass was for
+        self._scaled: list[Tensor] = []  # of the batch in hand, in a loop of the user's own
         self._wrap()
 
     def adopt(self, optimizer: Optimizer | None) -> None:
@@ -180,6 +181,18 @@ class DataParallel(Parallel):
             with _wrapping(self.module, self._stepping):
                 self.module(lambda net: torch.zeros(()))
         self.module.was_called = False
+        self._scaled.append(loss)
+
+    def end_batch(self) -> None:
+        scaled, self._scaled = self._scaled, []
+        if not isinstance(self.module, Averaging):
+            return
+        try:
+            require_reduced(self.module)
+        except RuntimeError:
+            if scaled:
+                require_all_used(self.bare, torch.stack(scaled).sum(), " of the batch")
+            raise
 
     def _is_behind(self, loss: Tensor) -> bool:
         reached = reached_leaves(loss)
