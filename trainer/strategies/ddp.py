@@ -191,7 +191,7 @@ class DataParallel(Parallel):
             require_reduced(self.module)
         except RuntimeError:
             if scaled:
-                require_all_used(self.bare, torch.stack(scaled).sum(), " of the batch")
+                require_all_used(self._trainable, torch.stack(scaled).sum(), " of the batch")
             raise
 
     def _is_behind(self, loss: Tensor) -> bool:
