@@ -127,9 +127,10 @@ class Ranks:
             raise UserError("Ranks.scale_loss is for a model whose gradients are averaged: net = ranks.wrap(net)")
         for model in self._models:
             model.expect_backward(loss)
-        self._hand.is_scaled = True
-        if self._hand.running is not None and self._hand.part is not None:
-            self._hand.running.count_step(self._hand.part.batch_samples)
+        if self._hand.part is not None:
+            self._hand.scaled.append(loss)
+            if self._hand.running is not None:
+                self._hand.running.count_step(self._hand.part.batch_samples)
         if self._hand.is_cut and (units is not None or not (self._hand.part is None or self._hand.part.is_regular)):
             raise UserError(
                 "Ranks.scale_loss: a batch that comes in micro-batches is scaled by its samples; its `units` are not "

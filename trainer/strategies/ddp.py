@@ -55,7 +55,6 @@ class DataParallel(Parallel):
         self._shared_out: list[Optimizer] = []  # those that get gradients of their own; none: they are one's, or all's
         self._averaging: dict[int, Averaging] = {}  # by the ids of these, what averages their parameters' gradients
         self._expected: Averaging | None = None  # of them, the one that the last backward pass was for
-        self._scaled: list[Tensor] = []  # of the batch in hand, in a loop of the user's own
         self._wrap()
 
     def adopt(self, optimizer: Optimizer | None) -> None:
@@ -181,17 +180,15 @@ class DataParallel(Parallel):
             with _wrapping(self.module, self._stepping):
                 self.module(lambda net: torch.zeros(()))
         self.module.was_called = False
-        self._scaled.append(loss)
 
-    def end_batch(self) -> None:
-        scaled, self._scaled = self._scaled, []
+    def end_batch(self, losses: Sequence[Tensor]) -> None:
         if not isinstance(self.module, Averaging):
             return
         try:
             require_reduced(self.module)
         except RuntimeError:
-            if scaled:
-                require_all_used(self._trainable, torch.stack(scaled).sum(), " of the batch")
+            if losses:
+                require_all_used(self._trainable, torch.stack([each.sum() for each in losses]).sum(), " of the batch")
             raise
 
     def _is_behind(self, loss: Tensor) -> bool:

@@ -167,7 +167,7 @@ class FullySharded(Parallel):
         if isinstance(loss, DTensor):
             raise UserError("the loss is computed from parameters outside of the model's call, where fsdp has cut them")
 
-    def end_batch(self) -> None:
+    def end_batch(self, losses: Sequence[Tensor]) -> None:
         self._use.require_all_or_none(self._trainable.keys())
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
