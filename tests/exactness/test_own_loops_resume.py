@@ -216,16 +216,19 @@ def test_a_continued_loop_has_the_bits_of_one_that_never_stopped(world_size, str
             assert torch.equal(weights(tmp_path / "run", name)[key], value), key
 
 
-@pytest.mark.parametrize(("micro_batch_size", "strategy"), [(None, "ddp"), (1, "ddp"), (1, "fsdp")])
-def test_on_other_numbers_of_ranks_it_is_a_plain_loop(micro_batch_size, strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("micro_batch_size", "strategies"),
+    [(None, ["ddp"] * 3), (1, ["ddp"] * 3), (None, ["fsdp"] * 3), (1, ["ddp", "fsdp", "ddp"])],
+)
+def test_on_other_numbers_of_ranks_it_is_a_plain_loop(micro_batch_size, strategies, tmp_path):
     """Stopped in training and in validation, with another number of ranks each time; its epochs may become more."""
-    options = Options(random=False, micro_batch_size=micro_batch_size, epochs=2, strategy=strategy)
+    options = [Options(random=False, micro_batch_size=micro_batch_size, epochs=2, strategy=each) for each in strategies]
     in_training, in_validation = (1, 2) if micro_batch_size is None else (3, 5)
     train(
         tmp_path / "run",
-        (1, replace(options, stop_at_turn=in_training)),
-        (3, replace(options, stop_at_turn=in_validation)),
-        (2, replace(options, epochs=EPOCHS)),
+        (1, replace(options[0], stop_at_turn=in_training)),
+        (3, replace(options[1], stop_at_turn=in_validation)),
+        (2, replace(options[2], epochs=EPOCHS)),
     )
     expected, state = plain_loop()
     for row, plain in zip(rows(tmp_path / "run"), expected, strict=True):
