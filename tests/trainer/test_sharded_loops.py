@@ -50,7 +50,9 @@ def evaluating_amid_steps(rank: int, world_size: int, folder: str) -> Any:
     """The model is called at any time, with and without a graph, and changed after that; a part is trained later."""
     ranks = Ranks(device="cpu")
     data = ranks.shard(DataLoader(samples(), batch_size=BATCH, shuffle=True))
-    net = ranks.wrap(new_net(), strategy=Fsdp(wrap=["Sequential"]))
+    with torch.device("meta" if rank else "cpu"):  # where rank 0 has the values
+        net = new_net()
+    net = ranks.wrap(net, strategy=Fsdp(wrap=["Sequential"]))
     parts = [parameter.to_local().numel() for parameter in net.parameters() if isinstance(parameter, DTensor)]
     net.first.requires_grad_(False)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
