@@ -246,7 +246,8 @@ class Ranks:
         Args:
             values: numbers, or what `compute` returned.
         """
-        return self._require_loop("report").report(values)
+        loop = self._require_loop("report")
+        return loop.state.once(lambda: loop.report(values))
 
     def _require_loop(self, name: str) -> Epochs:
         if (loop := self._hand.running) is None:

@@ -31,10 +31,10 @@ def at_home(tmp_path, monkeypatch):
 class Script:
     """A script's beginning."""
 
-    def __init__(self, micro_batch_size: int | None = None) -> None:
+    def __init__(self, micro_batch_size: int | None = None, batch_size: int = 4) -> None:
         torch.manual_seed(0)
         self.ranks = Ranks(device="cpu")
-        loader = DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=4)
+        loader = DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=batch_size)
         self.data = self.ranks.shard(loader, micro_batch_size=micro_batch_size)
         self.net = self.ranks.wrap(nn.Linear(3, 1))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
@@ -100,6 +100,26 @@ def test_a_step_by_a_loss_that_was_not_scaled_is_refused():
                 script.optimizer.step()
     next(iter(script.data))
     script.optimizer.step()
+
+
+def test_gradients_that_are_added_up_over_batches_are_not_lost_by_a_stop(monkeypatch):
+    for name, is_stopped in (("one", False), ("two", True), ("two", False)):
+        monkeypatch.setattr(fit_folder, "_fits", {})  # as in another process
+        script, batches = Script(batch_size=1), 0
+        with pytest.raises(Stopped) if is_stopped else nullcontext():
+            for _ in script.epochs(1, run_dir=name, resume=True, checkpoint_every=3):
+                for (features,) in script.data:
+                    batches += 1
+                    if is_stopped and batches == 2:
+                        Heartbeat(RunDir(name).heartbeat(0)).stop = signal.SIGTERM
+                    script.ranks.scale_loss(script.net(features).square().mean()).backward()
+                    if features[0, 0] > 0:  # the fifth sample, and the seventh
+                        script.optimizer.step()
+                        script.optimizer.zero_grad()
+                script.ranks.report(val_loss=1.0)
+        assert batches == {"one": 8, "two": 5 if is_stopped else 3}[name]
+    found = [torch.load(RunDir(name).last_weights)["weight"] for name in ("one", "two")]
+    assert torch.equal(*found)
 
 
 def test_a_monitor_that_is_never_reported_is_refused_after_the_first_epoch():

@@ -68,6 +68,7 @@ class Epochs:
         self._saver: RunWriter | None = None  # once it has begun
         self._turn = Turn()
         self._is_asked = False  # what the ranks wish for, before the batch in hand
+        self._postponed = NONE
         self._saved_at = self._turned_at = time.monotonic()
 
     @property
@@ -113,7 +114,7 @@ class Epochs:
         self._saver = RunWriter(run, self._world, self._settings, self._parts.room)
         atexit.register(self._leave_at_exit)  # after `break`, or an error
         optimizers = self._parts.optimizers.values()
-        self._hooks = [each.register_step_post_hook(self._require_counted) for each in optimizers]
+        self._hooks = [each.register_step_post_hook(self._after_step) for each in optimizers]
         if (snapshot := self._saver.load(self.state.misfit)) is not None:
             self.state.resume(snapshot)
         self._saver.begin_rows(self.state.rows)
@@ -129,7 +130,8 @@ class Epochs:
         if self._heartbeat.stop:
             self._agreement.wish(Wish.STOP)
         # All ranks: also what was asked before the last batch.
-        wishes = self._agreed() | self._agreement.at_once((Wish.STOP, Wish.SAVE))
+        wishes = self._postponed | self._agreed() | self._agreement.at_once((Wish.STOP, Wish.SAVE))
+        self._postponed = NONE
         stops = Wish.STOP in wishes and not is_last
         self._copy_last()
         if stops or is_last or Wish.SAVE in wishes or (self._interval and self._interval.is_over(0, ended)):
@@ -176,6 +178,8 @@ class Epochs:
     def before_batch(self, loader: Loader) -> None:
         """Between two batches of the outermost loader, do what any rank has wished for. All ranks take part.
 
+        Not between a gradient and the optimizer's step: of batches whose gradients are added up, after the last one.
+
         Raises:
             Stopped: all ranks agreed to stop; a checkpoint of this very place is saved.
         """
@@ -185,13 +189,15 @@ class Epochs:
         if self._turn.is_counted and self.state.place.active[loader.number] == loader.batches.num_steps:
             self._world.await_device()  # what is measured is training, not asking for it
         has_stepped = self._turn.end()
-        wishes = self._agreed()
+        wishes = self._postponed | self._agreed()
         self._beat(loader)
-        if Wish.STOP in wishes:
+        if has_stepped and self._interval and self._interval.is_over(self.state.place.step, 0):
+            wishes |= {Wish.SAVE}
+        self._postponed = wishes if self._turn.is_pending else NONE
+        if wishes - self._postponed:
             self._save()
+        if Wish.STOP in wishes - self._postponed:
             self._stop()
-        if Wish.SAVE in wishes or (has_stepped and self._interval and self._interval.is_over(self.state.place.step, 0)):
-            self._save()
         self._turn.begin()
 
     def end_iteration(self, loader: Loader) -> None:
@@ -216,9 +222,9 @@ class Epochs:
             self.state.place.step += 1
             self.state.place.lr = self._parts.learning_rate
 
-    def _require_counted(self, optimizer: Optimizer, *_: Any) -> None:
-        """After an optimizer's step, by the batch in hand if there is one."""
-        if self.state.place.active and not self._turn.is_counted:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._turn.is_pending = False
+        if self.state.place.active and not self._turn.samples:
             name = type(optimizer).__name__
             raise UserError(
                 f"the {name} has made a step by a loss that was not scaled: ranks.scale_loss(loss).backward()"
@@ -243,18 +249,13 @@ class Epochs:
         turn_s, self._turned_at = now - self._turned_at, now
         place, phase = self.state.place, self._phase(Phase.LOADING)
         done, steps = (0, 0) if loader is None else (place.active[loader.number], loader.batches.num_steps or 0)
-        epoch = min(place.epoch, self.count)
-        self._heartbeat.beat(
-            Beat(epoch, self.count, place.step, done, steps, float(self._turn.samples), phase=phase, stop_s=turn_s)
-        )
+        epoch, samples = min(place.epoch, self.count), float(self._turn.samples)
+        self._heartbeat.beat(Beat(epoch, self.count, place.step, done, steps, samples, phase=phase, stop_s=turn_s))
 
     # -- rows ------------------------------------------------------------------------------------
 
     def report(self, values: Mapping[str, Any]) -> Row:
         """Add a row, see `Ranks.report`. All ranks take part."""
-        return self.state.once(lambda: self._report(values))
-
-    def _report(self, values: Mapping[str, Any]) -> Row:
         place, best = self.state.place, self.state.best
         self._heartbeat.enter(Phase.REPORTING)
         self._turn.pause()

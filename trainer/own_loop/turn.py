@@ -11,16 +11,17 @@ class Turn:
     Attributes:
         is_counted: whether its loss was scaled: it is trained on.
         samples: trained on since this process began, over all ranks.
+        is_pending: whether a gradient waits for an optimizer's step, which a checkpoint would not have.
     """
 
     def __init__(self) -> None:
-        self.is_counted = False
+        self.is_counted = self.is_pending = False
         self.samples = 0
         self._speed = Speed()
 
     def count(self, samples: int) -> None:
         """It is trained on."""
-        self.is_counted = True
+        self.is_counted = self.is_pending = True
         self.samples += samples
         self._speed.add(samples)
 
