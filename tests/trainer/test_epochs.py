@@ -142,7 +142,7 @@ def test_micro_batches_need_a_loop_that_asks_where_the_batch_ends():
     batches.close()
 
 
-def test_a_script_may_have_several_loops_and_leave_them(monkeypatch):
+def test_a_script_may_have_several_loops_and_leave_them(monkeypatch, capfd):
     """Each has a run folder of its own; what is continued after `break` comes again from the last checkpoint."""
     script = Script()
     average = AveragedModel(script.net)
@@ -159,9 +159,12 @@ def test_a_script_may_have_several_loops_and_leave_them(monkeypatch):
     assert [row["step"] for row in RunDir("second").rows()] == [2, 4]
     monkeypatch.setattr(fit_folder, "_fits", {})  # as in another process
     again = Script()
+    again.net.bias.requires_grad_(False)
     seen = AveragedModel(again.net)
     assert list(again.epochs(2, run_dir="second", resume=True, average=seen)) == []
     assert torch.equal(again.net.weight, script.net.weight)
+    assert again.net.bias.requires_grad
+    assert "requires_grad of bias is what it was when the run was saved" in capfd.readouterr().err
     assert int(seen.n_averaged) == 2
 
 

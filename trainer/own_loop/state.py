@@ -14,10 +14,12 @@ from typing import Any, TypeVar, cast
 
 from dtrain.errors import ResumeError
 from dtrain.run.folder import Row
+from dtrain.stderr import say
 
 from ..checkpoint.reader import Snapshot
 from ..distributed.world import World
 from ..metrics.early_stopping import Best
+from ..strategies.base import shortened
 from .parts import Parts
 from .place import Place
 from .tracked import Loader, Tracked
@@ -85,7 +87,13 @@ class State:
         if place.active:
             self._snapshot, self._target, self._results = snapshot, place, iter(place.results)
             snapshot = copy.deepcopy(snapshot)  # the lines before that place may change what they find
+        trained = self._parts.trained()
         self._load(snapshot)
+        changed = sorted({own for name, now in self._parts.trained().items() for own in {*now} ^ {*trained[name]}})
+        if self._world.is_main and changed:
+            say(
+                f"requires_grad of {shortened(changed)} is what it was when the run was saved, not what the script says"
+            )
         if place.active:
             self.place = replace(self.place, finished=0, active={}, results=[])
 
