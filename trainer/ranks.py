@@ -14,31 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import UserError
+from dtrain.schema.sections import Fsdp
 
 from .batches import batches_of
 from .checks.agreement import require_same_settings
-from .checks.arguments import require_model, settings_of_loop, unwrapped
+from .checks.arguments import fit_of_loop, require_model, settings_of_loop, unwrapped
 from .data.indexed import Data
 from .distributed.world import join_world
 from .fit.description import full_name, job_of
 from .fit_folder import fit_folder
 from .loss.logs import read_logs
 from .loss.step import as_units, require_rows
-from .metrics.reduce import reduce_states
-from .model.call_proxy import bare_of, called_as
-from .model.weights import bare_state_dict, save_weights
+from .model.call_proxy import bare_of
+from .model.weights import save_weights
 from .optimization.scheduling import Scheduling
 from .own_loop.epochs import Epochs
 from .own_loop.parts import Parts
 from .own_loop.sharded import Hand, Sharded
+from .own_loop.synchronised import Synchronised
 from .own_loop.tracked import Tracked
-from .strategies.ddp import DataParallel
+from .strategies.base import Parallel
+from .strategies.by_name import parallel
 
 if TYPE_CHECKING:  # torchmetrics takes a second or two to import, and a loop may have no metrics
-    from dtrain.schema.metrics.values import Result
-
     from .metrics.given_metrics import Given
-    from .metrics.metric_set import MetricSet
 
 
 class Ranks:
@@ -57,7 +56,7 @@ class Ranks:
         self.rank, self.world_size = self.world.rank, self.world.world_size
         self.device = self.world.device
         self._seed = seed
-        self._models: list[DataParallel] = []
+        self._models: list[Parallel] = []
         self._tracked = Tracked(self.world, seed)
         self._hand = Hand(self._tracked, self._models)
         self._kept: set[int] = set()  # models that a loop was given, by their ids
@@ -65,7 +64,7 @@ class Ranks:
     @property
     def has_samples(self) -> bool:
         """Whether the current batch counts. If a short batch leaves this rank no samples, it gets two that don't."""
-        return self._hand.part is None or self._hand.part.samples > 0
+        return self._hand.has_samples
 
     @property
     def ends_batch(self) -> bool:
@@ -87,21 +86,27 @@ class Ranks:
         batches = batches_of(data, self.world, self._seed, micro_batch_size, fill_empty=True)
         return Sharded(self._hand, self._tracked.add_loader(batches, micro_batch_size))
 
-    def wrap(self, net: nn.Module) -> nn.Module:
+    def wrap(self, net: nn.Module, *, strategy: Literal["ddp", "fsdp"] | Fsdp = "ddp") -> nn.Module:
         """The model on this rank's device with rank 0's weights; its gradients are averaged over the ranks.
 
-        On one process it is the model itself. On several it has the model's class and shares all that the model has,
-        and to call it is to call torch's DDP. All ranks take part.
+        What is returned has the model's class and shares all that the model has, and to call it is to call torch's DDP
+        or FSDP2; with ddp on one process it is the model itself. All ranks take part.
+
+        Args:
+            strategy: "fsdp", or its settings: each rank keeps a part of each parameter, of which the optimizer is to
+                be made. It computes in calls of the model alone, not in methods of it.
         """
+        fit = fit_of_loop(strategy)
         require_model(net)
         net = unwrapped(net)
         taken = {id(parameter) for model in self._models for parameter in model.bare.parameters()}
         if any(id(parameter) in taken for parameter in net.parameters()):
             raise UserError("Ranks.wrap: the model, or a part of it, is already wrapped; wrap the whole model once")
-        model = DataParallel(net, self.world)
+        model = parallel(net, self.world, strategy, fit, dtype=None)
         model.share_buffers()
+        called = model.called()
         self._models.append(model)
-        return model.bare if model.module is model.bare else called_as(model.bare, model.module)
+        return called
 
     def scale_loss(self, loss: Tensor, units: float | Tensor | None = None) -> Tensor:
         """This rank's part of the whole batch's mean loss: call `backward` on it.
@@ -122,9 +127,10 @@ class Ranks:
             raise UserError("Ranks.scale_loss is for a model whose gradients are averaged: net = ranks.wrap(net)")
         for model in self._models:
             model.expect_backward(loss)
-        self._hand.is_scaled = True
-        if self._hand.running is not None and self._hand.part is not None:
-            self._hand.running.count_step(self._hand.part.batch_samples)
+        if self._hand.part is not None:
+            self._hand.scaled.append(loss)
+            if self._hand.running is not None:
+                self._hand.running.count_step(self._hand.part.batch_samples)
         if self._hand.is_cut and (units is not None or not (self._hand.part is None or self._hand.part.is_regular)):
             raise UserError(
                 "Ranks.scale_loss: a batch that comes in micro-batches is scaled by its samples; its `units` are not "
@@ -159,7 +165,7 @@ class Ranks:
 
         made = as_metrics(metrics)
         own = {name: self._tracked.add_metric(MetricSet({name: made[name]}, {}, self.device)) for name in made}
-        return {name: Synchronised(self, name, each) for name, each in own.items()}
+        return {name: Synchronised(self.world, self._hand, self._tracked, name, each) for name, each in own.items()}
 
     def epochs(
         self,
@@ -168,6 +174,10 @@ class Ranks:
         net: nn.Module,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        threshold: float | None = None,
+        stop_on_nan: bool = False,
         checkpoint_every: int | str = "epoch",
         keep: int = 2,
         run_dir: str | os.PathLike[str] | None = None,
@@ -181,13 +191,17 @@ class Ranks:
         Args:
             net: as `wrap` returned it; its weights are the run's last.pt and best.pt.
             monitor, mode: what a row of `report` must have to be the best; by default the lowest val_loss.
+            patience, min_delta, threshold, stop_on_nan: as Trainer.fit's; the loop ends with the epoch whose row says
+                so.
             checkpoint_every: "epoch", a number of batches trained on, or text such as "5 epochs" or "30 min".
             keep: how many of the newest checkpoints are kept.
             run_dir, resume: as Trainer's.
             states: the optimizer, and whatever else has a state_dict that is the same on all ranks: a scheduler,
                 another model, a GradScaler.
         """
-        settings = settings_of_loop(count, monitor, mode, checkpoint_every, keep, self._seed)
+        best = {"monitor": monitor or "val_loss", "mode": mode, "patience": patience, "min_delta": min_delta}
+        best |= {"threshold": threshold, "stop_on_nan": stop_on_nan}
+        settings = settings_of_loop(count, best, {"every": checkpoint_every, "keep": keep}, self._seed)
         models = {"net": self._wrapped("epochs", "net", net)}
         wrapped = {id(model.bare): model for model in self._models}
         for name, each in states.items():
@@ -209,7 +223,7 @@ class Ranks:
             return job_of(name, self._seed, kind, optimizer, Scheduling(), {})
 
         folder = fit_folder(self.world, run_dir, resume=resume, job_text=text)
-        is_chosen = monitor is not None
+        is_chosen = monitor is not None or patience is not None or threshold is not None or stop_on_nan
         self._hand.loop = Epochs(self.world, folder, parts, self._tracked, settings, is_chosen=is_chosen)
         return self._hand.loop
 
@@ -232,14 +246,15 @@ class Ranks:
         Args:
             values: numbers, or what `compute` returned.
         """
-        return self._require_loop("report").report(values)
+        loop = self._require_loop("report")
+        return loop.state.once(lambda: loop.report(values))
 
     def _require_loop(self, name: str) -> Epochs:
         if (loop := self._hand.running) is None:
             raise UserError(f"Ranks.{name} is for the lines in a loop over Ranks.epochs")
         return loop
 
-    def _wrapped(self, method: str, name: str, net: nn.Module) -> DataParallel:
+    def _wrapped(self, method: str, name: str, net: nn.Module) -> Parallel:
         for model in self._models:
             if bare_of(net) is model.bare:
                 return model
@@ -249,52 +264,11 @@ class Ranks:
         """Write the bare module's state_dict, on rank 0; when it returns, the file exists. All ranks take part."""
         model = self._wrapped("save", "its model", net)
         model.share_buffers()
-        refused = ""
+        weights, refused = model.weights(), ""
         if self.world.is_main:
             try:
-                save_weights(bare_state_dict(model.bare), Path(path))
+                save_weights(weights, Path(path))
             except OSError as error:
                 refused = f"{path} can't be written: {error.strerror}"
         if refused := self.world.from_main(refused):
             raise UserError(refused)
-
-    def _update(self, metrics: MetricSet, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from .metrics.metric_set import Arguments
-
-        samples = None if self._hand.part is None else self._hand.part.samples
-        metrics.update(None, None, {name: Arguments(args, kwargs)}, batch=self._tracked.num_batches, samples=samples)
-
-
-class Synchronised:
-    """A metric over all ranks.
-
-    Args:
-        own: of this rank's samples, with the metric of that name alone.
-    """
-
-    def __init__(self, ranks: Ranks, name: str, own: MetricSet) -> None:
-        self._ranks = ranks
-        self._name = name
-        self._own = own
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Take in a batch of this rank, by the metric's own arguments: predictions and target mostly. No collective."""
-        if self._ranks.has_samples:
-            self._ranks._update(self._own, self._name, args, kwargs)
-
-    def compute(self) -> Result | dict[str, Result]:
-        """The value, on all ranks: a number, lists of numbers, or such by name. All ranks take part."""
-        loop = self._ranks._hand.running
-        return self._compute() if loop is None else loop.state.once(self._compute)
-
-    def _compute(self) -> Result | dict[str, Result]:
-        kept = self._own.state_dict()
-        reduced = reduce_states(self._own.states())
-        values = {} if reduced is None else self._own.finish(reduced)
-        self._own.load_state_dict(kept)  # more may be added
-        values = self._ranks.world.from_main(values)
-        return values.get(self._name, values)
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        self._own.reset()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -61,7 +60,8 @@ from .optimization.optimizer_step import Update
 from .optimization.run_length import Interval, RunLength
 from .optimization.scheduling import Scheduling
 from .predict import predict_features, predict_shares
-from .strategies.base import Parallel, require_uncut
+from .strategies.base import require_uncut
+from .strategies.by_name import parallel
 from .summary import summary
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Trainer:
         loss = LearnedLoss(loss_fn, net, self.world)
         if self.optimizer is not None:
             loss.adopt(self.optimizer, self._say, is_whole=STRATEGIES[self.settings.fit.strategy].is_plain)
-        self.model = self._parallel(net, strategy)
+        self.model = parallel(net, self.world, strategy, self.settings.fit, self.precision.dtype)
         self.model.loss = loss
         self.net = self.model.bare
         self._step: Step | None = None
@@ -206,13 +206,6 @@ class Trainer:
         self._callbacks = Callbacks(callbacks)
         self._run_dir = run_dir
         self._resume = resume
-
-    def _parallel(self, net: nn.Module, strategy: Strategy) -> Parallel:
-        fit = self.settings.fit
-        module: Any = import_module(STRATEGIES[fit.strategy].module)
-        settings = None if isinstance(strategy, str) else strategy
-        made: Parallel = module.parallel(net, self.world, settings, fit, self.precision.dtype)
-        return made
 
     def _take(self, step: UserStep) -> None:
         self._made_by, self._has_own_step = step, True

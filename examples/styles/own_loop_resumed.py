@@ -32,7 +32,7 @@ for _ in ranks.epochs(5, net=net, optimizer=optimizer):
             predictions = net(images)
             metrics["val_loss"].update(loss_fn(predictions, labels), len(labels))
             metrics["val_acc"].update(predictions, labels)
-    print(ranks.report(**{name: metric.compute() for name, metric in metrics.items()}))
+    ranks.report(**{name: metric.compute() for name, metric in metrics.items()})
     for metric in metrics.values():
         metric.reset()
 ranks.save(net, "net.pt")

@@ -6,7 +6,7 @@ import os
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from torchmetrics import Accuracy, MeanMetric
-from training import Samples, epoch_order
+from training import Samples, epoch_order, timeless
 
 from dtrain import Ranks
 from dtrain.run.folder import RunDir
@@ -30,6 +30,7 @@ class Options:
     """The loop, and what happens in this process: turns are the batches of both loaders, from 1."""
 
     random: bool = True  # dropout, and a buffer of each rank's own
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     micro_batch_size: int | None = None
     checkpoint_every: int | str = "epoch"
     epochs: int = EPOCHS
@@ -59,7 +60,15 @@ class Drift(nn.Module):
 def new_net(*, random: bool) -> nn.Module:
     torch.manual_seed(5)
     noise = [Drift(), nn.Dropout(0.3)] if random else []
-    return nn.Sequential(nn.Linear(4, 8), *noise, nn.Tanh(), nn.Linear(8, 3))
+    net = nn.Sequential(nn.Linear(4, 8), *noise, nn.Tanh(), nn.Linear(8, 3))
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def unfreeze(net: nn.Module, epoch: int) -> None:
+    """What a run that continues in a later epoch does not do again."""
+    if epoch == 2:
+        net[0].bias.requires_grad_(True)
 
 
 def own_loop(rank: int, world_size: int, folder: str, options: Options) -> bool:
@@ -70,7 +79,7 @@ def own_loop(rank: int, world_size: int, folder: str, options: Options) -> bool:
         DataLoader(samples(), batch_size=BATCH, shuffle=True), micro_batch_size=options.micro_batch_size
     )
     val = ranks.shard(DataLoader(samples(7), batch_size=BATCH))
-    net = ranks.wrap(new_net(random=options.random))
+    net = ranks.wrap(new_net(random=options.random), strategy=options.strategy)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     scheduler = StepLR(optimizer, 1, gamma=0.5)
     metrics = ranks.synchronise(
@@ -89,7 +98,10 @@ def own_loop(rank: int, world_size: int, folder: str, options: Options) -> bool:
     parts = {"optimizer": optimizer, "scheduler": scheduler}
     every = options.checkpoint_every
     try:
-        for _ in ranks.epochs(options.epochs, net=net, checkpoint_every=every, run_dir=folder, resume=True, **parts):
+        for epoch in ranks.epochs(
+            options.epochs, net=net, checkpoint_every=every, run_dir=folder, resume=True, **parts
+        ):
+            unfreeze(net, epoch)
             net.train()
             for features, target in train:
                 loss = loss_fn(net(features), target)
@@ -119,8 +131,7 @@ def own_loop(rank: int, world_size: int, folder: str, options: Options) -> bool:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    found = RunDir(folder).rows()
-    return [{key: value for key, value in row.items() if key != "time"} for row in found]
+    return [timeless(row) for row in RunDir(folder).rows()]
 
 
 def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -142,6 +153,7 @@ def plain_loop() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     scheduler = StepLR(optimizer, 1, gamma=0.5)
     for epoch in range(1, EPOCHS + 1):
+        unfreeze(net, epoch)
         total = 0.0
         for chosen in epoch_order(SIZE, 0, epoch).split(BATCH):
             losses = nn.functional.cross_entropy(net(data.features[chosen]), data.target[chosen], reduction="none")
@@ -161,7 +173,7 @@ def plain_loop() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
 
 # In an epoch 4 turns of training, 2 of validation. A rank's request is heard after the next turn at the latest.
 INTERRUPTED = {
-    "in training": Options(stop_at_turn=2),
+    "in training": Options(stop_at_turn=14),
     "at the first batch": Options(stop_at_turn=1),
     "in validation": Options(stop_at_turn=4),
     "at an epoch's end": Options(stop_at_turn=6),
@@ -172,40 +184,51 @@ INTERRUPTED = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folders of runs that nothing interrupted, by their number of ranks."""
+    """The folders of runs that nothing interrupted, by their numbers of ranks and strategies."""
     folders = {}
 
-    def run(world_size: int) -> Path:
-        if world_size not in folders:
-            folders[world_size] = tmp_path_factory.mktemp("whole") / "run"
-            train(folders[world_size], (world_size, Options()))
-        return folders[world_size]
+    def run(world_size: int, strategy: str) -> Path:
+        if (world_size, strategy) not in folders:
+            folders[world_size, strategy] = tmp_path_factory.mktemp("whole") / "run"
+            train(folders[world_size, strategy], (world_size, Options(strategy=strategy)))
+        return folders[world_size, strategy]
 
     return run
 
 
-@pytest.mark.parametrize("how", INTERRUPTED)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_continued_loop_has_the_bits_of_one_that_never_stopped(how, world_size, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "how"),
+    [
+        *((world_size, "ddp", how) for world_size in (1, 2) for how in INTERRUPTED),
+        *((2, "fsdp", how) for how in ("in training", "in validation", "killed in training")),
+    ],
+)
+def test_a_continued_loop_has_the_bits_of_one_that_never_stopped(world_size, strategy, how, whole, tmp_path):
+    options = Options(strategy=strategy)
     # Those that are stopped are stopped again, after one more batch.
-    again = [(world_size, Options(stop_at_turn=1))] * (INTERRUPTED[how].stop_at_turn is not None)
-    train(tmp_path / "run", (world_size, INTERRUPTED[how]), *again, (world_size, Options()))
-    assert rows(tmp_path / "run") == rows(whole(world_size))
+    again = [(world_size, replace(options, stop_at_turn=1))] * (INTERRUPTED[how].stop_at_turn is not None)
+    interrupted = replace(INTERRUPTED[how], strategy=strategy)
+    train(tmp_path / "run", (world_size, interrupted), *again, (world_size, options))
+    uninterrupted = whole(world_size, strategy)
+    assert rows(tmp_path / "run") == rows(uninterrupted)
     for name in ("last", "best"):
-        for key, value in weights(whole(world_size), name).items():
+        for key, value in weights(uninterrupted, name).items():
             assert torch.equal(weights(tmp_path / "run", name)[key], value), key
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1])
-def test_on_other_numbers_of_ranks_it_is_a_plain_loop(micro_batch_size, tmp_path):
+@pytest.mark.parametrize(
+    ("micro_batch_size", "strategies"),
+    [(None, ["ddp"] * 3), (1, ["ddp"] * 3), (None, ["fsdp"] * 3), (1, ["ddp", "fsdp", "ddp"])],
+)
+def test_on_other_numbers_of_ranks_it_is_a_plain_loop(micro_batch_size, strategies, tmp_path):
     """Stopped in training and in validation, with another number of ranks each time; its epochs may become more."""
-    options = Options(random=False, micro_batch_size=micro_batch_size, epochs=2)
+    options = [Options(random=False, micro_batch_size=micro_batch_size, epochs=2, strategy=each) for each in strategies]
     in_training, in_validation = (1, 2) if micro_batch_size is None else (3, 5)
     train(
         tmp_path / "run",
-        (1, replace(options, stop_at_turn=in_training)),
-        (3, replace(options, stop_at_turn=in_validation)),
-        (2, replace(options, epochs=EPOCHS)),
+        (1, replace(options[0], stop_at_turn=in_training)),
+        (3, replace(options[1], stop_at_turn=in_validation)),
+        (2, replace(options[2], epochs=EPOCHS)),
     )
     expected, state = plain_loop()
     for row, plain in zip(rows(tmp_path / "run"), expected, strict=True):

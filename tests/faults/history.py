@@ -24,7 +24,7 @@ class History:
 
     Attributes:
         rows: what metrics.jsonl says, but for how fast it was.
-        weights: last.pt, best.pt and swa.pt.
+        weights: last.pt, best.pt and swa.pt, as far as there are such.
         seen: the micro-batches of each pass that counts: the last time that its step was done, or what it had come to
             validated. A sample is [index, what was drawn for it...].
     """
@@ -34,11 +34,15 @@ class History:
     seen: dict[Pass, list[list[list[float]]]]
 
     @classmethod
-    def read(cls, run: RunDir, launches: list[Path]) -> History:
-        """Of a run that these launches made, one after the other."""
+    def read(cls, run: RunDir, launches: list[Path], *, resumes_validation: bool = False) -> History:
+        """Of a run that these launches made, one after the other.
+
+        Args:
+            resumes_validation: whether a validation that was stopped goes on where it was, and not from its beginning.
+        """
         rows = [timeless(row) for row in run.rows()]
         files = (run.last_weights, run.best_weights, run.swa_weights)
-        weights = {path.name: torch.load(path, weights_only=True) for path in files}
+        weights = {path.name: torch.load(path, weights_only=True) for path in files if path.exists()}
         seen: dict[Pass, list[list[list[float]]]] = {}
         for launch in launches:
             own: dict[Pass, list[list[list[float]]]] = {}
@@ -46,8 +50,15 @@ class History:
                 rank = int(record.stem.removeprefix("rank-"))
                 for training, step, samples in map(json.loads, record.read_text().splitlines()):
                     own.setdefault((training, step, rank), []).append(samples)
-            seen |= own
+            for key, parts in own.items():
+                rest = not key[0] and resumes_validation
+                seen[key] = continued(seen.get(key, []), parts) if rest else parts
         return cls(rows, weights, seen)
+
+
+def continued(before: list[list[list[float]]], after: list[list[list[float]]]) -> list[list[list[float]]]:
+    """A validation's batches, by the samples in them: of those that were seen again, what was seen then."""
+    return list({tuple(sample[0] for sample in part): part for part in [*before, *after]}.values())
 
 
 def differences(found: History, expected: History) -> list[str]:

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 from faults.campaign import Campaign, summary
-from faults.history import History, differences, lost_and_repeated
+from faults.history import History, continued, differences, lost_and_repeated
 from faults.job.fault import Fault
-from faults.trial import MOMENTS, OVERRIDES, Trial, draw, run_trial, unexpected
+from faults.trial import LOOP, MOMENTS, VARIANTS, Trial, draw, run_trial, unexpected
 
 from dtrain.run.folder import RunDir
 
 SEED, NUMBER = 0, 1767
+OWN_LOOP = 9
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 
@@ -29,10 +30,11 @@ def history(campaign: Campaign) -> History:
 
 
 @pytest.mark.campaign
-def test_a_run_that_was_struck_has_the_history_of_one_that_was_not(campaign):
-    result = campaign.run(NUMBER)
+@pytest.mark.parametrize("number", [NUMBER, OWN_LOOP])
+def test_a_run_that_was_struck_has_the_history_of_one_that_was_not(number, campaign):
+    result = campaign.run(number)
     assert result.clean, result
-    assert len(result.struck) == len(draw(SEED, NUMBER).faults)
+    assert len(result.struck) == len(draw(SEED, number).faults)
     assert "1 trials, 1 clean, 1 bit-identical" in summary([result])
 
 
@@ -43,6 +45,12 @@ def test_the_trial_is_a_hard_one():
     assert {fault.signal for fault in trial.faults} == {KILL, TERM}
 
 
+def test_the_own_loop_is_one_with_a_cut_model():
+    trial = draw(SEED, OWN_LOOP)
+    assert (trial.config.program, trial.config.overrides) == (LOOP, ("--strategy=fsdp",))
+    assert [(fault.victim, fault.moment) for fault in trial.faults] == [("group", "backward")]
+
+
 def test_the_campaign_draws_trials_of_all_kinds():
     trials = [draw(SEED, number) for number in range(200)]
     faults = [fault for trial in trials for fault in trial.faults]
@@ -50,11 +58,12 @@ def test_the_campaign_draws_trials_of_all_kinds():
     assert {fault.victim for fault in faults} == {"rank", "ranks", "agent", "group", "loader"}
     assert {fault.signal for fault in faults} == {KILL, TERM, signal.SIGABRT}
     assert {trial.config.every for trial in trials} == {"epoch", 3}
-    assert {trial.config.overrides for trial in trials} == set(OVERRIDES)
+    assert {(trial.config.program, trial.config.overrides) for trial in trials} == set(VARIANTS)
 
 
 def test_the_uninterrupted_run_is_worth_comparing_with(history):
     assert [row["step"] for row in history.rows] == [8, 16, 24]
+    assert history.weights.keys() == {"last.pt", "best.pt", "swa.pt"}
     assert lost_and_repeated(history) == ([], [])
     passes = [parts for (training, _, _), parts in history.seen.items() if training]
     draws = {tuple(sample[1:]) for parts in passes for part in parts for sample in part}
@@ -72,6 +81,12 @@ def test_a_run_that_cannot_be_repeated_and_a_fault_that_never_strikes_are_report
     different = set(result.problems["different"])
     assert {"row 1 of metrics.jsonl", "first.weight in last.pt", "rank 1 in step 0"} <= different
     assert not any(result.problems[name] for name in ("lost", "repeated", "orphans", "unusable", "wrong"))
+
+
+def test_a_validation_that_goes_on_is_one_with_its_beginning():
+    first, second, third = ([[float(2 * i), 0.5], [2.0 * i + 1, 0.5]] for i in range(3))
+    again = [[sample[0], 0.25] for sample in second]
+    assert continued([first, second], [again, third]) == [first, again, third]
 
 
 def changed(history: History, key: tuple[bool, int, int], samples: list[list[float]]) -> History:

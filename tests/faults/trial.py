@@ -23,41 +23,62 @@ from faults.job.fault import EPOCH_STEPS, EPOCHS, LAST_STEP, Fault
 
 from dtrain.run.folder import RunDir
 
-JOB = Path(job.__file__).with_name("job.yaml")
+JOB, LOOP = (Path(job.__file__).with_name(name) for name in ("job.yaml", "loop.py"))
 VICTIMS = ("rank", "ranks", "agent", "group")
 WEIGHTS = "first.pt"  # in a trial's folder, for what begins with it
-# The job as it stands, and before it: a part unfrozen in the second epoch; a layer that each rank leaves out by chance;
-# and counting in steps, with a step that logs, weights to begin with, and a callback whose state decides what it does.
-OVERRIDES = (
-    ('fit.freeze={patterns: ["rest.0.*", "rest.3.*"], until: 11}',),
-    ("fit.unused_parameters=allow", "model.drop=0.4"),
+TWO_OPTIMIZERS = (
+    "optimizer={one: {_target_: torch.optim.SGD, params: rest.3.*, lr: 0.05, momentum: 0.9},"
+    " rest: {_target_: net.Adam, lr: 0.02}}"
+)
+# The job as it stands, and before it: a part unfrozen in the second epoch; a layer that each rank leaves out by chance,
+# trained by two optimizers; and counting in steps, with a step that logs, weights to begin with, and a callback whose state decides what it does.
+# Then a loop of its own, and one whose model is cut.
+VARIANTS = (
+    (JOB, ('fit.freeze={patterns: ["rest.0.*", "rest.3.*"], until: 11}',)),
+    (JOB, ("fit.unused_parameters=allow", "model.drop=0.4", TWO_OPTIMIZERS)),
     (
-        *("fit.validate_every=5", "fit.report_every=3", "loss=null", "step={_target_: net.classify}"),
-        f"init_from={{weights: {WEIGHTS}, strict: false}}",
-        "callbacks=[{_target_: dtrain.WeightAveraging, start: epoch}, {_target_: net.Nudge, every: 5}]",
+        JOB,
+        (
+            *("fit.validate_every=5", "fit.report_every=3", "loss=null", "step={_target_: net.classify}"),
+            f"init_from={{weights: {WEIGHTS}, strict: false}}",
+            "callbacks=[{_target_: dtrain.WeightAveraging, start: epoch}, {_target_: net.Nudge, every: 5}]",
+        ),
     ),
-    (),
+    (JOB, ()),
+    (LOOP, ()),
+    (LOOP, ("--strategy=fsdp",)),
 )
 MOMENTS = ("start", "load", "forward", "backward", "checkpoint", "validation", "time")
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the run is made; the first three decide its bits."""
+    """How the run is made; all but `every` decide its bits."""
 
     ranks: int
     workers: int
     micro_batch_size: int | None
     every: int | str = "epoch"
+    program: Path = JOB
     overrides: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.ranks} ranks, {self.workers} workers, micro {self.micro_batch_size}, every {self.every}"
+        how = f"{self.ranks} ranks, {self.workers} workers, micro {self.micro_batch_size}, every {self.every}"
+        return " ".join([f"{self.program.name}: {how}", *self.overrides])
 
     def arguments(self) -> list[str]:
-        micro = "null" if self.micro_batch_size is None else self.micro_batch_size
-        settings = [f"data.workers={self.workers}", f"fit.micro_batch_size={micro}", f"checkpoint.every={self.every}"]
-        return ["--gpus", str(self.ranks), "--run-dir", "run", str(JOB), *settings, *self.overrides]
+        micro = self.micro_batch_size
+        if self.program == JOB:
+            micro = "null" if micro is None else micro
+            settings = [
+                f"data.workers={self.workers}",
+                f"fit.micro_batch_size={micro}",
+                f"checkpoint.every={self.every}",
+            ]
+        else:
+            settings = ["--", f"--workers={self.workers}", f"--every={self.every}"]
+            settings += [] if micro is None else [f"--micro-batch-size={micro}"]
+        return ["--gpus", str(self.ranks), "--run-dir", "run", str(self.program), *settings, *self.overrides]
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ def draw(seed: int, number: int) -> Trial:
     """Trial `number` of the campaign `seed`: always the same one."""
     rng = random.Random(f"{seed}/{number}")
     drawn = rng.choice((2, 3)), rng.choice((0, 2)), rng.choice((None, 3)), rng.choice(("epoch", 3))
-    config = Config(*drawn, OVERRIDES[number % len(OVERRIDES)])
+    config = Config(*drawn, *VARIANTS[number % len(VARIANTS)])
     # Each fault has an epoch of its own, so that the launch before leaves it something to strike.
     epochs = sorted(rng.sample(range(EPOCHS), rng.randint(1, EPOCHS)))
     return Trial(config, tuple(draw_fault(rng, config, epoch, epoch == epochs[-1]) for epoch in epochs))
@@ -159,7 +180,7 @@ def run_trial(trial: Trial, folder: Path, store: str, expected: History) -> Resu
             problems["unusable"].append(f"{here.name} ended with {code}")
             return result
     try:
-        found = History.read(run, launches)
+        found = History.read(run, launches, resumes_validation=trial.config.program == LOOP)
         problems["different"] = differences(found, expected)
         problems["lost"], problems["repeated"] = lost_and_repeated(found)
     except Exception as error:  # whatever a missing or damaged file makes its reader raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -225,6 +225,25 @@ def test_gradients_that_nobody_averages():
     assert all("net = ranks.wrap(net)" in said for said in run_ranks(2, unwrapped))
 
 
+def leaving_out(rank: int, world_size: int) -> str:
+    """In the last batch, after which DDP would look no more."""
+    ranks = Ranks(device="cpu")
+    net = ranks.wrap(nn.ModuleDict({"head": nn.Linear(4, 3), "other": nn.Linear(4, 3)}))
+    batches = iter(data := ranks.shard(DataLoader(samples(), batch_size=BATCH)))
+    for batch in range(1, len(data) + 1):
+        features, _ = next(batches)
+        heads = ["head"] if batch == len(data) else ["head", "other"]
+        sum(ranks.scale_loss(net[name](features).mean()) for name in heads).backward()
+    with pytest.raises(UserError) as refused:
+        next(batches)
+    return str(refused.value)
+
+
+def test_a_batch_that_leaves_out_parameters_is_refused():
+    expected = "the loss of the batch does not depend on the parameters other.weight, other.bias"
+    assert all(said.startswith(expected) for said in run_ranks(2, leaving_out))
+
+
 def added_to(rank: int, world_size: int) -> Any:
     """A value, and the one after more samples on one of the ranks."""
     metric = Ranks(device="cpu").synchronise({"loss": MeanMetric()})["loss"]
@@ -251,3 +270,41 @@ def remembering(rank: int, world_size: int) -> Any:
 def test_metrics_that_give_several_values():
     expected = {"acc_raw": 0.5, "acc_max": 0.5, "acc_min": 0.5}
     assert run_ranks(2, remembering) == [expected, expected]
+
+
+def make_rivals() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(6)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), nn.Linear(4, 1)
+
+
+def contend(generator: nn.Module, discriminator: nn.Module, batches: Any, scale: Any) -> None:
+    """Three losses with backward passes of their own, the last one through both models."""
+    for_generator, for_discriminator = (torch.optim.Adam(net.parameters()) for net in (generator, discriminator))
+    loss_fn = nn.BCEWithLogitsLoss()
+    for features, _ in batches:
+        true, false, made = torch.ones(len(features), 1), torch.zeros(len(features), 1), generator(features.flip(1))
+        for_discriminator.zero_grad()
+        scale(loss_fn(discriminator(features), true)).backward()
+        scale(loss_fn(discriminator(made.detach()), false)).backward()
+        for_discriminator.step()
+        for_generator.zero_grad()
+        scale(loss_fn(discriminator(made), true)).backward()
+        for_generator.step()
+
+
+def contending(rank: int, world_size: int, folder: str, strategy: Literal["ddp", "fsdp"]) -> None:
+    ranks = Ranks(device="cpu")
+    data = ranks.shard(DataLoader(samples(), batch_size=BATCH))
+    rivals = [ranks.wrap(net, strategy=strategy) for net in make_rivals()]
+    contend(*rivals, data, ranks.scale_loss)
+    for number, net in enumerate(rivals):
+        ranks.save(net, Path(folder) / f"{number}.pt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_models_against_each_other(strategy, tmp_path):
+    run_ranks(2, contending, str(tmp_path), strategy)
+    contend(*(rivals := make_rivals()), DataLoader(samples(), batch_size=BATCH), lambda loss: loss)
+    for number, net in enumerate(rivals):
+        found = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        torch.testing.assert_close(found, net.state_dict(), rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dtrain.errors import Problem, UserError, among
 from dtrain.schema.contradictions import contradictions_of
-from dtrain.schema.sections import Checkpoint, Fit, InitFrom, Launch
+from dtrain.schema.sections import Checkpoint, Fit, Fsdp, InitFrom, Launch
 from dtrain.schema.strategies import name_of
 from dtrain.schema.targets import OPTIMIZER_NAME, SchedulerTarget, Section, Seed
 from dtrain.schema.validation import problems_in
@@ -90,11 +90,22 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     return _checked(values, [each for scheduler in schedulers for each in problems_in(SchedulerTarget, scheduler)])
 
 
-def settings_of_loop(epochs: int, monitor: str | None, mode: str, every: int | str, keep: int, seed: int) -> Settings:
+def settings_of_loop(
+    epochs: int, early_stopping: Mapping[str, Any], checkpoint: Mapping[str, Any], seed: int
+) -> Settings:
     """Those of a loop of the user's own; raises UserError as `settings_of` does."""
-    best = {"monitor": monitor or "val_loss", "mode": mode}
-    fit, checkpoint = {"epochs": epochs, "early_stopping": best}, {"every": every, "keep": keep}
+    fit = {"epochs": epochs, "early_stopping": early_stopping}
     return _checked({"fit": fit, "checkpoint": checkpoint, "launch": {}, "seed": seed, "init_from": None})
+
+
+def fit_of_loop(strategy: Any) -> Fit:
+    """Those by which such a loop's model is shared; raises UserError for what it can't have."""
+    name = name_of(strategy) or strategy
+    if name not in ("ddp", "fsdp"):
+        raise UserError(f"Ranks.wrap: strategy is {name!r}, expected 'ddp', 'fsdp' or Fsdp(...); Trainer has deepspeed")
+    if isinstance(strategy, Fsdp) and not strategy.reshard_after_forward:
+        raise UserError("Ranks.wrap: a loop of your own can't keep what fsdp gathers: leave out reshard_after_forward")
+    return Fit.model_validate({"epochs": 1, "strategy": name})
 
 
 def _checked(values: Mapping[str, Any], others: Sequence[Problem] = ()) -> Settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from dtrain.schema.sections import Fit
 
 from ..distributed.wishes import Wish
 from ..metrics.early_stopping import Best
+from ..metrics.speed import Speed
 from .data import FitData
 
 
@@ -32,31 +32,6 @@ class Position:
     def has_row(self) -> bool:
         """Whether a row was made after the last step."""
         return self.step > 0 and self.step in (self.reported, self.validated)
-
-
-class Speed:
-    """Samples per second, of the time between `start` and `pause`."""
-
-    def __init__(self) -> None:
-        self._samples, self._seconds = 0, 0.0
-        self._began: float | None = None
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def add(self, samples: int) -> None:
-        self._samples += samples
-
-    def pause(self) -> None:
-        if self._began is not None:
-            self._seconds += time.perf_counter() - self._began
-        self._began = None
-
-    def take(self) -> float | None:
-        """Those since the last call; None where there were none."""
-        samples, seconds = self._samples, self._seconds
-        self._samples, self._seconds = 0, 0.0
-        return samples / seconds if samples else None
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,14 +11,14 @@ from torch import nn
 _bare: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
-def called_as(net: nn.Module, module: nn.Module) -> nn.Module:
-    """A module that is `net`, except that calling it calls `module`, which contains `net`."""
+def called_as(net: nn.Module, call: Callable[..., Any]) -> nn.Module:
+    """A module that is `net`, except that calling it calls this, which calls `net` in turn."""
     kind: Any = type(net)
 
     class Called(kind):  # type: ignore[misc]  # which only is known now
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # Others of this class may be made of it, as a Sequential's slices are.
-            return module(*args, **kwargs) if self in _bare else super().__call__(*args, **kwargs)
+            return call(*args, **kwargs) if self in _bare else super().__call__(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is a model by itself
             return net.__reduce_ex__(protocol) if self in _bare else super().__reduce_ex__(protocol)

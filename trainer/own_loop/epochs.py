@@ -7,8 +7,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any, NoReturn
+
+from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 from dtrain.run.folder import Row, RunDir
@@ -24,9 +25,10 @@ from ..distributed.world import World
 from ..metrics.early_stopping import Best
 from ..metrics.plots import try_to_draw
 from .parts import Parts
-from .rows import row_of
+from .rows import head_of, require_monitored, row_of
 from .state import State
 from .tracked import Loader, Tracked
+from .turn import Turn
 
 
 class Epochs:
@@ -37,7 +39,7 @@ class Epochs:
         parts: what is trained.
         tracked: what else the script has made.
         settings: of them `fit` and `checkpoint`.
-        is_chosen: whether the user has named the monitor.
+        is_chosen: whether the user has named the monitor, or what ends the loop early.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class Epochs:
         self.state = State(world, parts, tracked, Best(settings.fit.early_stopping))
         self._num_metrics = tracked.num_metrics
         self._saver: RunWriter | None = None  # once it has begun
-        self._is_asked = self._is_counted = False  # of the batch in hand
-        self._samples = 0  # trained on since this process began
+        self._turn = Turn()
+        self._is_asked = False  # what the ranks wish for, before the batch in hand
+        self._postponed = NONE
         self._saved_at = self._turned_at = time.monotonic()
 
     @property
@@ -88,7 +91,7 @@ class Epochs:
                 self._begin()
             else:
                 self._end_epoch()
-            if self.state.place.epoch > self.count:
+            if self._is_at_end and not self.state.is_on_its_way:
                 self._finish()
         except BaseException as error:
             self.leave(error)
@@ -99,28 +102,36 @@ class Epochs:
         self._beat()
         return self.state.place.epoch
 
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether no epoch is to follow on the last one, or on the current one."""
+        return self.state.place.epoch > self.count or self.state.place.verdict is not None
+
     def _begin(self) -> None:
         run = self._folder.__enter__()
         self._heartbeat = Heartbeat(run.heartbeat(self._world.rank))
         self._agreement = Agreement(self._world, self._heartbeat)
-        self._saver = RunWriter(run, self._world, self._settings)
+        self._saver = RunWriter(run, self._world, self._settings, self._parts.room)
         atexit.register(self._leave_at_exit)  # after `break`, or an error
+        optimizers = self._parts.optimizers.values()
+        self._hooks = [each.register_step_post_hook(self._after_step) for each in optimizers]
         if (snapshot := self._saver.load(self.state.misfit)) is not None:
             self.state.resume(snapshot)
         self._saver.begin_rows(self.state.rows)
 
     def _end_epoch(self) -> None:
         self.state.require_continued()
-        if self.state.place.epoch == 1:
-            self._require_monitored()
-        self._is_counted = False
+        if self.state.place.epoch == 1 and (self.state.rows or self._is_chosen):
+            require_monitored(self.state.best, self._world, is_chosen=self._is_chosen)
+        self._turn.end()
         ended = self.state.place.epoch
         self.state.place.end_epoch()
-        is_last = self.state.place.epoch > self.count
+        is_last = self._is_at_end
         if self._heartbeat.stop:
             self._agreement.wish(Wish.STOP)
         # All ranks: also what was asked before the last batch.
-        wishes = self._agreed() | self._agreement.at_once((Wish.STOP, Wish.SAVE))
+        wishes = self._postponed | self._agreed() | self._agreement.at_once((Wish.STOP, Wish.SAVE))
+        self._postponed = NONE
         stops = Wish.STOP in wishes and not is_last
         self._copy_last()
         if stops or is_last or Wish.SAVE in wishes or (self._interval and self._interval.is_over(0, ended)):
@@ -130,22 +141,13 @@ class Epochs:
         if stops:
             self._stop()
 
-    def _require_monitored(self) -> None:
-        """After the first epoch: is there a value to tell the best weights by?"""
-        name = self.state.best.monitor
-        if self.state.best.step or self.state.best.epoch or not (self.state.rows or self._is_chosen):
-            return
-        problem = f"no row of epoch 1 has {name}, by which the best weights are chosen: Ranks.report({name}=...)"
-        if self._is_chosen:
-            raise UserError(f"Ranks.epochs: {problem}")
-        if self._world.is_main:
-            say(f"warning: {problem}, or Ranks.epochs(..., monitor=...); there will be no weights/best.pt")
-
     def _finish(self) -> None:
-        saver = self._begun
+        saver, place = self._begun, self.state.place
+        if self._world.is_main and place.verdict is not None:
+            say(f"stopping early, after step {place.step}: {place.verdict}")
         self._heartbeat.enter(Phase.SAVING)
         saver.finish()
-        if self._world.is_main and (self._samples or not saver.run.plots.exists()):
+        if self._world.is_main and (self._turn.samples or not saver.run.plots.exists()):
             try_to_draw(saver.run, self.state.rows, self.state.best.step, ("train", "val"))
         self.leave(None)
 
@@ -156,6 +158,8 @@ class Epochs:
         self.is_over = True
         atexit.unregister(self._leave_at_exit)
         if self._saver is not None:
+            for hook in self._hooks:
+                hook.remove()
             self._saver.leave(error)
             self._heartbeat.enter(Phase.DONE)
         failure = (None, None, None) if error is None else (type(error), error, error.__traceback__)
@@ -174,19 +178,32 @@ class Epochs:
     def before_batch(self, loader: Loader) -> None:
         """Between two batches of the outermost loader, do what any rank has wished for. All ranks take part.
 
+        Not between a gradient and the optimizer's step: of batches whose gradients are added up, after the last one.
+
         Raises:
             Stopped: all ranks agreed to stop; a checkpoint of this very place is saved.
         """
         if not self._is_outermost(loader):
+            self._turn.pause()
             return
-        has_stepped, self._is_counted = self._is_counted, False
-        wishes = self._agreed()
+        if self._turn.is_counted and self.state.place.active[loader.number] == loader.batches.num_steps:
+            self._world.await_device()  # what is measured is training, not asking for it
+        has_stepped = self._turn.end()
+        wishes = self._postponed | self._agreed()
         self._beat(loader)
-        if Wish.STOP in wishes:
+        if has_stepped and self._interval and self._interval.is_over(self.state.place.step, 0):
+            wishes |= {Wish.SAVE}
+        self._postponed = wishes if self._turn.is_pending else NONE
+        if wishes - self._postponed:
             self._save()
+        if Wish.STOP in wishes - self._postponed:
             self._stop()
-        if Wish.SAVE in wishes or (has_stepped and self._interval and self._interval.is_over(self.state.place.step, 0)):
-            self._save()
+        self._turn.begin()
+
+    def end_iteration(self, loader: Loader) -> None:
+        """One over the loader is over, or was left. No collective."""
+        self.state.end_iteration(loader)
+        self._turn.resume() if self.state.place.active else self._turn.pause()
 
     def hand_out(self, loader: Loader) -> None:
         """A batch of the loader comes now. All ranks take part where it is the outermost, without waiting."""
@@ -200,10 +217,18 @@ class Epochs:
 
     def count_step(self, samples: int) -> None:
         """The loss of the batch in hand is scaled: it is one that is trained on."""
-        if not self._is_counted:
-            self._is_counted = True
+        if not self._turn.is_counted:
+            self._turn.count(samples)
             self.state.place.step += 1
-            self._samples += samples
+            self.state.place.lr = self._parts.learning_rate
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._turn.is_pending = False
+        if self.state.place.active and not self._turn.samples:
+            name = type(optimizer).__name__
+            raise UserError(
+                f"the {name} has made a step by a loss that was not scaled: ranks.scale_loss(loss).backward()"
+            )
 
     def _is_outermost(self, loader: Loader) -> bool:
         return next(iter(self.state.place.active)) == loader.number
@@ -222,49 +247,32 @@ class Epochs:
         """Show this rank's position."""
         now = time.monotonic()
         turn_s, self._turned_at = now - self._turned_at, now
-        self._heartbeat.beat(
-            Beat(
-                epoch=min(self.state.place.epoch, self.count),
-                epochs=self.count,
-                step=self.state.place.step,
-                step_in_epoch=0 if loader is None else self.state.place.active[loader.number],
-                steps_in_epoch=0 if loader is None else loader.batches.num_steps or 0,
-                samples=float(self._samples),
-                phase=self._phase(Phase.LOADING),
-                stop_s=turn_s,
-            )
-        )
+        place, phase = self.state.place, self._phase(Phase.LOADING)
+        done, steps = (0, 0) if loader is None else (place.active[loader.number], loader.batches.num_steps or 0)
+        epoch, samples = min(place.epoch, self.count), float(self._turn.samples)
+        self._heartbeat.beat(Beat(epoch, self.count, place.step, done, steps, samples, phase=phase, stop_s=turn_s))
 
     # -- rows ------------------------------------------------------------------------------------
 
     def report(self, values: Mapping[str, Any]) -> Row:
         """Add a row, see `Ranks.report`. All ranks take part."""
-        return self.state.once(lambda: self._report(values))
-
-    def _report(self, values: Mapping[str, Any]) -> Row:
+        place, best = self.state.place, self.state.best
         self._heartbeat.enter(Phase.REPORTING)
-        row = row_of(self._world, self._head(), values, self._tracked.logged)
+        self._turn.pause()
+        lr = float(self._parts.learning_rate if place.lr is None else place.lr)
+        head = head_of(place, self._tracked.share_done(place.active), lr, self._turn.take_speed())
+        row = row_of(self._world, head, values, self._tracked.logged)
         self._tracked.logged.reset()
-        self.state.place.reported = self.state.place.step
+        place.reported = place.step
         self.state.rows.append(row)
         self._begun.write_rows(self.state.rows)
-        if self.state.best.monitor in row and self.state.best.update(row):
-            self._begun.copy_weights({self._begun.run.best_weights: self._parts.net.weights()})
-            self._begun.write()
+        if best.monitor in row:
+            if best.update(row):
+                self._begun.copy_weights({self._begun.run.best_weights: self._parts.net.weights()})
+                self._begun.write()
+            place.verdict = place.verdict or best.verdict
+        self._turn.resume()
         return dict(row)
-
-    def _head(self) -> Row:
-        place = self.state.place
-        first = next(iter(place.active), None)
-        done = 0.0 if first is None else self._tracked.share_done(first, place.active)
-        return {
-            "epoch": place.epoch if first is None else place.epoch - 1 + done,
-            "step": place.step,
-            "phase": "train",
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "lr": self._parts.learning_rate,
-            "samples_per_s": None,
-        }
 
     # -- saving ----------------------------------------------------------------------------------
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dtrain.errors import UserError
 
 from ..checkpoint.codec import require_data
+from ..distributed.torch_private import tree_leaves
 from ..model.buffers import shapes_of
 from ..model.weights import mismatches
 from ..optimization.scheduler import Schedule  # whose state leaves out what is code
-from ..strategies.base import Parallel
+from ..strategies.base import Parallel, trainable
+
+# In the paths of a checkpoint's tensors, the part's name and the parameter's.
+_OF_PARAMETER = re.compile(r"([^/]+)(?:/held/[^/]+)*(?:/state)?/([^/]+)(?:/[^/]+)?")
 
 
 class Parts:
-    """By the names that the script gives them, the same on all ranks.
+    """By the names that the script gives them, the same on all ranks. All ranks take part in making it.
 
     Args:
         models: those that are wrapped.
@@ -34,11 +41,15 @@ class Parts:
         if not self.optimizers:
             raise UserError("Ranks.epochs needs the optimizer too, whose state is saved: optimizer=optimizer")
         self._owners = {name: self._owner(name, each) for name, each in self.optimizers.items()}
+        for name, each in self.optimizers.items():
+            self._owners[name].adopt(each)
         for name, each in self._others.items():
             if not all(hasattr(each, method) for method in ("state_dict", "load_state_dict")):
                 kind = type(each).__name__
-                raise UserError(f"Ranks.epochs: {name} is a {kind}, without state_dict and load_state_dict")
-            require_data(name, each, Schedule(each).state_dict())
+                raise UserError(f"Ranks.epochs: {name} is a {kind}, without state_dict and load_state_dict to save it")
+            require_data(name, each, state := Schedule(each).state_dict())
+            if any(isinstance(value, DTensor) for value in tree_leaves(state)):
+                raise UserError(f"Ranks.epochs: {name} holds parts of a model that fsdp has cut; use ddp, or Trainer")
 
     def _owner(self, name: str, optimizer: Optimizer) -> Parallel:
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -53,9 +64,10 @@ class Parts:
         return self.models["net"]
 
     @property
-    def learning_rate(self) -> float:
-        """That of the first optimizer's first group. Waits for the device where it is a tensor there."""
-        return float(next(iter(self.optimizers.values())).param_groups[0].get("lr", 0.0))
+    def learning_rate(self) -> float | Tensor:
+        """That of the first optimizer's first group, as it is now."""
+        lr: float | Tensor = next(iter(self.optimizers.values())).param_groups[0].get("lr", 0.0)
+        return lr.clone() if isinstance(lr, Tensor) else lr
 
     def kinds(self) -> dict[str, str]:
         """Their classes, by name."""
@@ -76,6 +88,30 @@ class Parts:
             self._owners[name].load_optimizer_state(each, state[name])
         for name, each in self._others.items():
             each.load_state_dict(state[name])
+
+    def trained(self) -> dict[str, list[str]]:
+        """The names of the parameters that require a gradient. No collective."""
+        return {name: sorted(trainable(model.bare)) for name, model in self.models.items()}
+
+    def train(self, names: Mapping[str, Collection[str]]) -> None:
+        """Have these require a gradient, and no others. All ranks take part."""
+        for name, model in self.models.items():
+            for own, parameter in model.bare.named_parameters():
+                parameter.requires_grad_(own in names[name])
+            model.follow_trained()
+
+    def room(self, path: str, like: Tensor) -> Tensor | None:
+        """Room for this rank's part of a tensor of `state_dict`, where the model is in parts.
+
+        None where it is whole: what is read is kept in the CPU's memory until the script has come to its place.
+        """
+        if (found := _OF_PARAMETER.fullmatch(path)) is None:
+            return None
+        part, name = found.groups()
+        owner = self.models.get(part) or self._owners.get(part)
+        if owner is None or not owner.forwards_together:
+            return None
+        return owner.room("model" if part in self.models else "optimizer", name, like)
 
     def own_buffers(self) -> dict[str, Any]:
         """What this rank has of the models' buffers. No collective."""

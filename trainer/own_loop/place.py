@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ..checkpoint.manager import Moment
 
 
@@ -19,6 +21,8 @@ class Place:
         results: what `compute` and `report` gave between iterations.
         step: batches whose loss was scaled, since the run began.
         reported: the step after which the last row was made.
+        lr: of the last step; None before the first.
+        verdict: why the run ends with this epoch, where it ends early.
     """
 
     epoch: int = 1
@@ -27,6 +31,8 @@ class Place:
     results: list[Any] = field(default_factory=list)
     step: int = 0
     reported: int = 0
+    lr: float | Tensor | None = None
+    verdict: str | None = None
 
     @property
     def moment(self) -> Moment:
@@ -42,4 +48,4 @@ class Place:
         self.results = []
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "lr": None if self.lr is None else float(self.lr)}

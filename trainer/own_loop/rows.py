@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any, cast
 
 from dtrain.errors import UserError
 from dtrain.run.folder import Row
 from dtrain.schema.metrics.values import named_values
+from dtrain.stderr import say
 
 from ..distributed.world import World
+from ..metrics.early_stopping import Best
 from ..metrics.logged import Logged
 from ..metrics.reduce import reduce_states
+from .place import Place
 
 _PHASES = ("train", "val")
+
+
+def head_of(place: Place, share_done: float, lr: float, samples_per_s: float | None) -> Row:
+    """What a row has besides values.
+
+    Args:
+        share_done: of the epoch.
+        lr: of the last step.
+        samples_per_s: in training, since the last row; None: there was none.
+    """
+    return {
+        "epoch": place.epoch - 1 + share_done if place.active else place.epoch,
+        "step": place.step,
+        "phase": "train",
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "lr": lr,
+        "samples_per_s": samples_per_s,
+    }
+
+
+def require_monitored(best: Best, world: World, *, is_chosen: bool) -> None:
+    """After the first epoch: is there a value to tell the best weights by? Else it is refused, or warned of.
+
+    Args:
+        is_chosen: whether the user has asked for something that goes by it.
+    """
+    if best.step or best.epoch:
+        return
+    name = best.monitor
+    problem = f"no row of epoch 1 has {name}, by which the best weights are chosen: Ranks.report({name}=...)"
+    if is_chosen:
+        raise UserError(f"Ranks.epochs: {problem}")
+    if world.is_main:
+        say(f"warning: {problem}, or Ranks.epochs(..., monitor=...); there will be no weights/best.pt")
 
 
 def row_of(world: World, head: Row, values: Mapping[str, Any], logged: Logged) -> Row:

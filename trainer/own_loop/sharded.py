@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from dtrain.errors import UserError
 
 from ..data.indexed import Batch, MicroBatch
@@ -25,15 +27,21 @@ class Hand:
         part: the current batch, or micro-batch.
         is_cut: whether batches come in micro-batches.
         is_end_seen: whether the loop has asked if the batch ends.
-        is_scaled: whether its loss was scaled.
+        scaled: its losses that were scaled.
     """
 
     def __init__(self, tracked: Tracked, models: Sequence[Parallel]) -> None:
         self.loop: Epochs | None = None
         self.part: MicroBatch | None = None
-        self.is_cut = self.is_end_seen = self.is_scaled = False
+        self.is_cut = self.is_end_seen = False
+        self.scaled: list[Tensor] = []
         self._tracked = tracked
         self._models = models
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the current batch counts."""
+        return self.part is None or self.part.samples > 0
 
     @property
     def running(self) -> Epochs | None:
@@ -49,19 +57,20 @@ class Hand:
             return
         else:
             first = begun
-        outer = self.part, self.is_cut  # of a loop around this one
+        outer = self.part, self.is_cut, self.scaled  # of a loop around this one
         try:
             yield from self._batches(loader, first, loop, outer)
         finally:
-            self.part, self.is_cut = outer
+            self.part, self.is_cut, self.scaled = outer
             if loop is not None:
-                loop.state.end_iteration(loader)
+                loop.end_iteration(loader)
 
     def _batches(
-        self, loader: Loader, first: int, loop: Epochs | None, outer: tuple[MicroBatch | None, bool]
+        self, loader: Loader, first: int, loop: Epochs | None, outer: tuple[MicroBatch | None, bool, list[Tensor]]
     ) -> Iterator[Any]:
         self._tracked.seed_once()
         for model in self._models:
+            model.follow_trained()
             if not first and not model.bare.training:  # about to be evaluated, alike on all ranks
                 model.share_buffers()
         batches = iter(loader.batches.epoch(loader.epoch, first))
@@ -75,23 +84,26 @@ class Hand:
             self._tracked.num_batches += 1
             self.is_cut = loader.micro_batch_size is not None
             yield from self._micro_batches(batch)
-            self.part, self.is_cut = outer
+            self.part, self.is_cut, self.scaled = outer
 
     def _micro_batches(self, batch: Batch) -> Iterator[Any]:
-        self.is_end_seen = self.is_scaled = False
+        self.is_end_seen = False
         for part in batch.micro_batches:
-            self.part = part
+            self.part, self.scaled = part, []
             with contextlib.ExitStack() as undone:
                 for model in self._models:
                     undone.enter_context(model.accumulating(last=part.is_last))
                     if not part.samples:
                         undone.enter_context(model.preserving_state())
                 yield part.data
-            if self.is_scaled and not (part.is_last or self.is_end_seen):
+            if self.scaled and not (part.is_last or self.is_end_seen):
                 raise UserError(
                     "the batch comes in micro-batches, but the loop does not ask where it ends: "
                     "`if ranks.ends_batch: optimizer.step(); optimizer.zero_grad()`"
                 )
+        if self.scaled:
+            for model in self._models:
+                model.end_batch(self.scaled)
 
 
 class Sharded:

@@ -14,10 +14,12 @@ from typing import Any, TypeVar, cast
 
 from dtrain.errors import ResumeError
 from dtrain.run.folder import Row
+from dtrain.stderr import say
 
 from ..checkpoint.reader import Snapshot
 from ..distributed.world import World
 from ..metrics.early_stopping import Best
+from ..strategies.base import shortened
 from .parts import Parts
 from .place import Place
 from .tracked import Loader, Tracked
@@ -61,11 +63,17 @@ class State:
             "rows": self.rows,
             "best": self.best.state_dict(),
             "kinds": self._parts.kinds(),
+            "trained": self._parts.trained(),
             "tracked": self._tracked.state_dict(),
         }
         return {_LOOP: loop, **self._parts.state_dict()}, own, buffers
 
     # -- continuing ------------------------------------------------------------------------------
+
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether the script has still to come to the place where it was stopped."""
+        return self._target is not None
 
     def misfit(self, state: dict[str, Any]) -> str | None:
         """Why a checkpoint is not this loop's, if it is not. No collective."""
@@ -79,7 +87,13 @@ class State:
         if place.active:
             self._snapshot, self._target, self._results = snapshot, place, iter(place.results)
             snapshot = copy.deepcopy(snapshot)  # the lines before that place may change what they find
+        trained = self._parts.trained()
         self._load(snapshot)
+        changed = sorted({own for name, now in self._parts.trained().items() for own in {*now} ^ {*trained[name]}})
+        if self._world.is_main and changed:
+            say(
+                f"requires_grad of {shortened(changed)} is what it was when the run was saved, not what the script says"
+            )
         if place.active:
             self.place = replace(self.place, finished=0, active={}, results=[])
 
@@ -112,7 +126,7 @@ class State:
 
     def require_continued(self) -> None:
         """At an epoch's end: has the script come to the place where it was stopped?"""
-        if self._target is not None:
+        if self.is_on_its_way:
             raise ResumeError(
                 f"the run was stopped within epoch {self.place.epoch}, at a loader that this time was not iterated "
                 "over: does the script do something else than it did?"
@@ -133,6 +147,7 @@ class State:
     def _load(self, snapshot: Snapshot) -> None:
         """All ranks take part. To the bit on as many ranks, to the same curve on another number."""
         loop, rank = snapshot.shared[_LOOP], self._world.rank
+        self._parts.train(loop.get("trained", self._parts.trained()))
         self._parts.load_state_dict(snapshot.shared)
         self.place = Place(**copy.deepcopy(loop["place"]))
         self.rows = list(loop["rows"])

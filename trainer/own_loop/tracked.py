@@ -62,10 +62,12 @@ class Tracked:
         self.num_metrics += 1
         return metric
 
-    def share_done(self, number: int, done: Mapping[int, int]) -> float:
-        """Of an iteration over the loader of that number; 0 where its length is not known."""
-        steps = self._loaders[number].batches.num_steps
-        return done[number] / steps if steps else 0.0
+    def share_done(self, active: Mapping[int, int]) -> float:
+        """Of the outermost iteration, by the batches done of each loader; 0 where its length is not known."""
+        for number, done in active.items():
+            steps = self._loaders[number].batches.num_steps
+            return done / steps if steps else 0.0
+        return 0.0
 
     def seed_once(self) -> None:
         """Before the first batch: the model is made, alike everywhere; from here on ranks draw masks of their own."""

@@ -72,6 +72,20 @@ class Parallel:
         """Mark the model as sharded, so that no other strategy takes it: its parameters are replaced."""
         _cut.update(self.bare.modules())
 
+    def called(self) -> nn.Module:
+        """The model for a loop of the user's own, which calls it like `bare`. All ranks take part."""
+        return self.bare
+
+    def expect_backward(self, loss: Tensor) -> None:
+        """See that the backward pass of this loss, of such a loop's, averages the gradients. No collective."""
+
+    def end_batch(self, losses: Sequence[Tensor]) -> None:
+        """Raise UserError where such a loop's batch has trained only a part of what it should. No collective.
+
+        Args:
+            losses: those of its last micro-batch.
+        """
+
     def follow_trained(self) -> None:
         """Train what requires a gradient now, which may have changed since the last call. All ranks take part.
 

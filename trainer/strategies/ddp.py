@@ -22,6 +22,7 @@ from ..distributed.torch_versions import BUFFERS_APART
 from ..distributed.world import World
 from ..loss.step import Outcome, Step
 from ..model.buffers import share_buffers
+from ..model.call_proxy import called_as
 from .base import (
     Parallel,
     Stepping,
@@ -111,6 +112,13 @@ class DataParallel(Parallel):
             expected: Tensor = self._expected(lambda net: loss)
         return expected
 
+    def called(self) -> nn.Module:
+        """On one process it is the model itself."""
+        return self.bare if self.module is self.bare else called_as(self.bare, self._call)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
     def run(self, step: Step, micro_batch: MicroBatch) -> Outcome:
         if not isinstance(self.module, Averaging):
             return super().run(step, micro_batch)
@@ -165,16 +173,23 @@ class DataParallel(Parallel):
         return {name: each for name, each in self._trainable.items() if id(each) in own or not is_apart}
 
     def expect_backward(self, loss: Tensor) -> None:
-        """See that the backward pass of this loss averages the gradients. No collective.
-
-        DDP is ready for one after its own forward pass. A loop may have called methods of the model instead.
-        """
+        """DDP is ready for one after its own forward pass. A loop may have called methods of the model instead."""
         if not isinstance(self.module, Averaging):
             return
         if not self.module.was_called and torch.is_grad_enabled() and self._is_behind(loss):
             with _wrapping(self.module, self._stepping):
                 self.module(lambda net: torch.zeros(()))
         self.module.was_called = False
+
+    def end_batch(self, losses: Sequence[Tensor]) -> None:
+        if not isinstance(self.module, Averaging):
+            return
+        try:
+            require_reduced(self.module)
+        except RuntimeError:
+            if losses:
+                require_all_used(self._trainable, torch.stack([each.sum() for each in losses]).sum(), " of the batch")
+            raise
 
     def _is_behind(self, loss: Tensor) -> bool:
         reached = reached_leaves(loss)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,15 +32,12 @@ from ..distributed.world import World, ensure_group, require_cpu_backend
 from ..loss.step import Outcome, Step
 from ..model.blocks import of_classes, repeated
 from ..model.buffers import copied
+from ..model.call_proxy import called_as
 from ..model.optimizers import members_of
 from ..model.weights import bare_state_dict
 from .base import Parallel, Stepping, require_divisible, run_within, shortened, trainable
+from .parameter_use import SAME, ParameterUse
 from .same_parts import SameParts
-
-_SAME = (
-    "fsdp needs the same blocks and parameters in each step, on all ranks: drop none of them by the batch or by "
-    "chance, or use ddp with fit.unused_parameters: allow"
-)
 
 
 class FullySharded(Parallel):
@@ -101,11 +99,9 @@ class FullySharded(Parallel):
                 setattr(module, name, _real(buffer, world.device))
         self.share_buffers()
         gathered = [] if world.world_size == 1 else blocks
-        self._same_blocks = SameParts(world, {path: m for path, m in self.bare.named_modules() if m in gathered}, _SAME)
-        self._used: set[str] = set()  # parameters that this batch has given a gradient
-        self._unused: dict[int, set[str]] = {}  # by the loss's place in a step, those that the first one has given none
-        self._place = 0  # of the loss whose gradient is computed
-        self._watched: set[str] = set()  # parameters of which it is seen
+        self._same_blocks = SameParts(world, {path: m for path, m in self.bare.named_modules() if m in gathered}, SAME)
+        self._trainable = trainable(self.bare)  # the whole ones are not kept
+        self._use = ParameterUse(self.bare, self.module, world)
 
     def _fill(self, block: nn.Module) -> None:
         """Bring the block's parameters to the device, with rank 0's values. All ranks take part."""
@@ -122,8 +118,8 @@ class FullySharded(Parallel):
         for each in members_of(optimizer):
             if each is not None:
                 self._adopt(each)
-        if optimizer is not None and self.world.world_size > 1:
-            self._watch_use()
+        if optimizer is not None:
+            self._use.watch()
 
     def _adopt(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
@@ -146,41 +142,41 @@ class FullySharded(Parallel):
     def follow_trained(self) -> None:
         now = trainable(self.bare)  # FSDP2 has whole parameters require gradients as their parts do
         if now.keys() != self._trainable.keys():
-            self._trainable, self._unused = now, {}
-            if self.world.world_size > 1:
-                self._watch_use()
+            self._trainable = now
+            self._use.begin()
+            self._use.watch()
 
-    def _watch_use(self) -> None:
-        """See which parameters get a gradient on this rank. All ranks take part, in gathering each block once.
+    def called(self) -> nn.Module:
+        """Its parameters are parts whenever no forward or backward pass is under way, so that it may be changed then.
 
-        A rank that has none for a parameter sums zeros instead: ranks that sum different parameters would abort, or
-        take each other's numbers for their own.
+        The root's own are gathered once more for the backward pass: no step trains on what stayed from before it.
         """
         assert isinstance(self.module, FSDPModule)
-        self.module.set_reduce_scatter_unused_params(True)
-        for block in self.module.modules():
-            if isinstance(block, FSDPModule):
-                block.unshard()
-                for name, whole in self.bare.named_parameters():
-                    if whole.requires_grad and not isinstance(whole, DTensor) and name not in self._watched:
-                        whole.register_post_accumulate_grad_hook(functools.partial(_add_name, self._used, name))
-                        self._watched.add(name)
-                block.reshard()
+        if self._names:
+            gc.collect()  # an optimizer in a circle with its scheduler is no more
+        if self._names:
+            raise UserError(
+                "fsdp exchanges the model's parameters for parts of them, and something was made of the former ones "
+                f"({shortened(sorted(self._names.values()))}): make the optimizer of the wrapped model's parameters"
+            )
+        self.module.set_reshard_after_forward(True, recurse=False)
+        self._use.watch()
+        return called_as(self.bare, self._call)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(lambda net: net(*args, **kwargs))
+
+    def expect_backward(self, loss: Tensor) -> None:
+        if isinstance(loss, DTensor):
+            raise UserError("the loss is computed from parameters outside of the model's call, where fsdp has cut them")
+
+    def end_batch(self, losses: Sequence[Tensor]) -> None:
+        self._use.require_all_or_none(self._trainable.keys())
 
     def require_averaged(self, loss: Tensor, step: int) -> None:
-        if self.world.world_size == 1:
-            return
         self._same_blocks.end_backward(step)
-        unused = self._trainable.keys() - self._used
-        self._used.clear()
-        if self._place not in self._unused:  # in this process's first step: all ranks take part
-            self._unused[self._place] = self.world.from_main(unused)
-        if changed := sorted(unused ^ self._unused[self._place]):
-            raise UserError(
-                f"step {step} uses other parameters than the first one did on rank 0: {shortened(changed)}. {_SAME}"
-            )
         parts = dict(self.bare.named_parameters())
-        for name in unused:  # by any rank: as in one process, it has no gradient
+        for name in self._use.take_unused(self._trainable.keys(), step):  # as in one process, it has no gradient
             parts[name].grad = None
 
     def _part_of(self, value: Any, part: nn.Parameter) -> Any:
@@ -193,11 +189,11 @@ class FullySharded(Parallel):
         return mine.copy_(distribute_tensor(whole, self._mesh, mine.placements, src_data_rank=None))
 
     def divide(self, optimizers: Sequence[Optimizer]) -> None:
-        self._place, self._unused = 0, {}
+        self._use.begin()
         self._same_blocks.begin_fit(has_several=bool(optimizers))
 
     def expect(self, loss: Tensor, optimizer: Optimizer, place: int) -> Tensor:
-        self._place = place
+        self._use.place = place
         return loss
 
     def backward(self, loss: Tensor, optimizer: Optimizer | None = None) -> None:
@@ -249,10 +245,6 @@ class FullySharded(Parallel):
     def room(self, section: str, name: str, like: Tensor) -> Tensor | None:
         part = dict(self.bare.named_parameters(remove_duplicate=False)).get(name)
         return None if part is None or part.shape != like.shape else torch.empty_like(part.detach(), dtype=like.dtype)
-
-
-def _add_name(names: set[str], name: str, parameter: Tensor) -> None:
-    names.add(name)
 
 
 def _cast(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:

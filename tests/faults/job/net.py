@@ -25,8 +25,6 @@ class Net(nn.Module):
             nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)
         )
         self.drop, self.aside = drop, None if drop is None else nn.Linear(WIDTH, 3)
-        # Its gradient is the last one: the other ranks, which have all of theirs, are in the all-reduce by then.
-        self.first.weight.register_hook(lambda _: fault.moment("backward"))
 
     def forward(self, x):
         seen, x = x.split([1 + fault.DRAWN, fault.FEATURES], dim=1)
@@ -34,6 +32,9 @@ class Net(nn.Module):
             fault.forward_pass(self.training, steps_done(), seen.tolist())
         time.sleep(SECONDS)
         x = self.first(x + 0.1 * seen[:, 1:].sum(1, keepdim=True))
+        if x.requires_grad:
+            # Its weight's gradient is the last one: the other ranks, which have all of theirs, wait for it by then.
+            x.register_hook(lambda _: fault.moment("backward"))
         is_left_out = self.aside is None or (self.training and float(torch.rand(())) < self.drop)
         return self.rest(x) if is_left_out else self.rest(x) + self.aside(x.tanh())
 
