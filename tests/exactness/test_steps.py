@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ from dtrain.run.folder import RUN_DIR_VARIABLE, RunDir
 from dtrain.trainer import fit_folder
 from dtrain.trainer.checkpoint.manager import saved
 from dtrain.trainer.distributed.stop import Stopped
+from dtrain.trainer.optimization.scheduling import Scheduling
 
 # 6 steps an epoch, the last one of 3 samples.
 NUM_SAMPLES, BATCH, EPOCH_STEPS, CLASSES, SEED = 43, 8, 6, 3, 5
@@ -231,9 +231,8 @@ def test_patience_and_plateaus_count_validations(tmp_path):
     trainer, train, val = trainer_in(tmp_path / "run", validate_every=2)
     assert trainer.optimizer is not None
     trainer.optimizer.param_groups[0]["lr"] = 1e-6
-    trainer.scheduling = copy.copy(trainer.scheduling)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer, patience=0, threshold=10.0)
-    object.__setattr__(trainer.scheduling, "scheduler", plateau)
+    trainer.scheduling = Scheduling.of(plateau)
     history = trainer.fit(loader(train), loader(val), epochs=9, patience=3, min_delta=1.0)
     assert list(history["step"][history["val_loss"].notna()]) == [2, 4, 6, 8]
     assert plateau.last_epoch == 4

@@ -15,7 +15,7 @@ from faults.trial import LOOP, MOMENTS, VARIANTS, Trial, draw, run_trial, unexpe
 from dtrain.run.folder import RunDir
 
 SEED, NUMBER = 0, 1767
-OWN_LOOP = 9
+OWN_LOOP = 509
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 

@@ -30,9 +30,9 @@ TWO_OPTIMIZERS = (
     "optimizer={one: {_target_: torch.optim.SGD, params: rest.3.*, lr: 0.05, momentum: 0.9},"
     " rest: {_target_: net.Adam, lr: 0.02}}"
 )
-# The job as it stands, and before it: a part unfrozen in the second epoch; a layer that each rank leaves out by chance,
-# trained by two optimizers; and counting in steps, with a step that logs, weights to begin with, and a callback whose state decides what it does.
-# Then a loop of its own, and one whose model is cut.
+# The job as it stands, and before it: a part unfrozen in the second epoch; two optimizers, and a layer that each rank
+# leaves out by chance; and counting in steps, with a step that logs, weights to begin with, and a callback whose state
+# decides what it does. Then a loop of its own, and one whose model is cut.
 VARIANTS = (
     (JOB, ('fit.freeze={patterns: ["rest.0.*", "rest.3.*"], until: 11}',)),
     (JOB, ("fit.unused_parameters=allow", "model.drop=0.4", TWO_OPTIMIZERS)),

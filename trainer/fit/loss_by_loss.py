@@ -152,11 +152,12 @@ class StepByLosses:
         All ranks take part in this process's first step. Later ones keep to its order, so that nobody has to ask.
         """
         if self._order is None:
-            for rank, other in enumerate(self._trained.world.gather(name)):
-                if other != name:
+            main, *others = self._trained.world.gather(name)
+            for rank, other in enumerate(others, 1):
+                if other != main:
                     raise UserError(
-                        f"step yields its loss number {place + 1} {_for(name)} on rank {self._trained.world.rank}, and "
-                        f"{_for(other)} on rank {rank}: all ranks must yield the same losses"
+                        f"step yields its loss number {place + 1} {_for(main)} on rank 0, and {_for(other)} on rank "
+                        f"{rank}: all ranks must yield the same losses"
                     )
             return
         first = self._order[place] if place < len(self._order) else None

@@ -42,7 +42,7 @@ class StepTrial:
         """
         if outcome.believed is not None:
             self._try_step(micro_batch, number)
-        elif not self._progress.samples_done and number == 0 and not outcome.is_users:
+        elif not self._progress.samples_done and number == 0 and outcome.logs is None:
             self._look_for_mixing(micro_batch)
 
     def _try_step(self, micro_batch: MicroBatch, number: int) -> None:

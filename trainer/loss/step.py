@@ -35,9 +35,8 @@ class Outcome:
         weight: the number of units that the loss is the mean over; None for samples, whose number every rank knows.
         predictions: what the metrics compare with `target`.
         believed: the total, where its loss is taken as the mean over samples only because nothing says otherwise.
-        is_users: whether the user's own step made it, which may have side effects.
         metrics: by name, arguments of metrics that compare something else.
-        logs: by name, values to report the means of, each with its weight; None where a step logs nothing.
+        logs: by name, values to report the means of, each with its weight; None where no step of the user's made it.
         optimizer: the name of the one that learns from this loss; None where the step has not said one.
     """
 
@@ -46,7 +45,6 @@ class Outcome:
     predictions: Any
     target: Any
     believed: Tensor | None = None
-    is_users: bool = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
     logs: Mapping[str, tuple[Tensor, Tensor]] | None = None
     optimizer: str | None = None

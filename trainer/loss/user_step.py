@@ -181,7 +181,7 @@ class _Reader:
         metrics = result.get("metrics", {})
         if not isinstance(metrics, Mapping):
             raise UserError(f"step's `metrics` must be a dict of arguments by metric, it is {describe(metrics)}")
-        logs = None
+        logs: Mapping[str, tuple[Tensor, Tensor]] = {}
         if "log" in result:
             logs = read_logs(result["log"], as_units(micro_batch.samples, loss.device) if known is None else known)
         optimizer = result.get("optimizer")
@@ -193,7 +193,6 @@ class _Reader:
             result.get("predictions"),
             result.get("target"),
             believed=total if weight is None else None,
-            is_users=True,
             metrics=metrics,
             logs=logs,
             optimizer=optimizer,

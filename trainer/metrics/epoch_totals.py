@@ -59,8 +59,8 @@ class Tally:
         self.samples += samples
         self._loss += outcome.total.detach()
         self._weight += samples if outcome.weight is None else outcome.weight
-        if outcome.is_users:
-            self.logged.add(outcome.logs or {})
+        if outcome.logs is not None:
+            self.logged.add(outcome.logs)
         for name in outcome.metrics.keys() - self._known if outcome.metrics else ():
             raise UserError(f"step returns arguments of the metric {name}; {among(name, sorted(self._known))}")
         if self.metrics is not None:
