@@ -164,6 +164,21 @@ def test_finetune(project):
     assert {name.split(".")[0] for name, is_same in same.items() if not is_same} == {"layer4", "fc"}
 
 
+def test_a_gan_does_not_depend_on_the_number_of_ranks(project):
+    """In its first steps: each amplifies what was rounded before, as in a plain loop that adds up a batch in parts."""
+    histories = {}
+    for ranks, length in (("1", "fit.epochs=8"), ("3", "fit.steps=25")):
+        job = str(EXAMPLES / "gan" / "job.yaml")
+        settings = length, "fit.report_every=8", "scheduler=null"
+        done = project.run("launch", "--gpus", ranks, "--run-dir", ranks, job, *settings)
+        assert done.code == 0, done.err
+        histories[ranks] = [timeless(row) for row in project.run_dir(ranks).rows()]
+    for row, alone in zip(histories["3"][:3], histories["1"][:3], strict=True):
+        assert row == approximately(alone, 1e-5)
+    near = [row["val_near"] for row in histories["1"] if "val_near" in row]
+    assert near[-1] > 2 * near[0]
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # which PEFT looks at
 def test_a_language_model_of_transformers_and_its_lora(project, monkeypatch):
     """The same on two ranks, which share the weights or cut them; the adapter alone is trained, and PEFT reads it."""
