@@ -31,15 +31,16 @@ TWO_OPTIMIZERS = (
     " rest: {_target_: net.Adam, lr: 0.02}}"
 )
 # The job as it stands, and before it: a part unfrozen in the second epoch; two optimizers, and a layer that each rank
-# leaves out by chance; and counting in steps, with a step that logs, weights to begin with, and a callback whose state
-# decides what it does. Then a loop of its own, and one whose model is cut.
+# leaves out by chance; and counting in steps, with a loss for each of the two, values that are logged, weights to begin
+# with, and a callback whose state decides what it does. Then a loop of its own, and one whose model is cut.
 VARIANTS = (
     (JOB, ('fit.freeze={patterns: ["rest.0.*", "rest.3.*"], until: 11}',)),
     (JOB, ("fit.unused_parameters=allow", "model.drop=0.4", TWO_OPTIMIZERS)),
     (
         JOB,
         (
-            *("fit.validate_every=5", "fit.report_every=3", "loss=null", "step={_target_: net.classify}"),
+            *("fit.validate_every=5", "fit.report_every=3", "loss=null", "step={_target_: net.in_turn}"),
+            TWO_OPTIMIZERS,
             f"init_from={{weights: {WEIGHTS}, strict: false}}",
             "callbacks=[{_target_: dtrain.WeightAveraging, start: epoch}, {_target_: net.Nudge, every: 5}]",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,8 @@ import torch.distributed as dist
 # The fork server imports these once; after that a rank starts in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preload"])
+
+LATE_S = 100
 
 _COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier"),
@@ -103,6 +106,7 @@ def _answer(rank: int, connection: Connection, process: BaseProcess) -> Any:
 
 
 def _rank(rank: int, world_size: int, store: str, work: bytes, connection: Connection) -> None:
+    faulthandler.dump_traceback_later(LATE_S)  # where it stands, if it does not end in time
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # loading processes start as they do elsewhere
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

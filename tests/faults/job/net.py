@@ -52,6 +52,12 @@ def classify(net, batch):
     }
 
 
+def in_turn(net, batch):
+    """One optimizer learns from the samples, then the other one keeps its layer small."""
+    yield {"optimizer": "rest", **classify(net, batch)}
+    yield {"optimizer": "one", "loss": sum(parameter.square().mean() for parameter in net.rest[3].parameters())}
+
+
 class Nudge:
     """A callback that has counted steps, and at every so many of them moves the weights."""
 
