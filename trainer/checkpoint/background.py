@@ -17,6 +17,8 @@ from dtrain.files import refusal
 from dtrain.run.folder import RunDir
 from dtrain.stderr import say
 
+from ..distributed.forking import begin_first_time, end_first_time
+
 K = TypeVar("K", bound=Hashable)
 
 GRACE_S = 10.0  # for writes in progress when the training fails
@@ -78,10 +80,13 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._is_first = True  # until the first jobs are done
 
     def start(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Start doing the jobs, one after the other, and return; wait for earlier ones first, as `wait` does."""
         self.wait()
+        if self._is_first:
+            begin_first_time()
         self._thread = threading.Thread(target=self._run, args=(jobs,), name="dtrain-write", daemon=True)
         self._thread.start()
 
@@ -108,6 +113,10 @@ class Background:
                 job()
         except BaseException as error:
             self._error = error
+        finally:
+            if self._is_first:
+                self._is_first = False
+                end_first_time()
 
 
 class Disk:

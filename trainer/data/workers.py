@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dtrain.signals import outlive
 
+from ..distributed.forking import await_first_time
 from ..distributed.seeds import derive_seed, loading_apart
 from ..distributed.world import World
 from .loading_failures import Failure
@@ -134,6 +135,7 @@ class Loader:
         assert self._loader is not None
         self._requests.of_epoch = requests
         self._loader.generator.manual_seed(derive_seed("process", self._seed, epoch, self._rank))
+        await_first_time()
         loaded = iter(self._loader)
         end_by_kill(loaded)
         return loaded
