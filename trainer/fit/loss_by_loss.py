@@ -41,7 +41,7 @@ class StepByLosses:
         if needs_closure(optimizer):
             name = type(optimizer).__name__
             raise UserError(f"{name} computes the gradient several times a step, so a step can't yield its losses")
-        self._updates = {name: trained.update.of(each) for name, each in self._members.items()}
+        self._learning: set[str] = set()  # in this step: all parameters of an optimizer may be frozen until later
         self._order: list[str] | None = None  # of the optimizers that learn, in this process's first step
         trained.model.divide(list(self._members.values()))
 
@@ -51,14 +51,16 @@ class StepByLosses:
         Args:
             number: of this step of the run.
         """
+        model = self._trained.model
+        self._learning = {name for name, each in self._members.items() if model.trained(each)}
         losses = [self._step.begin() for _ in micro_batches]
         found: list[list[Outcome]] = [[] for _ in micro_batches]
         order: list[str] = []
         is_done = True
         while micro_batches and (name := self._next(losses, found, micro_batches, order)) is not None:
             order.append(name)
-            if self._may_learn(name):
-                is_done &= self._updates[name].apply(number)
+            if name in self._learning:
+                is_done &= self._trained.update.apply(number, self._members[name])
         if micro_batches and self._order is None:
             self._order = order
         outcomes = [together(each, part) for each, part in zip(found, micro_batches, strict=True)]
@@ -90,7 +92,7 @@ class StepByLosses:
                     name = own
                     self._require_order(name, place)
                     if name is not None:
-                        model.zero_grad(self._members[name])
+                        model.zero_grad(self._trained.optimizer)  # also what an earlier loss has left
                 elif own != name:
                     raise UserError(
                         f"step yields its loss number {place + 1} {_for(name)} for one micro-batch, and {_for(own)} "
@@ -98,10 +100,10 @@ class StepByLosses:
                     )
                 if name is None:
                     continue
-                if self._may_learn(name):
+                if name in self._learning:
                     self._backward(name, outcome, part, weight, place)
             found[i].append(detached(outcome))
-        if name is None or not self._may_learn(name):
+        if name not in self._learning:
             model.pass_over()
         elif weight.is_summed:
             weight.rescale(model.gradients(self._members[name]))
@@ -130,10 +132,6 @@ class StepByLosses:
         with rng_kept(self._trained.world.device), counting_no_sample(net):
             yield
         set_buffers(net, before)
-
-    def _may_learn(self, name: str) -> bool:
-        """Whether the optimizer has a parameter to train: all may be frozen until later."""
-        return bool(self._trained.model.trained(self._members[name]))
 
     def _name_of(self, outcome: Outcome) -> str:
         name, known = outcome.optimizer, sorted(self._members)

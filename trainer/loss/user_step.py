@@ -42,7 +42,7 @@ def user_step(function: UserStep) -> Step:
 def _is_generator(function: Any) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
-    return any(map(inspect.isgeneratorfunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+    return any(map(inspect.isgeneratorfunction, (function, getattr(function, "__call__", None))))  # noqa: B004  # an object's may be one
 
 
 class LossByLoss:

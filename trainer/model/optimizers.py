@@ -28,10 +28,6 @@ class Optimizers(Optimizer):
         """The members' states, to be read."""
         return ChainMap(*(each.state for each in self.members.values()))
 
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute of torch's
-        return {}
-
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # those that need one are refused
         for each in self.members.values():
             each.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ class Update:
             `Penalty`, a part of the gradient that is clipped; `on_nonfinite`: what to do with a batch whose gradients
             hold inf or nan, end the run or leave it out.
         report: called for each batch that was skipped.
-        of: the parameters that the penalty is for; None: all of the model's.
 
     Raises:
         UserError: an optimizer that makes its gradients itself, as LBFGS does, with any of it; or gradients whose
@@ -46,7 +45,6 @@ class Update:
         precision: Precision,
         fit: Fit,
         report: Callable[[str], None] = print,
-        of: Iterable[Tensor] | None = None,
     ) -> None:
         names = ("clip_norm", "clip_value", "l1", "l2", "on_nonfinite")
         asked = {f"fit.{name}": getattr(fit, name) for name in names} | {"fit.precision: fp16": precision.scaler}
@@ -60,35 +58,33 @@ class Update:
         if fit.clip_value is not None and (is_sparse or any(p.is_complex() for p in model.trained(optimizer))):
             raise UserError(_NO_LIMIT)
         self._model = model
-        self._precision, self._fit = precision, fit
         self._optimizer = optimizer
         self._scaler = precision.scaler
         self._clip_norm = fit.clip_norm
         self._clip_value = fit.clip_value
-        self._penalty = Penalty(model.bare, fit.l1, fit.l2, of)
+        self._penalty = Penalty(model.bare, fit.l1, fit.l2)
         self._on_nonfinite = fit.on_nonfinite
         self._report = report
-
-    def of(self, optimizer: Optimizer) -> Update:
-        """The steps of one of several optimizers, each by a gradient of its own."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return Update(self._model, optimizer, self._precision, self._fit, self._report, parameters)
 
     @property
     def may_skip(self) -> bool:
         """Whether batches are left out, of which the epoch's loss and metrics are to know nothing either."""
         return self._on_nonfinite == "skip"
 
-    def apply(self, step: int) -> bool:
+    def apply(self, step: int, optimizer: Optimizer | None = None) -> bool:
         """Make the optimizer's step number `step`; False where `on_nonfinite` leaves it out. All ranks take part.
+
+        Args:
+            optimizer: the one of several whose gradient it is.
 
         Raises:
             UserError: the gradients are not finite, and `on_nonfinite` is stop.
         """
+        optimizer = self._optimizer if optimizer is None else optimizer
         if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
+            self._scaler.unscale_(optimizer)
         self._penalty.add()
-        gradients = self._model.gradients(self._optimizer)
+        gradients = self._model.gradients(optimizer)
         if self._clip_norm is not None or self._on_nonfinite is not None:
             norm = self._model.norm(gradients)
             if self._on_nonfinite is not None and self._leaves_out(norm, step):
@@ -101,13 +97,13 @@ class Update:
                 raise UserError(_NO_LIMIT)  # one that functional.embedding has made
             clamp_(gradients, self._clip_value)
         if self._scaler is not None:
-            self._scaler.step(self._optimizer)
+            self._scaler.step(optimizer)
             self._scaler.update()
             return True
         try:
-            is_done = self._model.step(self._optimizer)
+            is_done = self._model.step(optimizer)
         except Exception as error:  # an optimizer of the user's own may raise anything
-            if (refused := refused_without_closure(self._optimizer, error)) is not None:
+            if (refused := refused_without_closure(optimizer, error)) is not None:
                 raise refused from error
             raise
         if not is_done:

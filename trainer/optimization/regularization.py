@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from dtrain.errors import UserError
 
@@ -24,14 +24,10 @@ class Penalty:
     Decay Regularization, ICLR 2019). The reported loss is without it, in training as in validation.
     """
 
-    def __init__(
-        self, net: nn.Module, l1: float | None = None, l2: float | None = None, of: Iterable[Tensor] | None = None
-    ) -> None:
+    def __init__(self, net: nn.Module, l1: float | None = None, l2: float | None = None) -> None:
         self._l1 = l1 or 0.0
         self._l2 = l2 or 0.0
-        chosen = None if of is None else set(map(id, of))
-        weights = penalised(net) if l1 or l2 else ()
-        self._weights = [weight for weight in weights if chosen is None or id(weight) in chosen]
+        self._weights = list(penalised(net)) if l1 or l2 else []
         if self._weights and has_sparse_gradients(net):
             raise UserError(_SPARSE)
 

@@ -203,7 +203,7 @@ class Epochs:
     def end_iteration(self, loader: Loader) -> None:
         """One over the loader is over, or was left. No collective."""
         self.state.end_iteration(loader)
-        self._turn.resume() if self.state.place.active else self._turn.pause()
+        (self._turn.resume if self.state.place.active else self._turn.pause)()
 
     def hand_out(self, loader: Loader) -> None:
         """A batch of the loader comes now. All ranks take part where it is the outermost, without waiting."""

@@ -80,7 +80,7 @@ class SameParts:
         finally:
             self._used = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def _note(self, name: str, part: nn.Module, given: Any) -> None:
         if self._used is None:
             return

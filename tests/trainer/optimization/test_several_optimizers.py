@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, ReduceLROnPlateau
 from training import Job, Samples, differences, epoch_order, final_state, train
 
 from dtrain.errors import UserError
@@ -24,6 +25,7 @@ from dtrain.schema.instantiate import check_job
 from dtrain.schema.job import LoadedJob
 from dtrain.schema.loading import load_job
 from dtrain.trainer.entrypoints.train import build_model, build_optimizer, build_schedulers
+from dtrain.trainer.optimization.scheduling import Scheduling
 from dtrain.trainer.trainer import Trainer
 
 SEED, EPOCHS, BATCH, SIZE = 3, 2, 12, 40  # 3 batches of 12, and one of 4
@@ -226,6 +228,7 @@ def two_over_one_job(options: dict[str, Any], stop_after: int | None = None) -> 
     optimizers, schedulers = two_over_one(net)
     trainer = {"net": net, "loss_fn": nn.CrossEntropyLoss(), "optimizer": optimizers, "scheduler": schedulers}
     trainer |= {"scheduler_interval": {"matrices": "epoch", "rest": "step"}, "seed": SEED, **options}
+    trainer |= {"callbacks": [Looks(["matrices", "rest"])]}
     ask_to_stop(optimizers["rest"], stop_after)
     return {"trainer": trainer, "train": classes(), "batch_size": BATCH, "fit": {"epochs": EPOCHS}}
 
@@ -264,6 +267,64 @@ def test_two_over_one_loss_are_those_of_a_plain_loop(ranks, strategy, tmp_path):
         for row in history:
             matrices, rest = rates[row["step"] - 1]
             assert (row["lr"], row["lr_matrices"], row["lr_rest"]) == pytest.approx((matrices, matrices, rest))
+
+
+class Alternating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.net = nn.Linear(6, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(features)
+        return out
+
+
+def alternating(model: nn.Module, batch: Any) -> Iterator[dict[str, Any]]:
+    """Two steps of one optimizer, of which the first alone has predictions."""
+    features, target = batch
+    predictions = model(features)
+    yield {"loss": nn.functional.cross_entropy(predictions, target), "predictions": predictions, "target": target}
+    yield {"loss": model(features).square().mean()}
+
+
+class Looks:
+    """A callback that finds the optimizers by their names, and takes their states as any optimizer's."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def on_end(self, fit: Any) -> None:
+        assert list(fit.optimizer.members) == self.names
+        before = copy.deepcopy(fit.optimizer.state_dict())
+        for group in fit.optimizer.param_groups:
+            group["lr"] = 7.0
+        fit.optimizer.load_state_dict(before)
+        assert differences(fit.optimizer.state_dict(), before) == []
+
+
+def alternating_job() -> Job:
+    net = Alternating()
+    trainer = {"net": net, "step": alternating, "optimizer": torch.optim.Adam(net.parameters(), lr=0.05), "seed": SEED}
+    trainer |= {"metrics_dict": {"acc": lambda predictions, target: (predictions.argmax(1) == target).float().mean()}}
+    return {"trainer": trainer, "train": classes(), "val": classes(), "batch_size": BATCH, "fit": {"epochs": EPOCHS}}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_single_optimizer_may_learn_from_one_loss_after_another(ranks, tmp_path):
+    net = Alternating()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    for epoch in range(1, EPOCHS + 1):
+        for batch in epoch_order(SIZE, SEED, epoch).split(BATCH):
+            for result in alternating(net, (classes().features[batch], classes().target[batch])):
+                optimizer.zero_grad()
+                result["loss"].backward()
+                optimizer.step()
+    accuracy = float((net(classes().features).argmax(1) == classes().target).float().mean())
+    for history, weights in train(ranks, tmp_path, alternating_job):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-5, atol=1e-6)
+        assert history[-1]["val_acc"] == pytest.approx(accuracy)  # of the last loss that has predictions
 
 
 def stopped_gan_job(options: dict[str, Any], stop_after: int | None = None) -> Job:
@@ -397,6 +458,9 @@ def test_a_scheduler_of_no_optimizer():
         trainer_of(make, scheduler={"hed": ExponentialLR(adam(nn.Linear(1, 1)), 0.9)})
     with pytest.raises(UserError, match=r"head: this ExponentialLR changes the learning rates of an optimizer"):
         trainer_of(make, scheduler={"head": ExponentialLR(optimizers["wide"], 0.9)})
+    plateaus = {name: ReduceLROnPlateau(each) for name, each in optimizers.items()}
+    given = Scheduling.of(plateaus, monitor={"wide": "val_loss", "head": "train_loss"})
+    assert given.monitors == ["val_loss", "train_loss"]
     with pytest.raises(UserError, match=r"interval: expected epoch or step, found 'batch'"):
         trainer_of(make, scheduler_interval={"head": "batch"})
 
