@@ -1,15 +1,15 @@
 """Keeps this process from forking while another of its threads does something for the first time.
 
-A C++ function that has a static variable notes down, at its first call, what is to be destroyed at the exit. glibc does
-that under a lock of its own, which stays locked in a process that is forked at that moment: there the next such first
-call never returns. Seen in loading processes that were started while the first checkpoint was being written.
+At its first call a C++ function with a static variable registers that variable's destructor (__cxa_atexit), which takes a
+lock of glibc's. If the process is forked at that moment the lock stays locked in the child, whose own next first call
+then never returns. Seen in loading processes that were started while the first checkpoint was being written.
 """
 
 from __future__ import annotations
 
 import threading
 
-# A thread that is still at it then waits for a disk, and rarely for that lock.
+# A thread that takes longer mostly waits for a disk, without that lock.
 MOST_S = 2.0
 
 _is_over = threading.Event()
