@@ -1,7 +1,7 @@
 """Keeps this process from forking while another of its threads does something for the first time.
 
-At its first call a C++ function with a static variable registers that variable's destructor (__cxa_atexit), which takes a
-lock of glibc's. If the process is forked at that moment the lock stays locked in the child, whose own next first call
+At its first call a C++ function with a static variable registers that variable's destructor (__cxa_atexit), which takes
+a lock of glibc's. If the process is forked at that moment the lock stays locked in the child, whose own next first call
 then never returns. Seen in loading processes that were started while the first checkpoint was being written.
 """
 
